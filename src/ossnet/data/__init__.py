@@ -1,0 +1,1 @@
+"""Cases, locations and patches: from a folder of files to what a network is fed."""

@@ -1,0 +1,1 @@
+"""A model bound to a scan: everything that answers."""

@@ -1,0 +1,1 @@
+"""Bytes on disk ↔ volumes; the only place that opens images."""

@@ -1,0 +1,1 @@
+"""Modules and their declarations: no files, no loops."""

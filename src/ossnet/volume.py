@@ -1,0 +1,224 @@
+"""Scans and label maps with their place in the world.
+
+Letters: C channels, X Y Z voxels in file order, N locations.
+Voxel centres lie at integer indices; world coordinates are millimetres, RAS+ as NIfTI defines them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import Float, Integer, Num
+
+from ossnet.errors import VolumeError
+
+Affine = Float[np.ndarray, "4 4"]
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a label map written for a scan takes over from the scan's file.
+
+    `qform_code` and `sform_code` are NIfTI transform codes, `units` the raw `xyzt_units` byte,
+    `version` 1 or 2 for NIfTI-1 or NIfTI-2.
+    """
+
+    qform_code: int = 1
+    sform_code: int = 1
+    units: int = 2
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """A permutation of the voxel axes followed by flips: how one voxel order becomes another.
+
+    `axes[i]` is the stored axis that becomes axis i; `flips[i]` says whether the new axis i is then reversed.
+    """
+
+    axes: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def is_identity(self) -> bool:
+        """True when nothing moves."""
+        return self == Orientation()
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """Reorder the last three axes of `array` (..., X, Y, Z); a view, no copy."""
+        lead = array.ndim - 3
+        moved = array.transpose(*range(lead), *(lead + a for a in self.axes))
+        return moved[(..., *(slice(None, None, -1 if f else 1) for f in self.flips))]
+
+    def undo(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `apply`; a view, no copy."""
+        lead = array.ndim - 3
+        unflipped = array[(..., *(slice(None, None, -1 if f else 1) for f in self.flips))]
+        return unflipped.transpose(*range(lead), *(lead + a for a in np.argsort(self.axes)))
+
+    def matrix(self, stored_shape: Shape) -> Affine:
+        """The 4×4 map from new voxel indices to stored voxel indices."""
+        out = np.zeros((4, 4))
+        out[3, 3] = 1.0
+        for new, (stored, flip) in enumerate(zip(self.axes, self.flips, strict=True)):
+            out[stored, new] = -1.0 if flip else 1.0
+            out[stored, 3] = stored_shape[stored] - 1 if flip else 0.0
+        return out
+
+
+def closest_canonical(affine: Affine) -> Orientation:
+    """The flips and swaps that bring voxel axes nearest to right, anterior, superior (RAS+).
+
+    Each voxel axis is assigned to one world axis so that the summed |cosine| is largest: for a sheared or
+    strongly oblique affine the nearest axis of each alone need not be a permutation.
+    """
+    columns = affine[:3, :3]
+    cosines = columns / np.linalg.norm(columns, axis=0)
+    permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+    # axes[w] = voxel axis that runs along world axis w. Rounding makes ties (45 degrees) fall the same way
+    # whatever the stored order.
+    axes = max(permutations, key=lambda p: round(float(sum(abs(cosines[w, p[w]]) for w in range(3))), 9))
+    flips = tuple(bool(cosines[w, axes[w]] < 0) for w in range(3))
+    return Orientation(axes, (flips[0], flips[1], flips[2]))
+
+
+def spacing_of(affine: Affine) -> tuple[float, float, float]:
+    """Length of each voxel axis in mm."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
+
+
+def transform(points: Float[np.ndarray, "N 3"], affine: Affine) -> Float[np.ndarray, "N 3"]:
+    """Map points by a 4×4 affine, in float64."""
+    return points @ affine[:3, :3].T.astype(np.float64) + affine[:3, 3]
+
+
+def largest_corner_gap(one: Affine, other: Affine, shape: Shape) -> float:
+    """Largest distance in mm between the eight corner voxels of a grid under two affines."""
+    corners = np.array(list(product(*((0.0, float(n - 1)) for n in shape))))
+    return float(np.linalg.norm(transform(corners, one) - transform(corners, other), axis=1).max())
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Voxels with an affine: what volumes and label maps share."""
+
+    data: np.ndarray
+    affine: Affine
+    source: Path | None = None
+    header: FileHeader = field(default_factory=FileHeader)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
+        determinant = np.linalg.det(self.affine[:3, :3])
+        if not np.isfinite(self.affine).all() or not np.isfinite(determinant) or determinant == 0:
+            raise VolumeError(
+                self.source or "volume",
+                "the affine is not invertible, so voxels have no place in the world",
+                "Rewrite the header with a valid sform or qform",
+            )
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels along X, Y, Z."""
+        x, y, z = self.data.shape[-3:]
+        return x, y, z
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size along X, Y, Z in mm."""
+        return spacing_of(self.affine)
+
+    def to_world(self, locations: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
+        """Voxel indices (N, 3) to world mm."""
+        return transform(locations, self.affine)
+
+    def to_voxel(self, points: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
+        """World mm (N, 3) to (fractional) voxel indices."""
+        return transform(points, np.linalg.inv(self.affine))
+
+    def reoriented(self, orientation: Orientation) -> Self:
+        """The same voxels at the same places in the world, stored in another axis order (a view)."""
+        return replace(
+            self,
+            data=orientation.apply(self.data),
+            affine=self.affine @ orientation.matrix(self.shape),
+        )
+
+
+@dataclass(frozen=True)
+class Volume(_Placed):
+    """A scan.
+
+    Attributes:
+        data: (C, X, Y, Z), any real dtype, in the file's voxel order.
+        affine: (4, 4) float64, voxel index → world mm.
+        source: The (first) file it came from.
+        header: What written results take over.
+    """
+
+    data: Num[np.ndarray, "C X Y Z"]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return int(self.data.shape[0])
+
+    def save(self, path: Path | str) -> None:
+        """Write as NIfTI (`.nii`, `.nii.gz`), atomically; several channels become the fourth axis."""
+        from ossnet.files.nifti import write_volume
+
+        write_volume(self, Path(path))
+
+
+@dataclass(frozen=True)
+class LabelMap(_Placed):
+    """A segmentation.
+
+    Attributes:
+        data: (X, Y, Z) integers, 0 is background.
+        affine: (4, 4) float64, voxel index → world mm.
+        names: Label value → name.
+    """
+
+    data: Integer[np.ndarray, "X Y Z"]
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def volumes_ml(self) -> dict[int, float]:
+        """Volume of each structure present, in millilitres."""
+        voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+        values, counts = np.unique(self.data, return_counts=True)
+        return {int(v): float(n) * voxel_ml for v, n in zip(values, counts, strict=True) if v != 0}
+
+    def save(self, path: Path | str) -> None:
+        """Write as NIfTI (`.nii`, `.nii.gz`) in the smallest integer type that holds the labels, atomically."""
+        from ossnet.files.nifti import write_labels
+
+        write_labels(self, Path(path))
+
+
+def same_place(one: _Placed, other: _Placed, tolerance: float = 1e-2) -> str | None:
+    """None when two grids lie on each other, otherwise the reason.
+
+    Args:
+        tolerance: Largest distance of corresponding corner voxels, in mm.
+    """
+    if one.shape != other.shape:
+        return f"the shapes differ: {one.shape} and {other.shape}"
+    gap = largest_corner_gap(one.affine, other.affine, one.shape)
+    if not gap <= tolerance:
+        return f"corner voxels lie up to {gap:.3g} mm apart"
+    return None
+
+
+def summary(volume: Volume | LabelMap) -> dict[str, Any]:
+    """Shape, spacing and data type, for reports."""
+    return {
+        "shape": list(volume.shape),
+        "spacing_mm": [round(s, 4) for s in volume.spacing],
+        "dtype": str(volume.data.dtype),
+    }
