@@ -1,0 +1,289 @@
+"""From a scan to the grid that a network works on, and back, for voxels and for locations.
+
+Letters: C channels, X Y Z voxels of the scan, N locations. S is the shape of the network's grid.
+A location is mapped exactly; only voxels are interpolated.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer, Num
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ossnet.errors import VolumeError
+from ossnet.volume import LabelMap, Orientation, Shape, Volume, closest_canonical
+
+Spacing = tuple[float, float, float]
+
+
+class FitWarning(UserWarning):
+    """A scan does not fit the grid of the network as it is."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one scan lies on the network's grid: per axis, fitted = (index + 1/2) * scale - 1/2 + offset.
+
+    Padding has scale 1 and `offset` voxels of zeros before the scan (SPEC §1: ceil(gap/2)); resizing has
+    scale S/n and offset 0, which is trilinear interpolation without aligned corners.
+    """
+
+    source: Shape
+    target: Shape
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    offset: tuple[int, int, int] = (0, 0, 0)
+
+    @classmethod
+    def none(cls, shape: Shape) -> Self:
+        """The scan's own grid."""
+        return cls(shape, shape)
+
+    @classmethod
+    def pad(cls, shape: Shape, target: Shape) -> Self:
+        """Zeros around the scan. Every axis of `target` must hold the scan."""
+        offset = tuple(math.ceil((t - s) / 2) for s, t in zip(shape, target, strict=True))
+        if min(offset) < 0:
+            raise ValueError(f"{shape} does not fit into {target}")
+        return cls(shape, target, offset=(offset[0], offset[1], offset[2]))
+
+    @classmethod
+    def resize(cls, shape: Shape, target: Shape) -> Self:
+        """The whole scan stretched onto `target`."""
+        sx, sy, sz = (t / s for s, t in zip(shape, target, strict=True))
+        return cls(shape, target, scale=(sx, sy, sz))
+
+    @property
+    def resizes(self) -> bool:
+        """True when voxels are interpolated."""
+        return self.scale != (1.0, 1.0, 1.0)
+
+    def volume(self, image: Float[Tensor, "C X Y Z"]) -> Float[Tensor, "C SX SY SZ"]:
+        """The scan on the network's grid: zero padded, or resized by trilinear interpolation."""
+        if self.resizes:
+            return F.interpolate(image[None], self.target, mode="trilinear", align_corners=False)[0]
+        if self.source == self.target:
+            return image
+        return F.pad(image, self._padding())
+
+    def labels(self, labels: Num[Tensor, "X Y Z"]) -> Num[Tensor, "SX SY SZ"]:
+        """Labels on the network's grid: zero padded, or nearest as released, index floor(i * n / S)."""
+        if self.resizes:
+            for axis, index in enumerate(self.nearest()):
+                labels = labels.index_select(axis, torch.from_numpy(index).to(labels.device))
+            return labels
+        return F.pad(labels, self._padding())
+
+    def nearest(self) -> list[Integer[np.ndarray, " S"]]:
+        """Per axis, the scan voxel that each voxel of a resized grid takes its label from."""
+        return [np.arange(s) * n // s for n, s in zip(self.source, self.target, strict=True)]
+
+    def to_fitted(self, locations: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """Voxel indices of the (oriented) scan to indices on the network's grid."""
+        scale, offset = locations.new_tensor(self.scale), locations.new_tensor(self.offset)
+        return (locations + 0.5) * scale - 0.5 + offset
+
+    def to_scan(self, locations: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """The inverse of `to_fitted`."""
+        scale, offset = locations.new_tensor(self.scale), locations.new_tensor(self.offset)
+        return (locations - offset + 0.5) / scale - 0.5
+
+    def matrix(self) -> Float[np.ndarray, "4 4"]:
+        """`to_fitted` as a 4×4 affine map."""
+        out = np.eye(4)
+        scale = np.array(self.scale)
+        out[:3, :3] = np.diag(scale)
+        out[:3, 3] = 0.5 * scale - 0.5 + np.array(self.offset)
+        return out
+
+    def _padding(self) -> list[int]:
+        pairs = [(o, t - s - o) for s, t, o in zip(self.source, self.target, self.offset, strict=True)]
+        return [n for pair in reversed(pairs) for n in pair]
+
+
+class ChannelWindow(BaseModel):
+    """Intensities of one channel over the foreground of the training set, for CT."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    low: float = Field(description="values below are set to this (percentile 0.5)")
+    high: float = Field(description="values above are set to this (percentile 99.5)")
+    mean: float
+    std: float
+
+
+class Preparation(BaseModel):
+    """What happens to a scan before a network sees it. Part of the model: the same in training and use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    orientation: Literal["canonical", "file"] = Field(
+        "canonical",
+        description="axis order inside: nearest to RAS+, or as stored (needed for the released weights, SPEC §1)",
+    )
+    normalise: Literal["zscore", "window", "none"] = Field(
+        "zscore", description="zscore: per scan and channel over all voxels, unbiased std; window: fixed for CT"
+    )
+    windows: tuple[ChannelWindow, ...] = Field((), description="one a channel, for normalise=window")
+    fit: Literal["none", "pad", "resize", "spacing"] = Field(
+        "none", description="onto `shape` by zero padding or resizing, onto `spacing` by resampling, or as it is"
+    )
+    shape: Annotated[Shape | None, Field(description="network grid in voxels, for pad and resize")] = None
+    spacing: Annotated[Spacing | None, Field(description="network grid in mm, for fit=spacing")] = None
+    spacing_tolerance: float = Field(
+        0.05, ge=0, description="relative difference of spacings up to which nothing is resampled"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.fit in ("pad", "resize") and self.shape is None:
+            raise ValueError(f"fit={self.fit} needs a shape")
+        if self.fit == "spacing" and self.spacing is None:
+            raise ValueError("fit=spacing needs a spacing")
+        if self.normalise == "window" and not self.windows:
+            raise ValueError("normalise=window needs the windows of the training set")
+        return self
+
+    def orient(self, affine: Float[np.ndarray, "4 4"]) -> Orientation:
+        """The flips and swaps that this model wants for a scan with this affine."""
+        return closest_canonical(affine) if self.orientation == "canonical" else Orientation()
+
+    def fit_for(self, shape: Shape, spacing: Spacing, name: str = "scan") -> Fit:
+        """How an (oriented) scan of this shape and spacing (mm) lies on the network's grid."""
+        match self.fit:
+            case "pad" if self.shape is not None:
+                if all(n <= s for n, s in zip(shape, self.shape, strict=True)):
+                    return Fit.pad(shape, self.shape)
+                warnings.warn(
+                    f"{name}: {shape} voxels do not fit into the {self.shape} this model works on; "
+                    "the scan is resized, expect lower accuracy",
+                    FitWarning,
+                    stacklevel=2,
+                )
+                return Fit.resize(shape, self.shape)
+            case "resize" if self.shape is not None:
+                return Fit.resize(shape, self.shape)
+            case "spacing" if self.spacing is not None:
+                x, y, z = (
+                    n if abs(mm / want - 1) <= self.spacing_tolerance else max(1, round(n * mm / want))
+                    for n, mm, want in zip(shape, spacing, self.spacing, strict=True)
+                )
+                return Fit.resize(shape, (x, y, z))
+            case _:
+                return Fit.none(shape)
+
+    def statistics(self, image: Num[np.ndarray, "C X Y Z"]) -> "Statistics":
+        """What normalising this scan takes."""
+        flat = image.reshape(len(image), -1)
+        if self.normalise == "none":
+            shift, scale = np.zeros(len(flat)), np.ones(len(flat))
+        elif self.normalise == "window":
+            if len(self.windows) != len(flat):
+                raise VolumeError(
+                    "scan",
+                    f"it has {len(flat)} channels, the model was trained with {len(self.windows)}",
+                    "Give the channels the model was trained with",
+                )
+            shift = np.array([w.mean for w in self.windows])
+            scale = np.array([max(w.std, 1e-8) for w in self.windows])
+        else:
+            # One channel at a time: a float64 copy of a whole scan would double the peak memory.
+            shift = np.array([float(c.mean(dtype=np.float64)) for c in flat])
+            scale = np.array([_unbiased_std(c, m) for c, m in zip(flat, shift, strict=True)])
+        top = np.array([float(c.max()) for c in flat])
+        if self.normalise == "window":
+            top = np.array([min(t, w.high) for t, w in zip(top, self.windows, strict=True)])
+        return Statistics(shift, scale, (top - shift) / scale)
+
+    def normalised(self, image: Float[Tensor, "C *S"], statistics: "Statistics") -> Float[Tensor, "C *S"]:
+        """(x - mean) / std per channel, after clipping for CT."""
+        column = (-1,) + (1,) * (image.ndim - 1)
+        if self.normalise == "window":
+            low = image.new_tensor([w.low for w in self.windows]).view(column)
+            high = image.new_tensor([w.high for w in self.windows]).view(column)
+            image = image.clamp(low, high)
+        shift = image.new_tensor(statistics.shift).view(column)
+        scale = image.new_tensor(statistics.scale).view(column)
+        return (image - shift) / scale
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per channel (C,) float64: normalised = (x - shift) / scale, and the largest normalised value."""
+
+    shift: Float[np.ndarray, " C"]
+    scale: Float[np.ndarray, " C"]
+    top: Float[np.ndarray, " C"]
+
+
+def _unbiased_std(values: Num[np.ndarray, " N"], mean: float) -> float:
+    """Standard deviation with n - 1; 1 for a constant channel, which then becomes all zero (SPEC §7.15)."""
+    total = 0.0
+    for start in range(0, len(values), 1 << 22):
+        part = values[start : start + (1 << 22)].astype(np.float64) - mean
+        total += float(part @ part)
+    std = math.sqrt(total / max(len(values) - 1, 1))
+    return std if std > 1e-8 * max(abs(mean), 1.0) else 1.0
+
+
+def as_float(image: Num[np.ndarray, "C X Y Z"], device: torch.device | str = "cpu") -> Float[Tensor, "C X Y Z"]:
+    """Voxels of any real type as a float32 tensor; moved to the device in their own type where torch has it."""
+    native = image.astype(image.dtype.newbyteorder("="), copy=False)
+    if native.dtype in (np.uint16, np.uint32, np.uint64):
+        native = native.astype(np.float32)
+    tensor = torch.from_numpy(np.ascontiguousarray(native)).to(device)
+    return tensor.to(torch.float32, copy=tensor.dtype == torch.float32)
+
+
+@dataclass(frozen=True)
+class PreparedScan:
+    """A scan on the network's grid.
+
+    Attributes:
+        image: (C, *S) float32, normalised and fitted.
+        orientation: What was done to the stored axes.
+        fit: How the oriented scan lies on the grid.
+    """
+
+    image: Float[Tensor, "C SX SY SZ"]
+    orientation: Orientation
+    fit: Fit
+
+    def matrix(self, stored_shape: Shape) -> Float[np.ndarray, "4 4"]:
+        """The 4×4 map from stored voxel indices to indices on the network's grid."""
+        return self.fit.matrix() @ np.linalg.inv(self.orientation.matrix(stored_shape))
+
+
+def prepare_scan(
+    volume: Volume, preparation: Preparation, device: torch.device | str = "cpu", preprocessed: bool = False
+) -> PreparedScan:
+    """Orient, normalise and fit one scan.
+
+    Args:
+        preprocessed: Take the values as they are: no normalisation (the reference cases).
+    """
+    orientation = preparation.orient(volume.affine)
+    oriented = volume.reoriented(orientation)
+    name = str(volume.source or "scan")
+    fit = preparation.fit_for(oriented.shape, oriented.spacing, name)
+    image = as_float(oriented.data, device)
+    if not preprocessed:
+        image = preparation.normalised(image, preparation.statistics(oriented.data))
+    return PreparedScan(fit.volume(image), orientation, fit)
+
+
+def oriented_labels(labels: LabelMap, orientation: Orientation) -> Integer[np.ndarray, "X Y Z"]:
+    """The labels in the axis order of an oriented scan, contiguous."""
+    return np.ascontiguousarray(orientation.apply(labels.data))
+
+
+def reduce_by_two(image: Float[Tensor, "C SX SY SZ"]) -> Float[Tensor, "C HX HY HZ"]:
+    """Half the resolution by trilinear interpolation, align_corners=False (SPEC §1): the mean of 2×2×2 voxels."""
+    shape = [max(n // 2, 1) for n in image.shape[1:]]
+    if all(n % 2 == 0 for n in image.shape[1:]):
+        return F.avg_pool3d(image[None], 2)[0]
+    return F.interpolate(image[None], shape, mode="trilinear", align_corners=False)[0]

@@ -1,0 +1,217 @@
+"""Which locations a network is trained and validated on (SPEC §3 "Sampling").
+
+Letters: N locations, X Y Z voxels of the (oriented) scan. Locations returned are integer voxel indices on the
+network's grid; labels are looked up in the scan's own label map, so that a fitted copy is never made.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.ndimage as ndi
+from jaxtyping import Bool, Int64, Integer
+
+from ossnet.data.preparation import Fit
+from ossnet.volume import Shape
+
+Flips = tuple[bool, bool, bool]
+NO_FLIPS: Flips = (False, False, False)
+
+
+def uniform_locations(
+    rng: np.random.Generator, shape: Shape, count: int, include_last: bool = True
+) -> Int64[np.ndarray, "N 3"]:
+    """Uniform draws with replacement.
+
+    Args:
+        include_last: False draws floor(u * (S - 1)) as released, which never reaches the last voxel (SPEC §7.6).
+    """
+    top = np.array(shape) - (0 if include_last else 1)
+    return np.floor(rng.random((count, 3)) * np.maximum(top, 1)).astype(np.int64)
+
+
+def released_border(mask: Bool[np.ndarray, "X Y Z"], kernel: int = 13) -> Bool[np.ndarray, "X Y Z"]:
+    """The released border map: voxels with a Sobel response, widened by a max pool (SPEC §3, §7.8).
+
+    Args:
+        kernel: Pool size in voxels; 13 gives a band of 14 voxels at a flat face, 25 one of 26.
+    """
+    # int32 sums are exact; cancelling responses of single voxels must stay zero as they do in the original.
+    grown = mask.astype(np.int32)
+    edge = np.zeros(mask.shape, dtype=bool)
+    for axis in range(3):
+        edge |= ndi.sobel(grown, axis=axis, mode="reflect") != 0
+    return ndi.maximum_filter(edge, size=kernel, mode="constant", cval=0)
+
+
+def euclidean_border(
+    mask: Bool[np.ndarray, "X Y Z"], spacing: tuple[float, float, float], width_mm: float
+) -> Bool[np.ndarray, "X Y Z"]:
+    """Voxels whose centre lies at most width_mm / 2 from the surface, on both sides."""
+    if not mask.any() or mask.all():
+        return np.zeros(mask.shape, dtype=bool)
+    # The surface lies half a voxel before the nearest centre on the other side.
+    half = width_mm / 2 + min(spacing) / 2
+    inside = ndi.distance_transform_edt(mask, sampling=spacing)
+    outside = ndi.distance_transform_edt(~mask, sampling=spacing)
+    return np.asarray(np.where(mask, inside, outside) <= half)
+
+
+def border_voxels(
+    labels: Integer[np.ndarray, "X Y Z"],
+    spacing: tuple[float, float, float],
+    classes: int,
+    kernel: int = 13,
+    width_mm: float | None = None,
+) -> list[Integer[np.ndarray, " M"]]:
+    """Flat indices of the border band, one list for each structure (one in all for binary networks).
+
+    Args:
+        classes: 1 for binary (any label above 0), otherwise the number of classes including background.
+        width_mm: Euclidean band of this width instead of the released one.
+    """
+    masks = [labels > 0] if classes == 1 else [labels == k for k in range(1, classes)]
+    kind = np.int32 if labels.size < 2**31 else np.int64
+    return [
+        np.flatnonzero(
+            released_border(mask, kernel) if width_mm is None else euclidean_border(mask, spacing, width_mm)
+        ).astype(kind)
+        for mask in masks
+    ]
+
+
+def border_locations(
+    rng: np.random.Generator,
+    voxels: Integer[np.ndarray, " M"],
+    fit: Fit,
+    count: int,
+    flips: Flips = NO_FLIPS,
+) -> Int64[np.ndarray, "N 3"]:
+    """Draws without replacement from a border band, at most `count`; all of it when it is smaller.
+
+    The band is stored on the scan's grid. Where the network's grid is a resized one, a network voxel belongs to
+    the band when the scan voxel it takes its label from does.
+    """
+    if len(voxels) == 0 or count <= 0:
+        return np.zeros((0, 3), dtype=np.int64)
+    if not fit.resizes:
+        if len(voxels) > count:
+            voxels = voxels[rng.choice(len(voxels), count, replace=False, shuffle=False)]
+        return _unravel(voxels, fit.source, flips) + np.array(fit.offset)
+    first, many = zip(*(_preimages(n, s) for n, s in zip(fit.source, fit.target, strict=True)), strict=True)
+    most = np.array([int(m.max()) for m in many])
+    if len(voxels) * most.prod() <= 2 * count:
+        everything = _all_preimages(_unravel(voxels, fit.source, flips), first, many)
+        if len(everything) <= count:
+            return everything
+        return everything[rng.choice(len(everything), count, replace=False, shuffle=False)]
+    found = np.zeros((0, 3), dtype=np.int64)
+    while len(found) < count:
+        # A uniform voxel and a uniform slot; slots that the voxel does not have are rejected, so that every
+        # network voxel of the band is equally likely.
+        index = _unravel(voxels[rng.integers(0, len(voxels), 4 * count)], fit.source, flips)
+        slot = rng.integers(0, most, (len(index), 3))
+        have = np.stack([m[index[:, a]] for a, m in enumerate(many)], axis=1)
+        start = np.stack([f[index[:, a]] for a, f in enumerate(first)], axis=1)
+        hit = (start + slot)[(slot < have).all(axis=1)]
+        merged = np.concatenate([found, hit])
+        _, order = np.unique(np.ravel_multi_index(tuple(merged.T), fit.target), return_index=True)
+        found = merged[np.sort(order)]
+    return found[:count]
+
+
+def sample_locations(
+    rng: np.random.Generator,
+    fit: Fit,
+    count: int,
+    border: Sequence[Integer[np.ndarray, " M"]] = (),
+    border_share: float = 0.5,
+    include_last: bool = True,
+    flips: Flips = NO_FLIPS,
+) -> Int64[np.ndarray, "N 3"]:
+    """`count` locations on the network's grid: uniform ones, and a share from the border band, shuffled.
+
+    Args:
+        border: Band voxels of each structure (`border_voxels`); empty for uniform sampling. Several structures
+            get equal parts of the share.
+    """
+    near = []
+    wanted = int(count * border_share)
+    present = [voxels for voxels in border if len(voxels)]
+    for index, voxels in enumerate(present):
+        part = (wanted * (index + 1)) // len(present) - (wanted * index) // len(present)
+        near.append(border_locations(rng, voxels, fit, part, flips))
+    taken = sum(len(part) for part in near)
+    everything = np.concatenate([*near, uniform_locations(rng, fit.target, count - taken, include_last)])
+    rng.shuffle(everything, axis=0)
+    return everything
+
+
+def labels_at(
+    labels: Integer[np.ndarray, "X Y Z"], fit: Fit, locations: Int64[np.ndarray, "N 3"]
+) -> Integer[np.ndarray, " N"]:
+    """Labels at locations of the network's grid: nearest voxel as released, background in the padding."""
+    if fit.resizes:
+        index = np.stack([table[locations[:, a]] for a, table in enumerate(fit.nearest())])
+        return labels[tuple(index)]
+    index = locations - np.array(fit.offset)
+    inside = ((index >= 0) & (index < np.array(fit.source))).all(axis=1)
+    out = np.zeros(len(locations), dtype=labels.dtype)
+    out[inside] = labels[tuple(index[inside].T)]
+    return out
+
+
+def low_res_labels(
+    labels: Integer[np.ndarray, "X Y Z"], fit: Fit, grid: Shape, classes: int
+) -> np.ndarray:
+    """Adaptive max pool to the encoder's low-resolution grid: which structures a cell holds (SPEC §3).
+
+    Returns:
+        (1, *grid) for binary (classes = 1, any label above 0), (classes, *grid) otherwise; float32 of 0 and 1.
+    """
+    masks = [labels > 0] if classes == 1 else [labels == k for k in range(classes)]
+    pooled = []
+    for k, mask in enumerate(masks):
+        # Padding is background; no other structure reaches into it.
+        padding = classes > 1 and k == 0
+        part = mask
+        for axis, cells in enumerate(grid):
+            part = np.stack([_cell(part, fit, axis, c, cells, padding) for c in range(cells)], axis=axis)
+        pooled.append(part)
+    return np.stack(pooled).astype(np.float32)
+
+
+def _cell(mask: np.ndarray, fit: Fit, axis: int, cell: int, cells: int, padding: bool) -> np.ndarray:
+    size, source = fit.target[axis], fit.source[axis]
+    start, stop = cell * size // cells, -(-(cell + 1) * size // cells)
+    if fit.resizes:
+        low, high = start * source // size, (stop - 1) * source // size + 1
+    else:
+        low, high = start - fit.offset[axis], stop - fit.offset[axis]
+    inside = mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis)
+    return inside | True if padding and (low < 0 or high > source) else inside
+
+
+def _unravel(flat: np.ndarray, shape: Shape, flips: Flips) -> np.ndarray:
+    index = np.stack(np.unravel_index(flat, shape), axis=1).astype(np.int64)
+    for axis, flip in enumerate(flips):
+        if flip:
+            index[:, axis] = shape[axis] - 1 - index[:, axis]
+    return index
+
+
+def _preimages(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each scan voxel: the first network voxel that takes its label from it, and how many do."""
+    table = np.arange(target) * source // target
+    many = np.bincount(table, minlength=source)
+    return np.concatenate([[0], np.cumsum(many)[:-1]]), many
+
+
+def _all_preimages(index: np.ndarray, first: Sequence[np.ndarray], many: Sequence[np.ndarray]) -> np.ndarray:
+    parts = [
+        np.stack(
+            np.meshgrid(*(np.arange(f[i], f[i] + m[i]) for i, f, m in zip(v, first, many, strict=True)), indexing="ij"),
+            axis=-1,
+        ).reshape(-1, 3)
+        for v in index
+    ]
+    return np.concatenate(parts).astype(np.int64)
