@@ -1,0 +1,115 @@
+"""Files that appear whole or not at all.
+
+A reader, a resumed run or another process never sees half a file: bytes go to a temporary file in the same
+folder, are flushed to the disk, and the finished file takes the place of the old one in a single step.
+"""
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ossnet.errors import InputError, ResourceError
+
+# Quota exceeded is, for a user, the same as a full disk.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; on success it takes the place of `path`.
+
+    Missing folders are made. On any error, also an interrupt, the temporary file is removed and `path` is as
+    it was. The temporary name is hidden and ends like `path`, so that writers which look at the ending work.
+
+    Raises:
+        ResourceError: The disk is full.
+        InputError: The folder cannot be written to.
+    """
+    path = Path(path)
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=f"-{path.name}", dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with _told(path):
+            yield temporary
+            _give_usual_permissions(temporary)
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write bytes atomically (errors as in `atomic_write`)."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write UTF-8 text atomically (errors as in `atomic_write`)."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically (errors as in `atomic_write`).
+
+    Raises:
+        ValueError: `value` holds NaN or infinity, which JSON does not know.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about the disk into a message for people."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ResourceError(
+                f"{path}: the disk is full. Free some space and run the command again; the old file, if any, is kept."
+            ) from error
+        if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)) or (
+            error.errno in (errno.EROFS, errno.ENAMETOOLONG)
+        ):
+            raise InputError(
+                path, f"cannot be written ({error.strerror})", "Choose another place for the output"
+            ) from error
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Make the operating system put a file or folder on the disk, where it can."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse fsync; the rename is still atomic.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _give_usual_permissions(path: Path) -> None:
+    """Temporary files are private; a result is as readable as any file of this user."""
+    with suppress(OSError):
+        path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
