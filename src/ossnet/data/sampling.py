@@ -166,29 +166,27 @@ def low_res_labels(
     """Adaptive max pool to the encoder's low-resolution grid: which structures a cell holds (SPEC §3).
 
     Returns:
-        (1, *grid) for binary (classes = 1, any label above 0), (classes, *grid) otherwise; float32 of 0 and 1.
+        (1, *grid) for binary (classes = 1, any label above 0), (classes - 1, *grid) otherwise, one channel a
+        structure; float32 of 0 and 1.
     """
-    masks = [labels > 0] if classes == 1 else [labels == k for k in range(classes)]
+    masks = [labels > 0] if classes == 1 else [labels == k for k in range(1, classes)]
     pooled = []
-    for k, mask in enumerate(masks):
-        # Padding is background; no other structure reaches into it.
-        padding = classes > 1 and k == 0
-        part = mask
+    for mask in masks:
         for axis, cells in enumerate(grid):
-            part = np.stack([_cell(part, fit, axis, c, cells, padding) for c in range(cells)], axis=axis)
-        pooled.append(part)
+            mask = np.stack([_cell(mask, fit, axis, c, cells) for c in range(cells)], axis=axis)
+        pooled.append(mask)
     return np.stack(pooled).astype(np.float32)
 
 
-def _cell(mask: np.ndarray, fit: Fit, axis: int, cell: int, cells: int, padding: bool) -> np.ndarray:
+def _cell(mask: np.ndarray, fit: Fit, axis: int, cell: int, cells: int) -> np.ndarray:
     size, source = fit.target[axis], fit.source[axis]
     start, stop = cell * size // cells, -(-(cell + 1) * size // cells)
     if fit.resizes:
         low, high = start * source // size, (stop - 1) * source // size + 1
     else:
         low, high = start - fit.offset[axis], stop - fit.offset[axis]
-    inside = mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis)
-    return inside | True if padding and (low < 0 or high > source) else inside
+    found: np.ndarray = mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis)
+    return found
 
 
 def _unravel(flat: np.ndarray, shape: Shape, flips: Flips) -> np.ndarray:

@@ -1,0 +1,167 @@
+"""Cases as training wants them: read once, oriented, kept in their file's type, in memory or mapped from disk."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Integer, Num
+
+from ossnet.data.layouts import Case
+from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
+from ossnet.data.sampling import border_voxels
+from ossnet.errors import VolumeError
+from ossnet.files.nifti import read_labels, read_volume
+from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume, same_place
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """One training case.
+
+    Attributes:
+        image: (C, X, Y, Z) in the file's type, oriented.
+        labels: (X, Y, Z) uint8 or uint16, oriented.
+        statistics: What normalising takes.
+        affine: Oriented voxel index → world mm.
+        spacing: mm, oriented axes.
+        fit: How the scan lies on the network's grid.
+        orientation: What was done to the stored axes.
+        classes: 1 for binary, otherwise the number of classes including background.
+        border_kernel, border_width_mm: The border band, `sampling.border_voxels`.
+    """
+
+    name: str
+    image: Num[np.ndarray, "C X Y Z"]
+    labels: Integer[np.ndarray, "X Y Z"]
+    statistics: Statistics
+    affine: Affine
+    spacing: Spacing
+    fit: Fit
+    orientation: Orientation
+    classes: int = 1
+    border_kernel: int = 13
+    border_width_mm: float | None = None
+    header: FileHeader = field(default_factory=FileHeader)
+
+    @cached_property
+    def border(self) -> list[Integer[np.ndarray, " M"]]:
+        """Flat indices of the border band of each structure; found on first use, then kept."""
+        return border_voxels(self.labels, self.spacing, self.classes, self.border_kernel, self.border_width_mm)
+
+    def volume(self) -> Volume:
+        """The (oriented) scan."""
+        return Volume(self.image, self.affine, header=self.header)
+
+    def label_map(self) -> LabelMap:
+        """The (oriented) reference."""
+        return LabelMap(self.labels, self.affine, header=self.header)
+
+
+def load_case(
+    case: Case,
+    preparation: Preparation,
+    label_map: Mapping[int, int],
+    classes: int,
+    border_kernel: int = 13,
+    border_width_mm: float | None = None,
+) -> CachedCase:
+    """Read one labelled case.
+
+    Args:
+        label_map: File label → label, for example BraTS 4 → 3; others stay.
+
+    Raises:
+        VolumeError: A file cannot be trusted, or image and label do not lie on each other.
+    """
+    if case.label is None:
+        raise VolumeError(case.name, "the case has no label", "Add its label file or leave it out")
+    volume = read_volume(case.images)
+    labels = read_labels(case.label)
+    if reason := same_place(volume, labels):
+        raise VolumeError(case.label, f"it does not lie on {case.images[0]}: {reason}", "Resample the label")
+    data = labels.data
+    for old, new in label_map.items():
+        if old != new:
+            data = np.where(data == old, np.asarray(new, dtype=data.dtype), data)
+    if classes > 1 and int(data.max(initial=0)) >= classes:
+        raise VolumeError(
+            case.label,
+            f"it holds label {int(data.max())}, but the data set names {classes - 1} structures",
+            "Correct the label file or the data set's label names",
+        )
+    orientation = preparation.orient(volume.affine)
+    oriented = volume.reoriented(orientation)
+    return CachedCase(
+        name=case.name,
+        image=np.ascontiguousarray(oriented.data),
+        labels=oriented_labels(replace(labels, data=data), orientation),
+        statistics=preparation.statistics(oriented.data),
+        affine=oriented.affine,
+        spacing=oriented.spacing,
+        fit=preparation.fit_for(oriented.shape, oriented.spacing, case.name),
+        orientation=orientation,
+        classes=classes,
+        border_kernel=border_kernel,
+        border_width_mm=border_width_mm,
+        header=volume.header,
+    )
+
+
+class CaseCache(Sequence[CachedCase]):
+    """All cases, loaded in parallel; those beyond `limit_bytes` are mapped from files in `folder`.
+
+    The mapped files are a cache and nothing else: they are removed with the folder and made anew when wanted.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        load: Callable[[Case], CachedCase],
+        limit_bytes: int,
+        folder: Path,
+        jobs: int = 2,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self._cases: list[CachedCase] = []
+        used = 0
+        with ThreadPoolExecutor(jobs) as pool:
+            for case in _in_order(pool, load, cases, ahead=2 * jobs):
+                size = case.image.nbytes + case.labels.nbytes
+                if used + size > limit_bytes:
+                    case = _mapped(case, folder)
+                else:
+                    used += size
+                self._cases.append(case)
+                if progress:
+                    progress(case.name)
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: int) -> CachedCase:  # type: ignore[override]
+        return self._cases[index]
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, load: Callable[[Case], CachedCase], cases: Sequence[Case], ahead: int
+) -> Iterator[CachedCase]:
+    # A bounded look-ahead: `pool.map` would hold every loaded case before the first could be mapped.
+    waiting = [pool.submit(load, case) for case in cases[:ahead]]
+    for index in range(len(cases)):
+        yield waiting.pop(0).result()
+        if index + ahead < len(cases):
+            waiting.append(pool.submit(load, cases[index + ahead]))
+
+
+def _mapped(case: CachedCase, folder: Path) -> CachedCase:
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for kind in ("image", "labels"):
+        file = folder / f"{case.name}.{os.getpid()}.{kind}.npy"
+        np.save(file, getattr(case, kind), allow_pickle=False)
+        arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return replace(case, image=arrays["image"], labels=arrays["labels"])

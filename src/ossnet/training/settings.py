@@ -1,0 +1,343 @@
+"""All settings of a training, one tree; presets are named instances, files and `--set` change them.
+
+Names and defaults of the options on which paper and released code disagree are those of SPEC §7.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ossnet.errors import SettingsError
+from ossnet.volume import Shape
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Group):
+    """Which cases, and how a scan is brought onto the network's grid."""
+
+    layout: str | None = Field(None, description="name of the data set's layout; found out when not given")
+    fold: int | Literal["all", "paper"] = Field(
+        0, description="fold of the cross-validation (splits_final.json or 5 folds), all cases, or the paper's split"
+    )
+    target: Literal["classes", "foreground"] = Field(
+        "classes", description="every structure of the data set, or any label above 0 as one structure"
+    )
+    orientation: Literal["canonical", "file"] = Field("canonical", description="axis order inside")
+    normalise: Literal["auto", "zscore", "window", "none"] = Field(
+        "auto", description="auto: window for CT in the default variant, zscore otherwise"
+    )
+    fit: Literal["auto", "none", "pad", "resize", "spacing"] = Field(
+        "auto", description="auto: pad where all scans are about one size, otherwise resize (the paper's variants)"
+    )
+    shape: Shape | None = Field(None, description="network grid S in voxels; proposed from the data when not given")
+    spacing: tuple[float, float, float] | None = Field(None, description="network grid in mm, for fit=spacing")
+    cache_gb: float = Field(8.0, gt=0, description="cases beyond this are mapped from disk, in GB")
+
+
+class NetworkSettings(_Group):
+    """Sizes and options of the network."""
+
+    width: int | None = Field(None, ge=1, description="features of a decoder block (paper: 512)")
+    blocks: tuple[int, ...] | None = Field(None, description="output channels of the encoder blocks")
+    cbn_statistics: Literal["scalar", "feature"] = Field("scalar", description="SPEC §7.7")
+    normalise_coordinates: bool = Field(False, description="SPEC §7.4")
+    large_pool: Literal["avg", "released"] = Field(
+        "avg", description="how 14³ patches are pooled; released: max in dense inference (SPEC §7.3)"
+    )
+    slice_axis: Literal[0, 1, 2] = Field(2, description="unet2d: the axis that slices are cut across")
+    patch_shape: Shape | None = Field(None, description="unet3d: voxels of a training patch; none: whole volumes")
+
+
+class SamplingSettings(_Group):
+    """Locations that a training step asks."""
+
+    strategy: Literal["uniform", "border"] = Field("uniform", description="SPEC §3; BraTS uniform, LiTS border")
+    locations: int = Field(2**14, ge=1, description="locations a volume")
+    border_share: float = Field(0.5, ge=0, le=1, description="part of them from the border band")
+    border_kernel: int = Field(13, ge=1, description="max pool in voxels that widens the border (SPEC §7.8)")
+    border_width_mm: float | None = Field(None, gt=0, description="Euclidean band in mm instead of the released one")
+    include_last_voxel: bool = Field(True, description="SPEC §7.6; false as released")
+
+
+class AugmentationSettings(_Group):
+    """Changes to a training example."""
+
+    probability: float = Field(0.5, ge=0, le=1, description="of each kind (SPEC §3)")
+    flip_axes: tuple[int, ...] = Field((0, 1), description="axes that may be mirrored; () for none")
+    brightness: float = Field(0.15, ge=0, description="largest factor f of x + f * max(x)")
+    noise: float = Field(0.15, ge=0, description="standard deviation, in units of the normalised scan")
+    spatial: bool = Field(True, description="default variant and U-Nets: rotation, scaling, elastic")
+
+
+class OptimiserSettings(_Group):
+    """Lookahead(RAdam) of the paper, AdamW, or Muon with AdamW for what is no convolution."""
+
+    name: Literal["lookahead_radam", "adamw", "muon"] = "lookahead_radam"
+    lr: float = Field(3e-4, gt=0, description="learning rate; with muon that of AdamW")
+    muon_lr: float = Field(0.015, gt=0, description="relative step of Muon")
+    pade_lr: float | Literal["released"] = Field(
+        1e-2, description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    lookahead_k: int = Field(5, ge=1)
+    lookahead_alpha: float = Field(0.8, gt=0, le=1)
+    clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights; the average is the model")
+
+
+class ScheduleSettings(_Group):
+    """How long, and how the learning rates move."""
+
+    kind: Literal["steps", "cosine"] = Field("steps", description="steps: x0.1 at milestones; cosine with warm-up")
+    epochs: int = Field(50, ge=1)
+    minutes: float | None = Field(None, gt=0, description="train for this wall-clock time; the schedule is stretched")
+    milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
+    warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")
+    batch_size: int = Field(8, ge=1, description="volumes a step, over all devices")
+    steps_per_epoch: int | None = Field(None, ge=1, description="none: every case once, incomplete batch dropped")
+
+
+class LossSettings(_Group):
+    """What is minimised."""
+
+    kind: Literal["paper", "dice"] = Field("paper", description="cross-entropy of equation 2, or with soft Dice added")
+    aux: float = Field(0.1, ge=0, description="weight of the encoder's segmentation (equation 2's alpha)")
+
+
+class ValidationSettings(_Group):
+    """How a model is judged while it trains, and at the end."""
+
+    every: int = Field(5, ge=1, description="epochs between validations (with minutes: 10 in all)")
+    locations: int = Field(2**17, ge=1, description="uniform locations a volume, the same each time")
+    scheme: Literal["uniform", "released_lits"] = Field(
+        "uniform", description="released_lits: 2^14 locations, 40 % from the border (SPEC §7.9)"
+    )
+    empty_score: float = Field(0.0, ge=0, le=1, description="score when label and prediction are empty (SPEC §7.26)")
+    dense: bool = Field(True, description="segment the validation cases at the end")
+    dense_cases: int | None = Field(None, ge=1, description="at most this many")
+    picture: bool = True
+
+
+class RuntimeSettings(_Group):
+    """Machine: nothing here changes what is learnt, but for rounding."""
+
+    devices: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1)
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+        "auto", description="auto: bf16 where the machine computes in it and the variant was tried with it"
+    )
+    threads: int | None = Field(None, ge=1, description="torch threads; the same number for a bit-exact resume")
+    workers: int = Field(2, ge=0, description="threads that prepare examples ahead")
+    checkpoint_blocks: bool | Literal["auto"] = Field(
+        "auto", description="recompute decoder blocks in the backward pass: less memory, a fifth more time"
+    )
+    checkpoint_seconds: float = Field(60.0, gt=0, description="time between states for --resume")
+    tensorboard: bool = Field(True, description="write TensorBoard events when tensorboard is installed")
+
+
+class Settings(_Group):
+    """Everything about one training."""
+
+    variant: str = "multiscale"
+    seed: int = Field(0, ge=0)
+    data: DataSettings = DataSettings()
+    network: NetworkSettings = NetworkSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    loss: LossSettings = LossSettings()
+    validation: ValidationSettings = ValidationSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
+
+
+Changes = Mapping[str, Any]
+
+VARIANT_RECIPES: dict[str, Changes] = {
+    "multiscale": {
+        "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
+        "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
+        "sampling": {"strategy": "border", "locations": 4096},
+        "loss": {"kind": "dice"},
+        "augmentation": {"flip_axes": ()},
+        "validation": {"locations": 2**15},
+    },
+    # SPEC §3 "Baselines". The paper feeds whole volumes at reduced resolution; patch_shape makes it patches.
+    "unet3d": {
+        "optimiser": {"lr": 1e-3},
+        "schedule": {"epochs": 20, "batch_size": 2},
+        "validation": {"locations": 2**15},
+    },
+    "unet2d": {
+        "optimiser": {"lr": 1e-4},
+        "schedule": {"epochs": 50, "batch_size": 32},
+        "validation": {"locations": 2**15},
+    },
+}
+"""What differs from the defaults, which are the paper's for O-Net and A to D, by variant."""
+
+PRESETS: dict[str, Changes] = {
+    "brats2020": {
+        "variant": "C",
+        "data": {
+            "orientation": "file",
+            "target": "foreground",
+            "fit": "pad",
+            "shape": (256, 256, 160),
+            "fold": "paper",
+            "normalise": "zscore",
+        },
+    },
+    "lits": {
+        "variant": "C",
+        "data": {
+            "orientation": "file",
+            "target": "foreground",
+            "fit": "resize",
+            "shape": (512, 512, 512),
+            "fold": "paper",
+            "normalise": "zscore",
+        },
+        "schedule": {"batch_size": 4},
+        "sampling": {"strategy": "border"},
+    },
+}
+"""The paper's two experiments (SPEC §1, §3)."""
+
+
+def make_settings(
+    variant: str | None = None,
+    preset: str | None = None,
+    config: Path | None = None,
+    changes: Sequence[str] = (),
+) -> Settings:
+    """Put settings together; later ones win: variant's recipe, preset, file, then single changes.
+
+    Args:
+        config: JSON or TOML file with any part of the tree.
+        changes: `group.key=value`, values as in JSON; bare words are strings.
+
+    Raises:
+        SettingsError: Unknown keys (with the nearest known name) and values without meaning.
+    """
+    layers: list[tuple[str, Changes]] = []
+    if preset is not None:
+        if preset not in PRESETS:
+            raise SettingsError("--preset", f"{preset!r} is unknown", f"Choose one of {', '.join(PRESETS)}")
+        layers.append((f"preset {preset}", PRESETS[preset]))
+    if config is not None:
+        layers.append((str(config), _read_config(config)))
+    layers += [_parse_change(change) for change in changes]
+    if variant is not None:
+        layers.append(("--variant", {"variant": variant}))
+    chosen = next((str(values["variant"]) for _, values in reversed(layers) if "variant" in values), "multiscale")
+    chosen = canonical_variant(chosen)
+    tree: dict[str, Any] = {}
+    for where, values in [("recipe", VARIANT_RECIPES.get(chosen, {})), *layers]:
+        _check_keys(where, values, Settings)
+        tree = _merged(tree, values)
+    tree["variant"] = chosen
+    return parse_settings(tree)
+
+
+def parse_settings(tree: Mapping[str, Any], where: str = "settings") -> Settings:
+    """Settings from plain values, with one readable message for whatever is wrong."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(
+            f"{where}: {key}", f"{first['input']!r}: {first['msg']}", "See `ossnet train --help-settings`"
+        ) from None
+
+
+def canonical_variant(name: str) -> str:
+    """The known spelling of a variant's name.
+
+    Raises:
+        SettingsError: No such variant.
+    """
+    from ossnet.networks.variants import OFFERED
+
+    known = [*VARIANT_RECIPES, *OFFERED]
+    for candidate in known:
+        if candidate.lower().replace("-", "") == name.lower().replace("-", "").replace("_", ""):
+            return candidate
+    raise SettingsError("variant", f"{name!r} is unknown", f"Choose one of {', '.join(known)}")
+
+
+def describe_settings() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every setting."""
+    rows = []
+    for group_name, group in Settings.model_fields.items():
+        if isinstance(group.default, _Group):
+            for name, field in type(group.default).model_fields.items():
+                rows.append((f"{group_name}.{name}", str(field.default), field.description or ""))
+        else:
+            rows.append((group_name, str(group.default), group.description or ""))
+    return rows
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise SettingsError(file, f"cannot be read ({error.strerror})", "Check the path") from error
+    except ValueError as error:
+        raise SettingsError(file, f"is no valid JSON or TOML ({error})", "Correct the file") from error
+    if not isinstance(values, dict):
+        raise SettingsError(file, "holds no settings", "Write an object with groups such as schedule")
+    return values
+
+
+def _parse_change(change: str) -> tuple[str, Changes]:
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise SettingsError("--set", f"{change!r} has no =", "Write --set group.key=value")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        if isinstance(value, str) and "," in value:
+            try:
+                value = json.loads(f"[{value}]")
+            except ValueError:
+                value = value.split(",")
+    tree: Any = value
+    for part in reversed(key.strip().split(".")):
+        tree = {part: tree}
+    return f"--set {key}", tree
+
+
+def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str = "") -> None:
+    for key, value in values.items():
+        if key not in group.model_fields:
+            every = [name for name, _, _ in describe_settings()]
+            near = difflib.get_close_matches(prefix + key, every, 1, 0.5) or [
+                name for name in every if name.split(".")[-1] == key
+            ]
+            fix = f"Did you mean {near[0]}?" if near else "See `ossnet train --help-settings`"
+            raise SettingsError(where, f"the setting {prefix + key} is unknown", fix)
+        inner = getattr(Settings(), key) if group is Settings else None
+        if isinstance(inner, _Group):
+            if not isinstance(value, Mapping):
+                raise SettingsError(where, f"{key} is a group of settings", f"Set one of them: {key}.name=value")
+            _check_keys(where, value, type(inner), f"{key}.")
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+    return out
