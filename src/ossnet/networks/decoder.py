@@ -7,6 +7,7 @@ Letters: B volumes, N locations, F features, R latent rows, L latent length, K c
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ class DecoderBlock(nn.Module):
         self.cnb_2 = ConditionalBatchNorm(latent, width, statistics)
         self.activation = Pade()
         self.final_activation = Pade()
-        self.residual_mapping = nn.Identity() if features_in == width else nn.Linear(features_in, width)
+        self.residual_mapping: nn.Linear | nn.Identity = (
+            nn.Identity() if features_in == width else nn.Linear(features_in, width)
+        )
 
     def forward(self, x: Float[Tensor, "B N F"], latent: Float[Tensor, "B L"]) -> Float[Tensor, "B N W"]:
         """Features of each location, modulated by the latent row of its volume."""
@@ -73,6 +76,8 @@ class DecoderBlock(nn.Module):
 
 class Decoder(nn.Module):
     """Five residual blocks over [coordinates | local features | latent row 0], then one linear map."""
+
+    b: Tensor
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
@@ -112,14 +117,14 @@ class Decoder(nn.Module):
             )
         local = None if self.patch_mapping is None else self.patch_mapping(patches)
         coordinates = self.coordinates(locations)
-        first = self.blocks[0]
+        first, *others = cast(list[DecoderBlock], list(self.blocks))
         row = [latent[:, 0 if latent.shape[1] == 1 else i + 1] for i in range(len(self.blocks))]
         x = first.finish(
             _read(first.linear_layer_1, coordinates, local, latent[:, 0]),
-            self._first_shortcut(coordinates, local, latent[:, 0]),
+            _shortcut(first.residual_mapping, coordinates, local, latent[:, 0]),
             row[0],
         )
-        for block, conditions in zip(list(self.blocks)[1:], row[1:], strict=True):
+        for block, conditions in zip(others, row[1:], strict=True):
             x = block(x, conditions)
         logits: Tensor = self.final_mapping(x)
         return logits.squeeze(-1) if self.binary else logits
@@ -129,17 +134,15 @@ class Decoder(nn.Module):
         coordinates = normalise_locations(locations, self.shape) if self.normalise_coordinates else locations
         return coordinates if self.coordinate_features == 3 else fourier_features(coordinates, self.b)
 
-    def _first_shortcut(self, coordinates: Tensor, local: Tensor | None, latent: Tensor) -> Tensor:
-        mapping = self.blocks[0].residual_mapping
-        if isinstance(mapping, nn.Linear):
-            return _read(mapping, coordinates, local, latent)
-        # An input exactly as wide as the block: the shortcut is the input itself.
-        parts = [
-            coordinates,
-            *([] if local is None else [local]),
-            latent[:, None].expand(-1, coordinates.shape[1], -1),
-        ]
-        return torch.cat(parts, dim=-1)
+
+def _shortcut(
+    mapping: nn.Linear | nn.Identity, coordinates: Tensor, local: Tensor | None, latent: Tensor
+) -> Tensor:
+    if isinstance(mapping, nn.Linear):
+        return _read(mapping, coordinates, local, latent)
+    # An input exactly as wide as the block: the shortcut is the input itself.
+    constant = latent[:, None].expand(-1, coordinates.shape[1], -1)
+    return torch.cat([coordinates, *([] if local is None else [local]), constant], dim=-1)
 
 
 def _read(

@@ -47,7 +47,7 @@ class Moments(NamedTuple):
 
     mean: Tensor
     variance: Tensor
-    count: Tensor | int
+    values: Tensor | int
 
 
 def batch_moments(x: Float[Tensor, "..."], dims: tuple[int, ...]) -> Moments:
@@ -107,11 +107,10 @@ class _BatchStatistics(nn.Module):
         """Mean and biased variance to normalise with, one value a feature; in training the averages move."""
         if not self.training:
             return self.running_mean, self.running_var
-        mean, variance, count = batch_moments(x, dims)
+        mean, variance, values = batch_moments(x, dims)
         mean, variance = mean.reshape(self.running_mean.shape), variance.reshape(self.running_var.shape)
         with torch.no_grad():
-            factor = count / (count - 1)
-            unbiased = variance.detach() * factor
+            unbiased = variance.detach() * (values / (values - 1))
             self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked.add_(1)

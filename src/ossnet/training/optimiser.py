@@ -1,0 +1,209 @@
+"""Optimisers: the paper's Lookahead(RAdam), and Muon for convolutions (SPEC §3, §7.13)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer, RAdam
+
+from ossnet.errors import SettingsError
+from ossnet.networks.pade import Pade
+
+LEARNING_RATE = 3e-4
+"""The paper's, for everything but Padé coefficients."""
+
+PADE_LEARNING_RATE = 1e-2
+"""The paper's, for Padé coefficients."""
+
+
+class Lookahead(Optimizer):
+    """Slow weights behind a fast optimiser (SPEC §3).
+
+    After each step of the inner optimiser, if the counter is 0: fast = α·fast + (1-α)·slow, slow = fast. The
+    counter starts at 0 and runs modulo k, the slow weights start as the values after the first step, so
+    weights are synchronised after steps 1, k+1, 2k+1, …
+
+    Parameter groups are the inner optimiser's own, so schedules and checkpoints work as with any optimiser.
+
+    Args:
+        inner: The fast optimiser.
+        k: Steps between synchronisations.
+        alpha: Share of the fast weights.
+    """
+
+    def __init__(self, inner: Optimizer, k: int = 5, alpha: float = 0.8) -> None:
+        if k < 1:
+            raise SettingsError("lookahead k", f"is {k}", "Give 1 or more")
+        if not 0 <= alpha <= 1:
+            raise SettingsError("lookahead alpha", f"is {alpha}", "Give a share between 0 and 1")
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.k, self.alpha = inner, k, alpha
+        self.param_groups = inner.param_groups
+        self.counter = 0
+        self.slow: dict[Tensor, Tensor] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the inner optimiser."""
+        if "inner" in self.__dict__:
+            self.inner.add_param_group(param_group)
+        else:  # the base class adds each group once while it is constructed
+            super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of the inner optimiser, and a synchronisation where one is due."""
+        loss = self.inner.step(closure)
+        if self.counter == 0:
+            for parameter in self._parameters():
+                slow = self.slow.get(parameter)
+                if slow is None:
+                    self.slow[parameter] = parameter.detach().clone()
+                else:
+                    slow.lerp_(parameter, self.alpha)
+                    parameter.copy_(slow)
+        self.counter = (self.counter + 1) % self.k
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's state, the counter, and the slow weights by parameter number."""
+        slow = {i: self.slow[p] for i, p in enumerate(self._parameters()) if p in self.slow}
+        return {"inner": self.inner.state_dict(), "counter": self.counter, "slow": slow}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken; k and α stay those of this object."""
+        self.inner.load_state_dict(state_dict["inner"])
+        # The inner optimiser now has a new list of groups. Schedules and wrappers may hold the old one, so
+        # its identity is kept.
+        self.param_groups[:] = self.inner.param_groups
+        self.inner.param_groups = self.param_groups
+        self.counter = int(state_dict["counter"])
+        parameters = list(self._parameters())
+        self.slow = {
+            parameters[int(i)]: value.detach().to(parameters[int(i)], copy=True)
+            for i, value in state_dict["slow"].items()
+        }
+
+    def _parameters(self) -> Iterable[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+
+class Muon(Optimizer):
+    """Momentum whose step is made orthogonal, for convolutions that a normalisation follows.
+
+    Each weight is seen as a matrix, outputs × rest. The step is the nearest matrix with orthonormal rows (or
+    columns) to its Nesterov momentum, found by Newton–Schulz iterations, at the weight's own norm; after the
+    step the weight is brought back to the norm sqrt(rows). What the layer computes does not depend on that
+    norm, since a normalisation follows, so `lr` is a relative step: the angle by which a weight turns.
+
+    Args:
+        params: Weights with two axes or more.
+        lr: Relative step.
+        momentum: Of the averaged gradient.
+        iterations: Newton–Schulz iterations.
+        renormalise: Bring each weight back to the norm sqrt(rows) after the step. Only right where a
+            normalisation follows.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        iterations: int = 4,
+        renormalise: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "iterations": iterations, "renormalise": renormalise}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            if any(p.ndim < 2 for p in group["params"]):
+                raise SettingsError("muon", "a parameter is no matrix", "Give it to another optimiser")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step; parameters without a gradient stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            momentum = group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                average = state.setdefault("momentum", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - momentum)
+                nesterov = parameter.grad.lerp(average, momentum)
+                rows = parameter.shape[0]
+                direction = orthogonalise(nesterov.reshape(rows, -1), group["iterations"])
+                # Orthonormal columns have the norm sqrt(columns): bring it to the weight's own.
+                size = math.sqrt(max(1.0, rows / direction.shape[1]))
+                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * size)
+                if group["renormalise"]:
+                    parameter.mul_(math.sqrt(rows) / parameter.norm().clamp_min(1e-12))
+        return loss
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration X ← aX + b(XXᵀ)X + c(XXᵀ)²X, chosen for speed and not for
+convergence:
+singular values end between about 0.7 and 1.2 (Jordan et al., "Muon", 2024)."""
+
+
+def orthogonalise(matrix: Float[Tensor, "R C"], iterations: int = 4) -> Float[Tensor, "R C"]:
+    """About the nearest matrix with orthonormal rows (columns where there are fewer of them).
+
+    The iteration X ← (aI + bA + cA²) X with A = XXᵀ only ever multiplies the start matrix by polynomials in
+    its own Gram matrix. These commute, so all iterations run on the small square matrix and the large one is
+    multiplied once.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T, iterations).T
+    x = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+    x = x / x.norm().clamp_min(1e-12)  # singular values at most 1
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.T
+    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    product = identity
+    for _ in range(iterations):
+        polynomial = a * identity + b * gram + c * (gram @ gram)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    nearest: Tensor = product @ x
+    return nearest.to(matrix.dtype)
+
+
+def parameter_groups(
+    network: nn.Module, lr: float = LEARNING_RATE, pade_lr: float | Literal["released"] = PADE_LEARNING_RATE
+) -> list[dict[str, Any]]:
+    """Two groups: everything else at `lr`, Padé coefficients at `pade_lr` (SPEC §3).
+
+    Args:
+        network: Any module.
+        lr: Learning rate.
+        pade_lr: Learning rate of the Padé coefficients. "released" = `lr`: the optimiser of the released code
+            shares its step size between groups, so that all move at the first one's rate (SPEC §7.13).
+    """
+    own = {id(p) for module in network.modules() if isinstance(module, Pade) for p in module.parameters()}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    rest = {"params": [p for p in trained if id(p) not in own], "lr": lr, "name": "weights"}
+    pade = {
+        "params": [p for p in trained if id(p) in own],
+        "lr": lr if pade_lr == "released" else pade_lr,
+        "name": "pade",
+    }
+    return [group for group in (rest, pade) if group["params"]]
+
+
+def paper_optimiser(
+    network: nn.Module,
+    lr: float = LEARNING_RATE,
+    pade_lr: float | Literal["released"] = PADE_LEARNING_RATE,
+    k: int = 5,
+    alpha: float = 0.8,
+) -> Lookahead:
+    """Lookahead(RAdam) as the paper trains: betas (0.9, 0.999), eps 1e-8, no weight decay (SPEC §3)."""
+    return Lookahead(RAdam(parameter_groups(network, lr, pade_lr), lr=lr), k=k, alpha=alpha)
