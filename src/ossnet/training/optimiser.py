@@ -134,7 +134,9 @@ class Muon(Optimizer):
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                average = state.setdefault("momentum", torch.zeros_like(parameter))
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                average = state["momentum"]
                 average.lerp_(parameter.grad, 1 - momentum)
                 nesterov = parameter.grad.lerp(average, momentum)
                 rows = parameter.shape[0]
