@@ -46,12 +46,11 @@ class UNetSpec:
     strides: tuple[tuple[int, ...], ...] = ()
     """Reduction along each axis between the units, one entry fewer than filters; () = 2 everywhere."""
     slice_axis: int = 2
-    """`unet2d` only: the axis (0, 1, 2) that slices are stacked along (the paper: best on BraTS 2, on LiTS 1)."""
+    """`unet2d` only: the axis (0, 1, 2) that slices are stacked along; best in the paper: BraTS 2, LiTS 1."""
 
     def __post_init__(self) -> None:
         if self.variant not in FILTERS:
-            raise SettingsError("variant", f"{self.variant!r} is no U-Net", f"Choose one of {',
-            '.join(FILTERS)}")
+            raise SettingsError("variant", f"{self.variant!r} is no U-Net", "Choose unet3d or unet2d")
         if not self.filters:
             object.__setattr__(self, "filters", FILTERS[self.variant])
         if not self.strides:
@@ -104,8 +103,9 @@ class UNetSpec:
             }
             return cls(**{**values, **sizes})
         except TypeError as error:
-            raise SettingsError("network", f"a value is missing or of the wrong type ({error})", "Mend it")
-            from error
+            raise SettingsError(
+                "network", f"a value is missing or of the wrong type ({error})", "Mend it"
+            ) from error
 
 
 class UNet(nn.Module):
@@ -168,7 +168,7 @@ def segment_slices(
 
 
 def to_slices(volume: Float[Tensor, "B C X Y Z"], axis: int) -> Float[Tensor, "M C H W"]:
-    """The slices of volumes along spatial axis 0, 1 or 2, M = B times that axis; H, W the other two in order."""
+    """The slices of volumes along spatial axis 0, 1 or 2: M = B times its voxels; H, W are the other two."""
     return volume.movedim(axis + 2, 1).flatten(0, 1)
 
 
@@ -193,7 +193,8 @@ def _monai_blocks() -> tuple[Any, Any]:
         from monai.networks.blocks.convolutions import ResidualUnit
     except ImportError as error:
         raise SettingsError(
-            "variant", "the U-Nets are built from MONAI, which is not installed", 'Run pip install
-            "ossnet[baselines]"'
+            "variant",
+            "the U-Nets are built from MONAI, which is not installed",
+            'Run pip install "ossnet[baselines]"',
         ) from error
     return ResidualUnit, UpSample
