@@ -1,0 +1,81 @@
+"""Output grids: which locations of the world an answer is wanted at."""
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from jaxtyping import Float
+
+from ossnet.errors import SettingsError
+from ossnet.volume import Affine, Shape, spacing_of
+
+Box = tuple[tuple[int, int, int], tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Voxels of an answer.
+
+    Attributes:
+        shape: Voxels along each axis.
+        affine: (4, 4) voxel index → world mm.
+    """
+
+    shape: Shape
+    affine: Affine
+
+    @classmethod
+    def with_shape(cls, base: "Grid", shape: Shape) -> "Grid":
+        """Another number of voxels over the same extent in the world (outer voxel faces coincide)."""
+        if min(shape) < 1:
+            raise SettingsError("shape", f"{shape} has an axis without voxels", "Give at least one voxel an axis")
+        scale = np.array(base.shape) / np.array(shape)
+        step = np.eye(4)
+        step[:3, :3] = np.diag(scale)
+        step[:3, 3] = scale / 2 - 0.5
+        return cls(shape, base.affine @ step)
+
+    @classmethod
+    def with_spacing(cls, base: "Grid", spacing: float | tuple[float, float, float]) -> "Grid":
+        """Voxels of a given size in mm; the extent is that of `base` to within half a voxel, centred on it."""
+        wanted = np.broadcast_to(np.asarray(spacing, dtype=float), (3,))
+        if not (np.isfinite(wanted).all() and (wanted > 0).all()):
+            raise SettingsError("spacing", f"{spacing} mm is not above 0", "Give mm per voxel, one or three values")
+        have = np.array(spacing_of(base.affine))
+        x, y, z = (max(1, round(float(v))) for v in np.array(base.shape) * have / wanted)
+        scale = wanted / have
+        step = np.eye(4)
+        step[:3, :3] = np.diag(scale)
+        step[:3, 3] = (np.array(base.shape) - 1) / 2 - scale * (np.array([x, y, z]) - 1) / 2
+        return cls((x, y, z), base.affine @ step)
+
+    def to(self, other: "Grid") -> Float[np.ndarray, "4 4"]:
+        """The 4×4 map from voxel indices here to voxel indices of another grid."""
+        out = np.linalg.inv(other.affine) @ self.affine
+        # Grids that differ by whole voxels must map integers to integers.
+        near = np.round(out)
+        return np.where(np.abs(out - near) < 1e-9, near, out)
+
+
+def check_box(box: Box, shape: Shape) -> Box:
+    """A box ((x0, y0, z0), (x1, y1, z1)) of voxels, ends excluded, inside a grid.
+
+    Raises:
+        SettingsError: It is empty or leaves the grid.
+    """
+    (x0, y0, z0), (x1, y1, z1) = box
+    for low, high, size in zip((x0, y0, z0), (x1, y1, z1), shape, strict=True):
+        if not 0 <= low < high <= size:
+            raise SettingsError(
+                "region", f"{box} is not inside the grid of {shape} voxels", "Give two corners, the second excluded"
+            )
+    return box
+
+
+def moved_box(box: Box, matrix: Float[np.ndarray, "4 4"]) -> Box:
+    """A box after an axis permutation with flips, `matrix` mapping new voxel indices to old ones."""
+    inverse = np.linalg.inv(matrix)
+    corners = np.array(list(product(*zip(box[0], (np.array(box[1]) - 1).tolist(), strict=True))), dtype=float)
+    moved = np.rint(corners @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
+    low, high = moved.min(axis=0), moved.max(axis=0) + 1
+    return (int(low[0]), int(low[1]), int(low[2])), (int(high[0]), int(high[1]), int(high[2]))

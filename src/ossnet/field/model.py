@@ -1,0 +1,219 @@
+"""A trained model: a folder with `model.json`, `weights.safetensors` and `MODEL_CARD.md`. Nothing in it is code."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ossnet.data.preparation import Preparation
+from ossnet.errors import ModelError
+from ossnet.files.atomic import atomic_write, write_json, write_text
+from ossnet.networks.registry import build, family_of
+from ossnet.networks.released import read_released
+from ossnet.networks.ossnet import OSSNet
+from ossnet.volume import Shape, Volume
+
+if TYPE_CHECKING:
+    from ossnet.field.field import Field
+
+FORMAT = 1
+FILES = ("model.json", "weights.safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    out = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("ossnet", "numpy", "nibabel", "safetensors"):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            out[name] = "unknown"
+    return out
+
+
+@dataclass
+class Model:
+    """A network with everything that using it takes.
+
+    Attributes:
+        network: In evaluation mode, on the CPU until a field needs it elsewhere.
+        preparation: What happens to a scan first.
+        label_names: Label value → structure; without background.
+        channel_names: Meaning of the input channels, in order.
+        metadata: Variant, training settings, metrics, versions; for people and reports.
+    """
+
+    network: nn.Module
+    preparation: Preparation
+    label_names: dict[int, str]
+    channel_names: tuple[str, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+
+    @property
+    def variant(self) -> str:
+        """The name a user trained it by."""
+        return str(self.metadata.get("variant") or getattr(self.network.spec, "variant", family_of(self.network)))
+
+    @property
+    def classes(self) -> int:
+        """1: one structure (sigmoid). K: K - 1 structures and background (softmax)."""
+        return int(self.network.spec.classes)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a scan."""
+        return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
+
+    def field(self, volume: Volume, **options: Any) -> "Field":
+        """Bind the model to one scan: everything that can be asked is asked of the result (see `Field`)."""
+        from ossnet.field.field import Field
+
+        return Field(self, volume, **options)
+
+    def description(self) -> dict[str, Any]:
+        """What `model.json` holds."""
+        return {
+            "format": FORMAT,
+            "family": family_of(self.network),
+            "network": self.network.spec.to_dict(),  # type: ignore[union-attr, operator]
+            "preparation": self.preparation.model_dump(mode="json"),
+            "labels": {str(k): v for k, v in self.label_names.items()},
+            "channels": list(self.channel_names),
+            **self.metadata,
+        }
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model folder; every file is replaced atomically, the weights first.
+
+        Raises:
+            ResourceError: The disk is full; what was there stays.
+        """
+        folder = Path(folder)
+        # safetensors refuses tensors that share memory; state dicts of ours have none that do.
+        weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        with atomic_write(folder / "weights.safetensors") as temporary:
+            save_file(weights, temporary, {"format": "pt"})
+        write_json(folder / "model.json", self.description())
+        write_text(folder / "MODEL_CARD.md", self.card())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read a model folder, or the best model of a run folder.
+
+        Raises:
+            ModelError: Nothing there, or files that do not belong together.
+        """
+        folder = model_folder(folder)
+        file = folder / "model.json"
+        try:
+            description = json.loads(file.read_text())
+            if description.get("format", 0) > FORMAT:
+                raise ModelError(file, f"it has format {description['format']}", "Update ossnet to use this model")
+            network = build(description["family"], description["network"])
+            if description.get("half"):  # shipped in 16 bits to be small, used in 32
+                network.half()
+            state = load_file(folder / "weights.safetensors")
+            network.load_state_dict(state, strict=True)
+            preparation = Preparation.model_validate(description["preparation"])
+            names = {int(k): str(v) for k, v in description["labels"].items()}
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(file, f"it cannot be used ({_first_line(error)})", "Train or import it again") from error
+        except (SafetensorError, RuntimeError, OSError) as error:
+            weights = folder / "weights.safetensors"
+            raise ModelError(weights, f"it cannot be used ({_first_line(error)})", "Copy it again") from error
+        known = {"format", "family", "network", "preparation", "labels", "channels"}
+        metadata = {k: v for k, v in description.items() if k not in known}
+        return cls(network.float(), preparation, names, tuple(description.get("channels", ())), metadata)
+
+    def card(self) -> str:
+        """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""
+        data = self.metadata.get("data", {})
+        scores = self.metadata.get("metrics", {})
+        parameters = sum(p.numel() for p in self.network.parameters())
+        lines = [
+            f"# {data.get('name', 'Segmentation')} model, variant {self.variant}",
+            "",
+            f"- Structures: {', '.join(f'{k} {v}' for k, v in self.label_names.items())}",
+            f"- Input: {self.channels} channel(s) {', '.join(self.channel_names)}".rstrip(),
+            f"- Network: {family_of(self.network)}, {parameters:,} parameters",
+            f"- Preparation: {self.preparation.model_dump_json(exclude_defaults=True)}",
+        ]
+        if data:
+            lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
+        if scores:
+            lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]
+        lines += [
+            "",
+            "## Use",
+            "",
+            "For research. It was judged on the data named above and on nothing else; it is no medical device.",
+            "",
+            "## Versions",
+            "",
+            *(f"- {k} {v}" for k, v in self.metadata.get("versions", {}).items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def model_folder(path: Path | str) -> Path:
+    """The folder that holds the model: the path itself, or `model/` or `last/` of a run.
+
+    Raises:
+        ModelError: There is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "model", path / "last"):
+        if all((folder / name).is_file() for name in FILES):
+            return folder
+    reason = "it holds no model.json with weights.safetensors" if path.is_dir() else "no such folder"
+    raise ModelError(path, reason, "Give a model folder, or the run folder of a training")
+
+
+def import_released(path: Path | str, output_shape: Shape | None = None) -> Model:
+    """A model from the authors' weight files (SPEC §2: everything is read from the state dict).
+
+    Args:
+        path: `oss_net_*.pt`; read without running code from it.
+        output_shape: The low-resolution grid, where it cannot be inferred (SPEC §7.37).
+
+    Raises:
+        ModelError: No such network, or the grid must be given.
+    """
+    spec, weights = read_released(path, output_shape)
+    network = OSSNet(spec)
+    network.load_state_dict(weights, strict=True)
+    # Four modalities, zero padded, are the paper's BraTS; one channel, resized, its LiTS (SPEC §1).
+    padded = spec.channels > 1
+    preparation = Preparation(orientation="file", fit="pad" if padded else "resize", shape=spec.shape)
+    channels = ("flair", "t1", "t1ce", "t2") if spec.channels == 4 else ()
+    return Model(
+        network,
+        preparation,
+        {1: "foreground"} if spec.classes == 1 else {k: f"class {k}" for k in range(1, spec.classes)},
+        channels,
+        {"variant": spec.variant, "source": f"imported from {Path(path).name}", "versions": versions()},
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_number(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""How each family of networks is trained; the loop does not ask which."""

@@ -1,0 +1,84 @@
+"""What a family of networks must say so that the training loop can train it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ossnet.data.augment import Augmentation, apply_intensity, flipped
+from ossnet.data.cache import CachedCase
+from ossnet.data.preparation import Preparation, as_float
+from ossnet.training.optimiser import Muon, paper_optimiser
+from ossnet.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What a step minimises, and its parts for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Recipe(ABC):
+    """How one family of networks is trained: what an example is and what is minimised.
+
+    An example is drawn from its own generator and nothing else, so that a resumed training draws the same ones.
+    """
+
+    def __init__(self, network: nn.Module, preparation: Preparation, settings: Settings) -> None:
+        self.network, self.preparation, self.settings = network, preparation, settings
+
+    @abstractmethod
+    def example(self, case: CachedCase, rng: np.random.Generator) -> Any:
+        """Draw one example on the CPU; called ahead in other threads."""
+
+    @abstractmethod
+    def loss(self, forward: Callable[..., Any], examples: Sequence[Any], device: torch.device) -> StepLoss:
+        """The loss of a batch.
+
+        Args:
+            forward: The network as the devices run it.
+        """
+
+    def optimisers(self) -> list[Optimizer]:
+        """One or more optimisers that together hold every parameter once."""
+        chosen = self.settings.optimiser
+        if chosen.name == "lookahead_radam":
+            return [
+                paper_optimiser(
+                    self.network, chosen.lr, chosen.pade_lr, chosen.lookahead_k, chosen.lookahead_alpha
+                )
+            ]
+        if chosen.name == "adamw":
+            return [
+                AdamW(self.network.parameters(), chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay)
+            ]
+        convolutions, rest = split_convolutions(self.network)
+        return [
+            Muon(convolutions, lr=chosen.muon_lr),
+            AdamW(rest, chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay),
+        ]
+
+    def progress(self, fraction: float) -> None:  # noqa: B027  most recipes have nothing to do
+        """Told before each step which fraction of the training is done."""
+
+
+def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Weights of convolutions, which Muon turns, and all other parameters."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    chosen = {id(m.weight) for m in network.modules() if isinstance(m, kinds)}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    return [p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen]
+
+
+def augmented(case: CachedCase, plan: Augmentation, preparation: Preparation, device: torch.device) -> Tensor:
+    """(C, *S) float32: the scan normalised, mirrored, changed in brightness, with noise, then fitted (SPEC §1)."""
+    image = as_float(flipped(case.image, plan.flips), device)
+    image = preparation.normalised(image, case.statistics)
+    return case.fit.volume(apply_intensity(image, plan, case.statistics.top))

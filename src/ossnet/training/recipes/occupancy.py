@@ -1,0 +1,88 @@
+"""O-Net and OSS-Net A to D as the paper trains them (SPEC §3)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ossnet.data.augment import Augmentation, draw, flipped
+from ossnet.data.cache import CachedCase
+from ossnet.data.patches import PatchSource
+from ossnet.data.preparation import reduce_by_two
+from ossnet.data.sampling import labels_at, low_res_labels, sample_locations
+from ossnet.networks.ossnet import OSSNet
+from ossnet.training.losses import oss_net_loss
+from ossnet.training.recipes.base import Recipe, StepLoss, augmented
+
+
+@dataclass(frozen=True)
+class OccupancyExample:
+    """One volume and its locations.
+
+    Attributes:
+        locations: (N, 3) int64 on the network's grid.
+        labels: (N,) int64.
+        presence: (G, *grid) float32 for the encoder's segmentation; None without a head.
+    """
+
+    case: CachedCase
+    plan: Augmentation
+    locations: Tensor
+    labels: Tensor
+    presence: Tensor | None
+
+
+class OccupancyRecipe(Recipe):
+    """Equation 2 over sampled locations of whole volumes."""
+
+    network: OSSNet
+
+    def example(self, case: CachedCase, rng: np.random.Generator) -> OccupancyExample:
+        """Draw the augmentation and the locations; voxels are touched only where labels are looked up."""
+        spec, sampling, augmentation = self.network.spec, self.settings.sampling, self.settings.augmentation
+        plan = draw(
+            rng,
+            spec.channels,
+            augmentation.probability,
+            augmentation.flip_axes,
+            augmentation.brightness,
+            augmentation.noise,
+        )
+        labels = flipped(case.labels, plan.flips)
+        locations = sample_locations(
+            rng,
+            case.fit,
+            sampling.locations,
+            case.border if sampling.strategy == "border" else (),
+            sampling.border_share,
+            sampling.include_last_voxel,
+            plan.flips,
+        )
+        presence = None
+        if spec.head:
+            presence = torch.from_numpy(low_res_labels(labels, case.fit, spec.grid, spec.classes))
+        found = labels_at(labels, case.fit, locations).astype(np.int64)
+        return OccupancyExample(case, plan, torch.from_numpy(locations), torch.from_numpy(found), presence)
+
+    def loss(
+        self, forward: Callable[..., Any], examples: Sequence[OccupancyExample], device: torch.device
+    ) -> StepLoss:
+        """Gather the patches of all volumes, then one forward pass."""
+        spec = self.network.spec
+        volumes, patches = [], []
+        for example in examples:
+            image = augmented(example.case, example.plan, self.preparation, device)
+            volumes.append(reduce_by_two(image))
+            patches.append(PatchSource(image, spec.patches)(example.locations.to(device)))
+        locations = torch.stack([e.locations for e in examples]).to(device, torch.float32)
+        labels = torch.stack([e.labels for e in examples]).to(device)
+        stacked = None if spec.patches == "none" else torch.stack([p for p in patches if p is not None])
+        del patches
+        logits, segmentation = forward(torch.stack(volumes), locations, stacked)
+        targets = [e.presence for e in examples if e.presence is not None]
+        presence = torch.stack(targets).to(device) if targets else None
+        loss = oss_net_loss(logits, labels, segmentation, presence, self.settings.loss.aux)
+        return StepLoss(loss.total, {"main": loss.main.detach(), "aux": loss.auxiliary.detach()})
