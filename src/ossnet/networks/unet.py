@@ -148,7 +148,7 @@ class UNet(nn.Module):
         for up, unit in zip(self.ups, self.decoder, strict=True):
             low = unit(torch.cat([up(low), skips.pop()], dim=1))
         logits: Tensor = self.head(low)
-        return logits[(..., *crop)]
+        return _cut(logits, crop)
 
 
 def segment_slices(
@@ -163,8 +163,9 @@ def segment_slices(
     """
     axis = network.spec.slice_axis + 2
     stack = to_slices(volume, network.spec.slice_axis)
-    answers = torch.cat([network(part) for part in stack.split(slices_per_pass)])
-    return answers.unflatten(0, (volume.shape[0], volume.shape[axis])).movedim(1, axis)
+    answers = torch.cat([network(part) for part in torch.split(stack, slices_per_pass)])
+    volumes = answers.reshape(volume.shape[0], volume.shape[axis], *answers.shape[1:])
+    return volumes.movedim(1, axis)
 
 
 def to_slices(volume: Float[Tensor, "B C X Y Z"], axis: int) -> Float[Tensor, "M C H W"]:
@@ -182,6 +183,12 @@ def _pad(x: Tensor, multiple: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]
     return F.pad(x, [side for g in gaps[::-1] for side in (g // 2, g - g // 2)], mode="replicate"), crop
 
 
+def _cut(x: Tensor, crop: tuple[slice, ...]) -> Tensor:
+    for axis, part in enumerate(crop):
+        x = x.narrow(axis + 2, part.start, part.stop - part.start)
+    return x
+
+
 def _groups(channels: int) -> tuple[str, dict[str, int]]:
     return "GROUP", {"num_groups": gcd(8, channels)}
 
@@ -189,8 +196,8 @@ def _groups(channels: int) -> tuple[str, dict[str, int]]:
 def _monai_blocks() -> tuple[Any, Any]:
     """MONAI's residual unit and upsampling; imported here because it is optional and takes seconds."""
     try:
-        from monai.networks.blocks import UpSample
         from monai.networks.blocks.convolutions import ResidualUnit
+        from monai.networks.blocks.upsample import UpSample
     except ImportError as error:
         raise SettingsError(
             "variant",
