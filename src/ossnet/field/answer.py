@@ -1,0 +1,73 @@
+"""What is asked: a network bound to one scan, as a function of position.
+
+Letters: N locations, K classes.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from ossnet.volume import Shape
+
+
+@runtime_checkable
+class Answer(Protocol):
+    """Logits at locations of one scan. Immutable once made; asking is safe from one thread at a time."""
+
+    @property
+    def shape(self) -> Shape:
+        """S, voxels of the network's grid."""
+
+    @property
+    def classes(self) -> int:
+        """1 for binary, otherwise K including background."""
+
+    @property
+    def coarse(self) -> Tensor | None:
+        """A cheap first guess for the octree, float32 logits on a coarse grid over the same space.
+
+        (x, y, z) for binary, (K, x, y, z) for K classes; None where the network has none.
+        """
+
+    @property
+    def chunk(self) -> int:
+        """Locations worked on at once."""
+
+    @property
+    def bytes_per_location(self) -> int:
+        """Working memory that grows with the chunk."""
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Memory held for as long as the answer lives, without the scan that was handed over."""
+
+    def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
+        """Logits, (N,) for binary, (N, K) for K classes, float32 on the device of the answer.
+
+        Args:
+            locations: Voxel indices on the network's grid, integers or floats, on any device. Outside
+                the grid they count as the nearest point of its border.
+        """
+
+
+def coarse_logits(segmentation: Float[Tensor, "1 C X Y Z"] | None, classes: int) -> Tensor | None:
+    """The segmentation head's logits in the form of `Answer.coarse`.
+
+    The head asks of each structure whether a cell holds any of it (`OSSNet`); with background at 0 the
+    largest logit is background exactly where no structure is likelier than not.
+    """
+    if segmentation is None:
+        return None
+    logits = segmentation[0].float()
+    if classes == 1:
+        return logits[0]
+    return torch.cat([torch.zeros_like(logits[:1]), logits])
+
+
+def clamped(locations: Num[Tensor, "N 3"], shape: Shape) -> Num[Tensor, "N 3"]:
+    """Locations moved onto the nearest point of the grid; int64 stays int64, floats become float32."""
+    locations = locations.float() if locations.is_floating_point() else locations.long()
+    last = torch.tensor([n - 1 for n in shape], dtype=locations.dtype, device=locations.device)
+    return locations.clamp(torch.zeros_like(last), last)

@@ -1,0 +1,104 @@
+"""Memory as a promise: sizes from what users write, chunks from what they grant, retreat when it runs out."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from ossnet.errors import ResourceError, SettingsError
+
+Result = TypeVar("Result")
+
+_UNITS = {"": 0, "B": 0, "K": 1, "KB": 1, "M": 2, "MB": 2, "G": 3, "GB": 3, "T": 4, "TB": 4}
+
+
+class MemoryNotice(UserWarning):
+    """Memory was refused; the work goes on in smaller parts."""
+
+
+def parse_size(size: str | float) -> int:
+    """Bytes of "2GB", "1.5 GiB", "800M" or a number of bytes. KB, MB, GB count in thousands, KiB … in 1024.
+
+    Raises:
+        SettingsError: If it is no size above 0.
+    """
+    text = str(size).strip()
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)(i?)([bB]?)", text)
+    number = float(match[1]) if match else 0.0
+    if match is None or number <= 0 or (match[3] and not match[2]):
+        raise SettingsError(
+            "memory", f"{size!r} is not an amount of memory", 'Write for example "2GB" or "800MB"'
+        )
+    base = 1024 if match[3] else 1000
+    return int(number * base ** _UNITS[match[2].upper()])
+
+
+def format_size(size: float) -> str:
+    """Bytes for people: "1.5 GB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def chunk_for(grant: int | None, fixed: int, per_location: int, preferred: int, smallest: int = 256) -> int:
+    """Locations to work on at once: `preferred` or the largest half, quarter, … of it that the grant allows.
+
+    Args:
+        grant: Bytes for everything above the loaded scan; None for no limit.
+        fixed: Bytes that are needed whatever the chunk.
+        per_location: Bytes for each location of a chunk.
+        preferred: The fastest chunk.
+        smallest: Below this, products lose most of their speed.
+
+    Raises:
+        ResourceError: If not even the smallest chunk fits.
+    """
+    if grant is None:
+        return preferred
+    chunk = preferred
+    while chunk > smallest and fixed + chunk * per_location > grant:
+        chunk //= 2
+    if fixed + chunk * per_location > grant:
+        needed = format_size(fixed + smallest * per_location)
+        raise ResourceError(
+            f"{format_size(grant)} of memory are granted, at least {needed} are needed for this scan."
+        )
+    return chunk
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for the refusals of Python's and torch's allocators, CPU and CUDA."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "not enough memory" in text or "can't allocate" in text
+    )
+
+
+def halving(
+    work: Callable[[int], Result], size: int, smallest: int, what: str = "locations"
+) -> tuple[Result, int]:
+    """`work(size)`, with half the size after each refusal of memory.
+
+    Returns:
+        The result, and the size that it took.
+
+    Raises:
+        ResourceError: If memory is refused at the smallest size.
+    """
+    while True:
+        try:
+            return work(size), size
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size <= smallest:
+                raise ResourceError(
+                    f"Memory ran out with {size} {what} at once. Close other programs, or use less."
+                ) from error
+        # Outside the handler: the traceback holds the tensors of the failed attempt.
+        size = max(size // 2, smallest)
+        warnings.warn(f"memory ran out; going on with {size} {what} at once", MemoryNotice, stacklevel=3)
