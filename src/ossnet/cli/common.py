@@ -1,0 +1,134 @@
+"""What all commands share: where messages go, and what becomes of errors.
+
+Answers go to stdout, everything else (progress, warnings, errors) to stderr, so that `ossnet … --json | jq`
+always works.
+"""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ossnet.errors import OssnetError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+REFUSED = 2
+"""Exit code after bad input."""
+
+
+def stdout() -> Console:
+    """For answers; colours and boxes on a terminal, plain text in a pipe."""
+    return _console(sys.stdout)
+
+
+def stderr() -> Console:
+    """For messages."""
+    return _console(sys.stderr)
+
+
+def _console(file: Any) -> Console:
+    # Made anew each time, so that redirected streams (tests, notebooks) are seen. Files and pipes are no
+    # terminals with a width: 120 columns keep tables whole there.
+    return Console(file=file, highlight=False, width=None if file.isatty() else 120)
+
+
+def print_json(value: Any) -> None:
+    """An answer for programs: one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy numbers and arrays
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def say(message: str, kind: str = "") -> None:
+    """One line on stderr, for example `say("3 files are finished", "note")`."""
+    colours = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+    console = stderr()
+    prefix = f"[{colours.get(kind, 'bold')}]{kind}:[/] " if kind else ""
+    # Not wrapped: a path broken over two lines cannot be copied.
+    console.print(prefix, end="", soft_wrap=True)
+    console.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left on a terminal, silence elsewhere. Yields a function: number done so far.
+
+    Example:
+        with progress("Reading", len(cases)) as done:
+            for number, case in enumerate(cases): ...; done(number + 1)
+    """
+    console = stderr()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.update(task, completed=count)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors that a user can act on become one message and an exit code; warnings become one line each.
+
+    OssnetError: exit code 2. Ctrl-C: 130. Out of memory: 2. A closed pipe (`ossnet … | head`): 0.
+    With OSSNET_DEBUG=1 in the environment the traceback is shown as well.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; what was finished is kept")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Nobody reads the answer any more. Point stdout elsewhere, or Python complains when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except OssnetError as error:
+        if os.environ.get("OSSNET_DEBUG"):
+            raise
+        say(str(error), "error")
+        raise typer.Exit(REFUSED) from None
+    except MemoryError:
+        if os.environ.get("OSSNET_DEBUG"):
+            raise
+        say("memory ran out. Close other programs, or use smaller settings.", "error")
+        raise typer.Exit(REFUSED) from None
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    say(str(message), "warning")
