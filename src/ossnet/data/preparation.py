@@ -7,7 +7,7 @@ A location is mapped exactly; only voxels are interpolated.
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -40,12 +40,12 @@ class Fit:
     offset: tuple[int, int, int] = (0, 0, 0)
 
     @classmethod
-    def none(cls, shape: Shape) -> Self:
+    def none(cls, shape: Shape) -> "Fit":
         """The scan's own grid."""
         return cls(shape, shape)
 
     @classmethod
-    def pad(cls, shape: Shape, target: Shape) -> Self:
+    def pad(cls, shape: Shape, target: Shape) -> "Fit":
         """Zeros around the scan. Every axis of `target` must hold the scan."""
         offset = tuple(math.ceil((t - s) / 2) for s, t in zip(shape, target, strict=True))
         if min(offset) < 0:
@@ -53,7 +53,7 @@ class Fit:
         return cls(shape, target, offset=(offset[0], offset[1], offset[2]))
 
     @classmethod
-    def resize(cls, shape: Shape, target: Shape) -> Self:
+    def resize(cls, shape: Shape, target: Shape) -> "Fit":
         """The whole scan stretched onto `target`."""
         sx, sy, sz = (t / s for s, t in zip(shape, target, strict=True))
         return cls(shape, target, scale=(sx, sy, sz))
@@ -139,7 +139,7 @@ class Preparation(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _complete(self) -> "Preparation":
         if self.fit in ("pad", "resize") and self.shape is None:
             raise ValueError(f"fit={self.fit} needs a shape")
         if self.fit == "spacing" and self.spacing is None:
