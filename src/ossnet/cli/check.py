@@ -1,0 +1,254 @@
+"""`ossnet check`: a data set's fingerprint and its problems."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+
+from ossnet.cli.common import print_json, progress, stdout
+
+if TYPE_CHECKING:
+    from ossnet.data.fingerprint import CaseFacts, Fingerprint
+    from ossnet.data.layouts import Problem
+
+_SHOWN = 20  # problems printed in full; --json has all
+
+
+def command(
+    data: Annotated[Path, typer.Argument(help="Folder of the data set.", show_default=False)],
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="How files are named (see below); found out by itself otherwise.", show_default=False
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Cases read at a time.", show_default="processors"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Look at a data set: what is in it, and what is wrong with it.
+
+    Reads every image and label. Exit code 0: sound; 1: there are problems; 2: it cannot be read at all.
+
+    **Example:** `ossnet check Dataset004_Hippocampus`
+
+    **Layouts:**
+
+    - `nnunet`: dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz
+    - `decathlon`: dataset.json with training pairs, 4D files
+    - `brats2020` (also 2021): CASE/CASE_flair.nii.gz, _t1, _t1ce, _t2, _seg
+    - `brats2023`: CASE/CASE-t2f.nii.gz, -t1n, -t1c, -t2w, -seg
+    - `lits`: volume-N.nii, segmentation-N.nii
+    - `folders`: images/CASE.nii.gz, labels/CASE.nii.gz
+    - `case-folders`: CASE/image.nii.gz, CASE/label.nii.gz
+    - `suffix`: CASE.nii.gz, CASE_seg.nii.gz (or _label, _mask)
+    """
+    from ossnet.data.fingerprint import fingerprint
+    from ossnet.data.layouts import open_dataset
+
+    dataset = open_dataset(data, layout)
+    with progress("Reading cases", len(dataset)) as done:
+        found = fingerprint(dataset, jobs, done)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show(found, stdout())
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def show(found: "Fingerprint", console: Console) -> None:
+    """Print a fingerprint for people."""
+    data = found.dataset
+    structures = [f"{name}" for number, name in data.label_names.items() if number]
+    console.print(f"[bold]{data.root.resolve().name}[/]  layout {data.layout}", soft_wrap=True)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("Cases", _cases_line(found))
+    facts.add_row("Channels", f"{len(data.channel_names)}: {', '.join(data.channel_names)}")
+    facts.add_row("Structures", f"{len(structures)}: {', '.join(structures)}" if structures else "none")
+    if data.label_map:
+        moved = ", ".join(f"{value} is class {number}" for value, number in data.label_map.items())
+        facts.add_row("Label values", moved)
+    facts.add_row("Splits", _splits_line(found))
+    console.print(Padding(facts, (0, 0, 1, 2)))
+    if found.cases:
+        for table in (_geometry(found.cases), _grey_values(found), _structures(found)):
+            console.print(Padding(table, (0, 0, 1, 2)))
+        _fit(found, console)
+    if found.notes:
+        console.print("[bold cyan]Worth knowing[/]")
+        _list(console, found.notes)
+    _problems(found.problems, console)
+
+
+def _cases_line(found: "Fingerprint") -> str:
+    count = len(found.cases)
+    patients = {case.group or case.name for case in found.dataset.cases}
+    text = str(count)
+    if 0 < len(patients) < len(found.dataset):
+        text += f" of {len(patients)} patients"
+    broken = {p.where for p in found.problems}
+    return text if not broken else f"{text} sound, problems with {len(broken)} {_plural('file', len(broken))}"
+
+
+def _splits_line(found: "Fingerprint") -> str:
+    splits = found.dataset.splits
+    if splits is None:
+        return "none given; five folds are drawn with a fixed seed"
+    sizes = sorted({(len(s.train), len(s.validation)) for s in splits})
+    shown = " or ".join(f"{train} + {validation}" for train, validation in sizes[:3])
+    return f"{len(splits)} in splits_final.json (training + validation: {shown})"
+
+
+def _geometry(cases: Sequence["CaseFacts"]) -> Table:
+    table = _table("Geometry", "", "smallest", "median", "largest")
+    axes = range(3)
+
+    def row(name: str, values: Sequence[Sequence[float]], form: Callable[[float], str]) -> None:
+        columns = [sorted(v[a] for v in values) for a in axes]
+        picks = [[c[0] for c in columns], [_median(c) for c in columns], [c[-1] for c in columns]]
+        table.add_row(name, *(" × ".join(form(x) for x in pick) for pick in picks))
+
+    row("voxels", [c.shape for c in cases], lambda x: f"{x:.0f}")
+    row("voxel size, mm", [c.spacing for c in cases], lambda x: f"{x:.4g}")
+    row(
+        "extent, mm",
+        [[n * s for n, s in zip(c.shape, c.spacing, strict=True)] for c in cases],
+        lambda x: f"{x:.0f}",
+    )
+    codes = Counter(c.orientation for c in cases).most_common()
+    types = Counter(c.dtype for c in cases).most_common()
+    table.caption = (
+        f"voxel axes point to {_counted(codes)}; voxel type {_counted(types)}\n"
+        "axes in the order of the files; each axis on its own"
+    )
+    return table
+
+
+def _grey_values(found: "Fingerprint") -> Table:
+    table = _table(
+        "Grey values",
+        "channel",
+        "where",
+        "0.5 %",
+        "median",
+        "99.5 %",
+        "mean",
+        "std",
+        "least … most of all cases",
+    )
+    for index, name in enumerate(found.dataset.channel_names):
+        everywhere = [c.intensities[index] for c in found.cases]
+        inside = [c.foreground[index] for c in found.cases if c.foreground]
+        for where, values in (("scan", everywhere), ("structures", inside)):
+            if values:
+                middle = [
+                    _number(_median([getattr(v, key) for v in values]))
+                    for key in ("low", "median", "high", "mean", "std")
+                ]
+                span = (
+                    f"{_number(min(v.minimum for v in values))} … {_number(max(v.maximum for v in values))}"
+                )
+                table.add_row(name if where == "scan" else "", where, *middle, span)
+    table.caption = "medians over cases"
+    return table
+
+
+def _structures(found: "Fingerprint") -> Table:
+    table = _table("Structures", "label", "cases", "least ml", "median ml", "most ml", "median share of scan")
+    for number, name in found.dataset.label_names.items():
+        if not number:
+            continue
+        present = [c for c in found.cases if number in c.volumes_ml]
+        if not present:
+            table.add_row(f"{number} {name}", f"0 of {len(found.cases)}", "", "", "", "")
+            continue
+        volumes = sorted(c.volumes_ml[number] for c in present)
+        share = _median([c.voxels[number] / sum(c.voxels.values()) for c in present])
+        table.add_row(
+            f"{number} {name}",
+            f"{len(present)} of {len(found.cases)}",
+            *(_number(v) for v in (volumes[0], _median(volumes), volumes[-1])),
+            f"{100 * share:.2g} %",
+        )
+    return table
+
+
+def _fit(found: "Fingerprint", console: Console) -> None:
+    fit = found.fit
+    if fit is None:
+        return
+    how = "padded with zeros" if fit.kind == "pad" else "resized"
+    size, grid = (" × ".join(map(str, n)) for n in (fit.shape, fit.grid))
+    console.print("[bold]For the paper's variants[/]")
+    _list(
+        console,
+        [
+            f"scans {how} to {size} (fit {fit.kind}), {fit.blocks} encoder blocks, "
+            f"low-resolution grid {grid}, latent length {fit.latent}"
+        ],
+    )
+
+
+def _problems(problems: Sequence["Problem"], console: Console) -> None:
+    if not problems:
+        console.print("[bold green]No problems.[/]")
+        return
+    console.print(f"[bold red]{len(problems)} {_plural('problem', len(problems))}[/]")
+    for problem in problems[:_SHOWN]:
+        # Paths are not wrapped, so that they can be copied.
+        console.print(f"  {problem.where}", style="bold", markup=False, soft_wrap=True)
+        console.print(f"    {problem.reason}.", markup=False, soft_wrap=True)
+        console.print(f"    Fix: {problem.fix}.", style="cyan", markup=False, soft_wrap=True)
+    if len(problems) > _SHOWN:
+        console.print(f"  … and {len(problems) - _SHOWN} more; --json lists all.")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        caption_style="dim",
+        box=None,
+        header_style="dim",
+        padding=(0, 2, 0, 0),
+    )
+    for index, column in enumerate(columns):
+        text = index == 0 or column == "where"
+        table.add_column(column, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
+    return table
+
+
+def _list(console: Console, lines: Sequence[str]) -> None:
+    table = Table.grid(padding=(0, 1))
+    for line in lines:
+        table.add_row("  •", line)
+    console.print(table, markup=False)
+    console.print()
+
+
+def _number(value: float) -> str:
+    """Four digits that count."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _counted(pairs: Sequence[tuple[str, int]]) -> str:
+    return pairs[0][0] if len(pairs) == 1 else ", ".join(f"{name} ({count})" for name, count in pairs)
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return float(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}s"

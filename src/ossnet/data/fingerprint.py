@@ -1,0 +1,410 @@
+"""What is in a data set, and what is wrong with it.
+
+Each file is read once, by several threads (decompression and numpy let each other run). A case that cannot be
+read becomes a problem with file, reason and fix; the others are described.
+"""
+
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Integer, Num
+
+from ossnet.data.layouts import Case, Dataset, Problem
+from ossnet.data.splits import shared_patients
+from ossnet.errors import InputError
+from ossnet.files.validate import VolumeWarning, available_memory, read_header
+from ossnet.volume import Affine, Shape, Volume, closest_canonical
+
+_SAMPLE = 1 << 20  # voxels from which percentiles of floating point images are taken
+_HISTOGRAM = 1 << 20  # integer images with at most as many grey levels are counted exactly
+
+
+@dataclass(frozen=True)
+class Intensities:
+    """Grey values of one channel over some voxels, in the units of the file.
+
+    Percentiles are exact for integer images with up to 2^20 levels and otherwise those of about 2^20 evenly
+    spaced voxels. `std` is the unbiased estimate, as in the paper's normalisation.
+    """
+
+    voxels: int
+    mean: float
+    std: float
+    low: float
+    """0.5th percentile."""
+    median: float
+    high: float
+    """99.5th percentile."""
+    minimum: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """One case as it was found.
+
+    Attributes:
+        name: Name of the case.
+        shape: Voxels along X, Y, Z, in the order of the file.
+        spacing: Voxel size in mm, in the same order.
+        orientation: Where the voxel axes point to, nearest: RAS is right, anterior, superior.
+        tilt: Largest angle between a voxel axis and its nearest world axis, in degrees.
+        dtype: Voxel type as read.
+        intensities: Each channel over the whole scan.
+        foreground: Each channel where the label is not 0; None where the label is empty.
+        voxels: Class → number of voxels, for the classes present, background included.
+        volumes_ml: Class → volume in ml, background left out.
+        warnings: Customary readings of unclear files.
+    """
+
+    name: str
+    shape: Shape
+    spacing: tuple[float, float, float]
+    orientation: str
+    tilt: float
+    dtype: str
+    intensities: tuple[Intensities, ...]
+    foreground: tuple[Intensities, ...] | None
+    voxels: Mapping[int, int]
+    volumes_ml: Mapping[int, float]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FitProposal:
+    """How the paper's variants would see the scans of a data set.
+
+    Attributes:
+        kind: "pad" with zeros where scans are about one size, otherwise "resize".
+        shape: The full-resolution shape S of the network.
+        blocks: Encoder blocks.
+    """
+
+    kind: Literal["pad", "resize"]
+    shape: Shape
+    blocks: int
+
+    @property
+    def grid(self) -> Shape:
+        """Cells of the low-resolution grid: S / 2 / 2^blocks."""
+        x, y, z = (n // 2 ** (self.blocks + 1) for n in self.shape)
+        return x, y, z
+
+    @property
+    def latent(self) -> int:
+        """Length L of the latent: cells of the grid."""
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A data set in figures.
+
+    Attributes:
+        dataset: What was looked at.
+        cases: Facts of each case that could be read, sorted by name.
+        problems: What must be mended; a case may have several.
+        notes: What may be as intended, but is worth knowing.
+        fit: Proposal for the paper's variants; None without a readable case.
+    """
+
+    dataset: Dataset
+    cases: tuple[CaseFacts, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+    fit: FitProposal | None
+
+    @property
+    def median_shape(self) -> Shape:
+        """Median voxels along each axis of the files."""
+        x, y, z = (round(float(n)) for n in np.median([c.shape for c in self.cases], axis=0))
+        return x, y, z
+
+    @property
+    def median_spacing(self) -> tuple[float, float, float]:
+        """Median voxel size along each axis of the files, in mm."""
+        x, y, z = (float(n) for n in np.median([c.spacing for c in self.cases], axis=0))
+        return x, y, z
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, strings and numbers."""
+        data = self.dataset
+        return {
+            "dataset": str(data.root),
+            "layout": data.layout,
+            "channels": list(data.channel_names),
+            "labels": {str(k): v for k, v in data.label_names.items()},
+            "label_map": {str(k): v for k, v in data.label_map.items()},
+            "folds": len(data.splits) if data.splits is not None else None,
+            "cases": len(self.cases),
+            "median_shape": list(self.median_shape) if self.cases else None,
+            "median_spacing_mm": list(self.median_spacing) if self.cases else None,
+            "fit": {**asdict(self.fit), "grid": list(self.fit.grid)} if self.fit else None,
+            "problems": [asdict(p) for p in self.problems],
+            "notes": list(self.notes),
+            "case": {c.name: _case_json(c) for c in self.cases},
+        }
+
+
+def fingerprint(
+    dataset: Dataset, jobs: int | None = None, progress: Callable[[int], None] | None = None
+) -> Fingerprint:
+    """Read every image and label of a data set and describe them.
+
+    Args:
+        dataset: An opened data set.
+        jobs: Threads; by default as many as there are processors and as fit into memory.
+        progress: Called with the number of cases done.
+
+    Raises:
+        ResourceError: A single case does not fit into memory.
+    """
+    facts: list[CaseFacts] = []
+    problems = list(dataset.problems)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VolumeWarning)  # told in `notes`, once for all files
+        with ThreadPoolExecutor(max_workers=jobs or _jobs(dataset)) as pool:
+            futures = {pool.submit(_look, dataset, case): case for case in dataset.cases}
+            try:
+                for done, future in enumerate(as_completed(futures), start=1):
+                    fact, found = future.result()
+                    problems += found
+                    if fact:
+                        facts.append(fact)
+                    if progress:
+                        progress(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    facts.sort(key=lambda f: f.name)
+    return Fingerprint(
+        dataset=dataset,
+        cases=tuple(facts),
+        problems=tuple(problems),
+        notes=tuple(_notes(dataset, facts)),
+        fit=propose_fit([f.shape for f in facts]) if facts else None,
+    )
+
+
+def propose_fit(shapes: Sequence[Shape]) -> FitProposal:
+    """How the paper's variants should see scans of these shapes (the paper's two ways, on other data).
+
+    Scans of about one size (no axis varies more than twofold) are padded to the smallest S that holds them
+    all; others are resized to their median shape. S is a multiple of 2^(blocks+1) along each axis, and blocks
+    are chosen so that the grid S / 2 / 2^blocks has 4 to 8 cells along each axis, or comes nearest to it.
+    BraTS (240, 240, 155) gives the paper's (256, 256, 160) with 4 blocks, a 512³ scan its 512³ with 5.
+    """
+    sizes = np.array(shapes)
+    alike = bool((sizes.max(axis=0) <= 2 * sizes.min(axis=0)).all())
+    wanted = sizes.max(axis=0) if alike else np.ceil(np.median(sizes, axis=0)).astype(int)
+
+    def off(blocks: int) -> float:
+        # Distance from 4 … 8 cells, in doublings.
+        cells = np.log2(_multiple(wanted, 2 ** (blocks + 1)) / 2 ** (blocks + 1))
+        return float((np.maximum(2 - cells, 0) + np.maximum(cells - 3, 0)).sum())
+
+    blocks = min(range(1, 8), key=lambda b: (round(off(b), 9), b))
+    x, y, z = (int(n) for n in _multiple(wanted, 2 ** (blocks + 1)))
+    return FitProposal("pad" if alike else "resize", (x, y, z), blocks)
+
+
+def _multiple(sizes: Integer[np.ndarray, "3"], of: int) -> Integer[np.ndarray, "3"]:
+    return -(-sizes // of) * of
+
+
+def _jobs(dataset: Dataset) -> int:
+    """As many threads as processors, fewer when scans are large beside the memory that is free."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    largest = 1
+    for case in dataset.cases[:: max(1, len(dataset.cases) // 8)]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VolumeWarning)
+                headers = [read_header(path) for path in case.images]
+        except InputError:
+            continue  # told when the case is read
+        # As stored, as float32, the labels and what is computed from them.
+        largest = max(largest, sum(h.voxels for h in headers) * 16)
+    return max(1, min(processors, len(dataset.cases), available_memory() // (2 * largest)))
+
+
+def _look(dataset: Dataset, case: Case) -> tuple[CaseFacts | None, list[Problem]]:
+    """One case: its facts, if image and label can be read and belong together, and its problems."""
+    problems = []
+    volume = labels = None
+    try:
+        volume, labels = dataset.read(case)
+    except InputError as error:
+        problems.append(Problem.of(error))
+        # One report for both files, so that mending one does not only show the next problem.
+        if case.label is not None and str(error.where) != str(case.label):
+            try:
+                dataset.labels(case)
+            except InputError as second:
+                problems.append(Problem.of(second))
+    if volume is None or labels is None:
+        return None, problems
+    inside = labels.data != 0
+    overall = tuple(intensities(channel) for channel in volume.data)
+    for name, channel in zip(dataset.channel_names, overall, strict=True):
+        if channel.minimum == channel.maximum:
+            problems.append(
+                Problem(
+                    str(case.images[0]),
+                    f"channel {name} is {channel.minimum:g} everywhere",
+                    "Export the image again, or leave the case out",
+                )
+            )
+    values, counts = np.unique(labels.data, return_counts=True)
+    return (
+        CaseFacts(
+            name=case.name,
+            shape=volume.shape,
+            spacing=volume.spacing,
+            orientation=orientation_code(volume.affine),
+            tilt=_tilt(volume.affine),
+            dtype=str(volume.data.dtype),
+            intensities=overall,
+            foreground=_foreground(volume, inside),
+            voxels={int(v): int(n) for v, n in zip(values, counts, strict=True)},
+            volumes_ml=labels.volumes_ml(),
+            warnings=tuple(dict.fromkeys(w for path in _files(case) for w in read_header(path).warnings)),
+        ),
+        problems,
+    )
+
+
+def _files(case: Case) -> tuple[Path, ...]:
+    return case.images if case.label is None else (*case.images, case.label)
+
+
+def _foreground(volume: Volume, inside: Bool[np.ndarray, "X Y Z"]) -> tuple[Intensities, ...] | None:
+    if not inside.any():
+        return None
+    return tuple(intensities(channel[inside]) for channel in volume.data)
+
+
+def intensities(values: Num[np.ndarray, "..."]) -> Intensities:
+    """Statistics of some voxels' values (any shape, at least one voxel)."""
+    flat = values.ravel(order="K")  # the file's order: no copy
+    low, high = flat.min(), flat.max()
+    span = int(high) - int(low) + 1 if flat.dtype.kind in "iu" else 0
+    if 0 < span <= _HISTOGRAM:
+        counts = np.bincount(
+            (flat.astype(np.int64) - int(low)) if flat.dtype.itemsize > 1 else _shifted(flat, low)
+        )
+        levels = np.arange(len(counts)) + float(low)
+        n = int(counts.sum())
+        mean = float(counts @ levels) / n
+        variance = float(counts @ (levels - mean) ** 2) / max(n - 1, 1)
+        ranks = np.cumsum(counts)
+        percentiles = [
+            float(levels[np.searchsorted(ranks, q * (n - 1), side="right")]) for q in (0.005, 0.5, 0.995)
+        ]
+    else:
+        n = flat.size
+        mean = float(flat.mean(dtype=np.float64))
+        variance = max(float(np.square(flat - mean, dtype=np.float64).sum()) / max(n - 1, 1), 0.0)
+        percentiles = [float(q) for q in np.percentile(flat[:: max(1, n // _SAMPLE)], [0.5, 50, 99.5])]
+    return Intensities(
+        voxels=int(n),
+        mean=mean,
+        std=math.sqrt(variance),
+        low=percentiles[0],
+        median=percentiles[1],
+        high=percentiles[2],
+        minimum=float(low),
+        maximum=float(high),
+    )
+
+
+def _shifted(flat: np.ndarray, low: Any) -> np.ndarray:
+    """8-bit values from 0 on, without widening them."""
+    return (flat.astype(np.int16) - int(low)) if flat.dtype.kind == "i" else flat - low
+
+
+def orientation_code(affine: Affine) -> str:
+    """Where the voxel axes point to, nearest: for example LPS for left, posterior, superior."""
+    orientation = closest_canonical(affine)
+    letters = [""] * 3
+    for world, (voxel, flip) in enumerate(zip(orientation.axes, orientation.flips, strict=True)):
+        letters[voxel] = ("LR", "PA", "IS")[world][0 if flip else 1]
+    return "".join(letters)
+
+
+def _tilt(affine: Affine) -> float:
+    orientation = closest_canonical(affine)
+    columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = [abs(columns[world, voxel]) for world, voxel in enumerate(orientation.axes)]
+    return float(np.degrees(np.arccos(np.clip(min(cosines), 0.0, 1.0))))
+
+
+def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
+    """What a first-time user should know before training."""
+    if not facts:
+        return []
+    unclear = Counter(w for f in facts for w in f.warnings)
+    notes = [
+        f"{_cases(n)} (for example {next(f.name for f in facts if note in f.warnings)}): {note}"
+        for note, n in unclear.items()
+    ]
+    codes = Counter(f.orientation for f in facts)
+    if len(codes) > 1:
+        listed = ", ".join(f"{code} {n}" for code, n in codes.most_common())
+        notes.append(
+            f"voxel axes point in different directions ({listed}); scans are turned to one before training"
+        )
+    if tilted := [f for f in facts if f.tilt > 1]:
+        worst = max(tilted, key=lambda f: f.tilt)
+        notes.append(
+            f"{_cases(len(tilted))} {_is(len(tilted))} oblique or sheared "
+            f"(up to {worst.tilt:.0f}°, {worst.name}); positions are exact nevertheless"
+        )
+    spacing = np.array([f.spacing for f in facts])
+    if (spacing.max(axis=0) > 1.5 * spacing.min(axis=0)).any():
+        notes.append("voxel sizes differ by more than half between scans")
+    for number, name in dataset.label_names.items():
+        without = [f.name for f in facts if number and number not in f.voxels]
+        if len(without) == len(facts):
+            notes.append(f"no case has label {number} ({name}), so it cannot be learnt")
+    if empty := [f.name for f in facts if f.foreground is None]:
+        notes.append(f"{_cases(len(empty))} {_has(len(empty))} an empty label, for example {empty[0]}")
+    groups = {c.name: c.group for c in dataset.cases}
+    for number, part in enumerate(dataset.splits or ()):
+        if both := shared_patients(part, groups):
+            notes.append(f"fold {number} has {both[0]} on both sides: validation will look better than it is")
+        if missing := sorted({*part.train, *part.validation} - set(groups)):
+            notes.append(
+                f"fold {number} of splits_final.json names {missing[0]}, which is not a complete case here"
+            )
+    if len(facts) < 5:
+        notes.append(f"{_cases(len(facts))}: too few for five folds; train on all of them with fold 'all'")
+    return notes
+
+
+def _cases(count: int) -> str:
+    return f"{count} case{'' if count == 1 else 's'}"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _has(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def _case_json(facts: CaseFacts) -> dict[str, Any]:
+    value = asdict(facts)
+    del value["name"]
+    for key in ("voxels", "volumes_ml"):
+        value[key] = {str(k): v for k, v in value[key].items()}
+    return value
