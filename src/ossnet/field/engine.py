@@ -13,9 +13,12 @@ from ossnet.data.patches import Pool
 from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import SettingsError
 from ossnet.field.answer import Answer
+from ossnet.field.dense import prepare_unet
 from ossnet.field.memory import chunk_for, parse_size
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.networks.ossnet import OSSNet
+from ossnet.networks.unet import UNet
+from ossnet.volume import Shape
 
 Precision = Literal["fp32", "bf16", "auto"]
 Engine = Literal["fused", "plain"]
@@ -41,6 +44,7 @@ def prepare(
     memory: str | int | None = None,
     large_pool: Pool = "avg",
     engine: Engine = "fused",
+    window: Shape | None = None,
 ) -> Answer:
     """Bind a trained network to one scan: encode it once, and make asking cheap.
 
@@ -54,6 +58,7 @@ def prepare(
         memory: Grant for everything above the image: bytes, or "2GB"; None for no limit.
         large_pool: How 14³ patches are pooled: "avg" (paper) or "max" (released inference, SPEC §7.3).
         engine: "plain" runs the training-time module, for comparison.
+        window: Dense networks that were trained on patches: the patch size to slide with.
 
     Raises:
         SettingsError: If the network's family is unknown here or the image does not fit the network.
@@ -72,6 +77,7 @@ def prepare(
         memory=None if memory is None else parse_size(memory),
         large_pool=large_pool,
         engine=engine,
+        window=window,
     )
 
 
@@ -98,3 +104,4 @@ def prepare_ossnet(
 
 
 PREPARERS[OSSNet] = prepare_ossnet
+PREPARERS[UNet] = prepare_unet

@@ -16,7 +16,7 @@ class MemoryNotice(UserWarning):
     """Memory was refused; the work goes on in smaller parts."""
 
 
-def parse_size(size: str | float) -> int:
+def parse_size(size: str | int | float) -> int:
     """Bytes of "2GB", "1.5 GiB", "800M" or a number of bytes. KB, MB, GB count in thousands, KiB … in 1024.
 
     Raises:

@@ -1,0 +1,112 @@
+"""Networks that answer for all voxels at once: run once, then looked up.
+
+Letters: C channels, X Y Z voxels, N locations, K logits.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from ossnet.errors import SettingsError
+from ossnet.field.answer import clamped
+from ossnet.field.memory import format_size
+from ossnet.networks.unet import UNet, segment_slices
+from ossnet.volume import Shape
+
+
+class DenseAnswer:
+    """A map of logits as an `Answer` (see there): exact at voxels, trilinear between them.
+
+    Args:
+        logits: (K, X, Y, Z) float, K = 1 for binary.
+    """
+
+    chunk = 1 << 17
+    coarse = None
+
+    def __init__(self, logits: Float[Tensor, "K X Y Z"]) -> None:
+        self.classes = logits.shape[0]
+        x, y, z = logits.shape[1:]
+        self.shape: Shape = (x, y, z)
+        self.logits = logits.reshape(self.classes, -1)
+        self.bytes_per_location = 8 * (3 + 3 + 1) + 4 * self.classes * 2
+        self.fixed_bytes = logits.numel() * logits.element_size()
+
+    @torch.inference_mode()
+    def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
+        """Logits at locations; see `Answer`."""
+        locations = clamped(locations.to(self.logits.device), self.shape)
+        out = torch.empty(len(locations), self.classes, device=self.logits.device)
+        for part, answers in zip(locations.split(self.chunk), out.split(self.chunk), strict=True):
+            answers.copy_(self._some(part))
+        return out[:, 0] if self.classes == 1 else out
+
+    def _some(self, locations: Tensor) -> Tensor:
+        low = locations.long() if not locations.is_floating_point() else locations.floor().long()
+        fraction = locations - low if locations.is_floating_point() else None
+        if fraction is None or not bool(fraction.any()):
+            return self._at(low)
+        out = torch.zeros(len(low), self.classes, device=low.device)
+        last = torch.tensor(self.shape, device=low.device) - 1
+        for corner in range(8):
+            up = torch.tensor([(corner >> axis) & 1 for axis in range(3)], device=low.device)
+            weight = torch.where(up.bool(), fraction, 1 - fraction).prod(1)
+            out.addcmul_(self._at(torch.minimum(low + up, last)), weight[:, None])
+        return out
+
+    def _at(self, voxels: Tensor) -> Tensor:
+        _, y, z = self.shape
+        flat = (voxels[:, 0] * y + voxels[:, 1]) * z + voxels[:, 2]
+        return self.logits[:, flat].T.float()
+
+
+def prepare_unet(
+    network: UNet,
+    image: Float[Tensor, "C X Y Z"],
+    *,
+    precision: str = "fp32",
+    memory: int | None = None,
+    window: Shape | None = None,
+    **_: Any,
+) -> DenseAnswer:
+    """A U-Net's logits for a whole image, held for look-up.
+
+    Args:
+        window: Patch size the network was trained on: a window slides over the image with half overlap and
+            Gaussian weights. None: the image in one pass (a 2D network: slice by slice).
+        memory: Bytes granted. The map of logits and one pass must fit; there is nothing to divide them by.
+
+    Raises:
+        SettingsError: If the image has other channels than the network was made for, or the map alone is
+            larger than the grant.
+    """
+    if image.shape[0] != network.spec.channels:
+        raise SettingsError(
+            "image", f"has {image.shape[0]} channels, the network takes {network.spec.channels}", "Give those"
+        )
+    held = 4 * network.spec.classes * image[0].numel()
+    if memory is not None and held > memory:
+        raise SettingsError(
+            "memory",
+            f"a U-Net holds the logits of all voxels, {format_size(held)} here",
+            "Grant more, or use a variant that answers location by location",
+        )
+    lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
+    with torch.inference_mode(), torch.autocast(image.device.type, torch.bfloat16, enabled=lower):
+        return DenseAnswer(_logits(network, image[None], window)[0])
+
+
+def _logits(network: UNet, image: Tensor, window: Shape | None) -> Tensor:
+    if network.spec.dimensions == 2:
+        return segment_slices(network, image)
+    if window is None:
+        whole: Tensor = network(image)
+        return whole
+    from monai.inferers import sliding_window_inference
+
+    answer = sliding_window_inference(image, window, 1, network, overlap=0.5, mode="gaussian")
+    if not isinstance(answer, Tensor):
+        raise TypeError("the network must answer one map")
+    return answer

@@ -1,0 +1,52 @@
+"""Dense networks behind the interface of a function of position."""
+
+import pytest
+import torch
+
+from ossnet.errors import SettingsError
+from ossnet.field.answer import Answer
+from ossnet.field.dense import DenseAnswer
+from ossnet.field.engine import prepare
+from ossnet.networks.unet import UNet, UNetSpec
+
+
+def test_trilinear_between_voxels_and_exact_at_them() -> None:
+    # A linear function is its own trilinear interpolation.
+    axes = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in (5, 6, 7)), indexing="ij")
+    linear = axes[0] - 2 * axes[1] + 0.5 * axes[2]
+    answer = DenseAnswer(torch.stack([linear, -linear]))
+    assert isinstance(answer, Answer)
+    inside = torch.rand(50, 3) * torch.tensor([4.0, 5.0, 6.0])
+    expected = inside @ torch.tensor([1.0, -2.0, 0.5])
+    torch.testing.assert_close(answer(inside), torch.stack([expected, -expected], 1))
+    voxel = torch.tensor([[4, 5, 6], [0, 0, 0], [9, -3, 2]])
+    assert answer(voxel)[:, 0].tolist() == [-3.0, 0.0, 5.0]  # the last one from the border
+
+
+def test_nothing_asked() -> None:
+    assert DenseAnswer(torch.zeros(1, 2, 2, 2))(torch.zeros(0, 3)).shape == (0,)
+
+
+@pytest.mark.parametrize("window", [None, (16, 16, 8)])
+def test_a_unet_is_looked_up(window: tuple[int, int, int] | None) -> None:
+    pytest.importorskip("monai")
+    torch.manual_seed(0)
+    network = UNet(UNetSpec(variant="unet3d", channels=1, classes=3, filters=(4, 8))).eval()
+    image = torch.randn(1, 18, 16, 10)
+    answer = prepare(network, image, window=window)
+    assert answer.shape == (18, 16, 10)
+    assert answer.classes == 3
+    if window is None:
+        locations = torch.tensor([[3, 4, 5], [17, 0, 9]])
+        with torch.no_grad():
+            dense = network(image[None])[0]
+        torch.testing.assert_close(answer(locations), torch.stack([dense[:, 3, 4, 5], dense[:, 17, 0, 9]]))
+
+
+def test_a_grant_below_the_map_is_refused() -> None:
+    pytest.importorskip("monai")
+    network = UNet(UNetSpec(variant="unet3d", channels=1, filters=(4, 8)))
+    with pytest.raises(SettingsError, match="memory"):
+        prepare(network, torch.zeros(1, 16, 16, 16), memory=1000)
+    with pytest.raises(SettingsError, match="channels"):
+        prepare(network, torch.zeros(2, 16, 16, 16))
