@@ -39,8 +39,9 @@ class DenseAnswer:
         """Logits at locations; see `Answer`."""
         locations = clamped(locations.to(self.logits.device), self.shape)
         out = torch.empty(len(locations), self.classes, device=self.logits.device)
-        for part, answers in zip(locations.split(self.chunk), out.split(self.chunk), strict=True):
-            answers.copy_(self._some(part))
+        for start in range(0, len(locations), self.chunk):
+            part = slice(start, start + self.chunk)
+            out[part] = self._some(locations[part])
         return out[:, 0] if self.classes == 1 else out
 
     def _some(self, locations: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def _logits(network: UNet, image: Tensor, window: Shape | None) -> Tensor:
     if window is None:
         whole: Tensor = network(image)
         return whole
-    from monai.inferers import sliding_window_inference
+    from monai.inferers.utils import sliding_window_inference
 
     answer = sliding_window_inference(image, window, 1, network, overlap=0.5, mode="gaussian")
     if not isinstance(answer, Tensor):

@@ -33,7 +33,7 @@ def parse_size(size: str | int | float) -> int:
     return int(number * base ** _UNITS[match[2].upper()])
 
 
-def format_size(size: float) -> str:
+def format_size(size: int | float) -> str:
     """Bytes for people: "1.5 GB"."""
     for unit in ("B", "KB", "MB", "GB"):
         if size < 1000:

@@ -1,5 +1,7 @@
 """The training-time module asked chunk by chunk: the reference for the fused engine, on any device."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -48,8 +50,8 @@ class PlainAnswer:
         out: list[Tensor] = []
         done = 0
         while done < len(locations):
-            part = locations[done : done + self.chunk]
-            logits, self.chunk = halving(lambda size, p=part: self._some(p[:size]), self.chunk, SMALLEST)
+            rest = locations[done:]
+            logits, self.chunk = halving(partial(self._first, rest), self.chunk, SMALLEST)
             out.append(logits)
             done += len(logits)
         if not out:
@@ -57,7 +59,8 @@ class PlainAnswer:
             return torch.zeros(shape, device=self.latent.device)
         return torch.cat(out)
 
-    def _some(self, locations: Tensor) -> Tensor:
+    def _first(self, locations: Tensor, size: int) -> Tensor:
+        locations = locations[:size]
         # Products over fewer rows than a tile add up in another order: short rounds are filled up, so that an
         # answer never depends on what else is asked.
         missing = SMALLEST - len(locations)
