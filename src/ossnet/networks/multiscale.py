@@ -1,0 +1,566 @@
+"""The default network: multi-scale features sampled at a location, and a small decoder.
+
+    scan ──► stage 0 ──► stage 1 ──► stage 2 ──► stage 3          trunk, coarser from stage to stage
+               │            │            │            │
+             map 0 ◄──── map 1 ◄──── map 2 ◄──── map 3            lateral blocks, optionally fed from above
+               └────────────┴──────┬─────┴────────────┘
+    location ──► trilinear samples of the maps + raw patch + offset in mm ──► residual MLP ──► logits
+
+The trunk up to a coarse stage is strided convolutions and little else, so a coarse map of a whole scan is
+cheap; the lateral blocks of the fine stages are needed only where a location is asked (`networks.blockwise`).
+No layer uses statistics of its input: what is answered at a location depends on the scan within the receptive
+field alone, and never on the crop or block it was computed in.
+
+Letters: B crops, C channels, X Y Z voxels, N locations, K logits a location.
+Locations are voxel indices on the network's grid, voxel centres at integers. A cell of a stage with
+accumulated stride S covers S voxels; its centre lies at voxel `S * (cell + 0.5) - 0.5`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, prod, sqrt
+from typing import Any, Literal, Self, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ossnet.errors import SettingsError
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+Norm = Literal["none", "voxel", "group", "batch"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution of the network."""
+
+    stride: Triple
+    """Cells of the stage above (voxels for the first) that one cell covers, per axis."""
+    kernel: Triple
+    """Extent of the stage's convolutions in cells, per axis: 1 or 3."""
+    width: int
+    """Channels of the trunk."""
+    trunk: int
+    """Residual blocks on the way to the next stage: every coarser stage and every answer depends on them."""
+    lateral: int
+    """Residual blocks on the way to the stage's map only: computed where locations are asked."""
+    features: int
+    """Channels of the map that is sampled at a location."""
+
+
+@dataclass(frozen=True)
+class MultiscaleSpec:
+    """Everything that fixes the network's weights and what they mean."""
+
+    channels: int
+    """Channels of a scan."""
+    classes: int
+    """Logits a location: 1 for one structure (sigmoid), K >= 2 for K - 1 structures and background
+    (softmax)."""
+    spacing: Spacing
+    """Spacing in mm of the grid that the network works on."""
+    stages: tuple[Stage, ...]
+    """From fine to coarse."""
+    patch: Triple = (5, 5, 5)
+    """Voxels of the raw patch around the nearest voxel of a location."""
+    patch_features: int = 32
+    """Features of the raw patch."""
+    decoder_width: int = 128
+    decoder_blocks: int = 3
+    top_down: bool = True
+    """Coarser maps feed finer ones."""
+    norm: Norm = "none"
+    """Normalisation after convolutions. `none`: learned gains."""
+
+    def __post_init__(self) -> None:
+        if self.channels < 1 or self.classes < 1 or not self.stages:
+            raise SettingsError(
+                "multiscale", "channels, classes and stages must be at least one", "Raise them"
+            )
+        if len(self.spacing) != 3 or not all(s > 0 for s in self.spacing):
+            raise SettingsError(
+                "multiscale.spacing", f"{self.spacing} mm must be above 0", "Give mm per voxel"
+            )
+        if any(p < 1 or p % 2 == 0 for p in self.patch):
+            raise SettingsError("multiscale.patch", f"{self.patch} must be odd", "Use 1, 3, 5 or 7 per axis")
+        for stage in self.stages:
+            if any(s not in (1, 2) for s in stage.stride) or any(k not in (1, 3) for k in stage.kernel):
+                raise SettingsError(
+                    "multiscale.stages", "strides are 1 or 2, kernels 1 or 3", "Change the stage"
+                )
+
+    @property
+    def strides(self) -> tuple[Triple, ...]:
+        """Voxels per cell of each stage."""
+        out, total = [], (1, 1, 1)
+        for stage in self.stages:
+            total = _product(total, stage.stride)
+            out.append(total)
+        return tuple(out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; lists stand for tuples."""
+        known = dict(values)
+        stages = tuple(
+            Stage(**{k: _triple(v) if k in ("stride", "kernel") else v for k, v in stage.items()})
+            for stage in known.pop("stages")
+        )
+        x, y, z = (float(s) for s in known.pop("spacing"))
+        patch = _triple(known.pop("patch"))
+        return cls(stages=stages, spacing=(x, y, z), patch=patch, **known)
+
+
+def _triple(values: Sequence[int]) -> Triple:
+    x, y, z = values
+    return int(x), int(y), int(z)
+
+
+def _product(one: Triple, other: Triple) -> Triple:
+    return one[0] * other[0], one[1] * other[1], one[2] * other[2]
+
+
+class Norm3d(nn.Module):
+    """Gain and bias per channel, after one of four normalisations (see `MultiscaleSpec.norm`)."""
+
+    def __init__(self, channels: int, kind: Norm, gain: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.gain = nn.Parameter(torch.full((channels,), gain))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.groups = max(1, channels // 8)
+        self.momentum, self.frozen = 0.02, False
+        if kind == "batch":
+            self.register_buffer("mean", torch.zeros(channels))
+            self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "group":
+            return F.group_norm(x, self.groups, self.gain.to(x.dtype), self.bias.to(x.dtype))
+        if self.kind == "batch":
+            return F.batch_norm(
+                x,
+                self.mean,
+                self.variance,
+                self.gain,
+                self.bias,
+                self.training and not self.frozen,
+                self.momentum,
+            )
+        shape = (-1, 1, 1, 1)
+        if self.kind == "voxel":
+            x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-2)
+        return x * self.gain.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
+
+
+class Convolution(nn.Conv3d):
+    """A convolution followed by gain and bias (and a normalisation, if any).
+
+    Without normalisation, gain and bias are part of the convolution: its weight keeps the meaning
+    "directions", which is what Muon steps on, and the gain carries the scale.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: Triple,
+        stride: Triple,
+        padding: Triple,
+        norm: Norm,
+        gain: float,
+    ) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding, bias=False)
+        # Rows of unit length keep the variance of white input.
+        nn.init.normal_(self.weight, std=1 / sqrt(inputs * prod(kernel)))
+        self.norm = Norm3d(outputs, norm, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm.kind == "none":
+            weight = self.weight * self.norm.gain.view(-1, 1, 1, 1, 1)
+            return self._conv_forward(x, weight, self.norm.bias)
+        return cast(Tensor, self.norm(self._conv_forward(x, self.weight, None)))
+
+
+class Pointwise(nn.Module):
+    """A linear map of the channels of each cell.
+
+    Not an `nn.Conv3d`: no normalisation or gain follows, so its weight must not be stepped on as
+    "directions".
+    """
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, 1, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, self.weight, self.bias)
+
+
+def _same(inputs: int, outputs: int, kernel: Triple, norm: Norm, gain: float) -> Convolution:
+    padding = _triple([k // 2 for k in kernel])
+    return Convolution(inputs, outputs, kernel, (1, 1, 1), padding, norm, gain)
+
+
+class Residual(nn.Module):
+    """`relu(x + conv(relu(conv(x))))`; the second gain starts small, so that a deep stack starts near
+    identity."""
+
+    def __init__(self, width: int, kernel: Triple, norm: Norm) -> None:
+        super().__init__()
+        self.one = _same(width, width, kernel, norm, 1.0 if norm != "none" else sqrt(2))
+        self.two = _same(width, width, kernel, norm, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.two(F.relu(self.one(x))))
+
+
+class StageModule(nn.Module):
+    """Trunk and lateral part of one stage."""
+
+    def __init__(self, spec: MultiscaleSpec, index: int) -> None:
+        super().__init__()
+        stage = spec.stages[index]
+        first = index == 0
+        inputs = spec.channels if first else spec.stages[index - 1].width
+        # The first strided convolution overlaps (4 voxels, stride 2): at the finest level a box of 2 voxels
+        # would be blind to where in the cell an edge lies. Even extents keep cells centred on the voxels
+        # they cover.
+        extent = [
+            (4 if first else 2) if s == 2 else (k if first else 1)
+            for s, k in zip(stage.stride, stage.kernel, strict=True)
+        ]
+        padding = _triple([(e - s) // 2 for e, s in zip(extent, stage.stride, strict=True)])
+        gain = 1.0 if spec.norm != "none" else sqrt(2)
+        self.down = Convolution(inputs, stage.width, _triple(extent), stage.stride, padding, spec.norm, gain)
+        self.trunk = nn.Sequential(
+            *(Residual(stage.width, stage.kernel, spec.norm) for _ in range(stage.trunk))
+        )
+        self.above: Pointwise | None = None
+        if spec.top_down and index + 1 < len(spec.stages):
+            coarser = spec.stages[index + 1].features
+            self.above = Pointwise(coarser, stage.width, 0.5 / sqrt(coarser))
+        self.lateral = nn.Sequential(
+            *(Residual(stage.width, stage.kernel, spec.norm) for _ in range(stage.lateral))
+        )
+        self.features: nn.Module = nn.Identity()
+        if stage.features != stage.width:
+            self.features = Pointwise(stage.width, stage.features, 1 / sqrt(stage.width))
+
+    def enter(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B D *T"]:
+        """From the stage above (or the scan) to the start of this stage's trunk."""
+        return F.relu(self.down(x))
+
+    def descend(self, x: Float[Tensor, "B C *S"]) -> Float[Tensor, "B D *T"]:
+        """From the stage above (or the scan) to this stage's trunk."""
+        out: Tensor = self.trunk(self.enter(x))
+        return out
+
+    def map(
+        self, x: Float[Tensor, "B D *T"], above: Float[Tensor, "B E *U"] | None, stride: Triple
+    ) -> Tensor:
+        """From the trunk, and the map of the next coarser stage, to this stage's map.
+
+        Args:
+            stride: Cells of this stage per cell of the coarser one.
+        """
+        if self.above is not None and above is not None:
+            x = F.relu(x + repeat(self.above(above), stride))
+        out: Tensor = self.features(self.lateral(x))
+        return out
+
+
+def repeat(x: Float[Tensor, "B C X Y Z"], stride: Triple) -> Tensor:
+    """Nearest-neighbour upsampling by whole factors (needs no neighbours, so blocks need no halo for it)."""
+    if stride == (1, 1, 1):
+        return x
+    return F.interpolate(x, scale_factor=[float(s) for s in stride], mode="nearest")
+
+
+class LocationDecoder(nn.Module):
+    """Residual MLP from sampled features, raw patch and offsets to logits."""
+
+    def __init__(self, spec: MultiscaleSpec) -> None:
+        super().__init__()
+        width = spec.decoder_width
+        sampled = sum(stage.features for stage in spec.stages)
+        self.patch = (
+            nn.Linear(spec.channels * prod(spec.patch), spec.patch_features) if spec.patch_features else None
+        )
+        self.first = nn.Linear(sampled + spec.patch_features + 6, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(spec.decoder_blocks)
+        )
+        for block in self.blocks:
+            last = block[3]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+        self.last = nn.Linear(width, spec.classes)
+
+    def forward(self, sampled: Tensor, patches: Tensor, offsets: Tensor) -> Tensor:
+        """Sampled (..., F), patches (..., C*P), offsets (..., 6) to logits (..., K)."""
+        parts = [sampled, offsets]
+        if self.patch is not None:
+            parts.append(self.patch(patches).to(sampled.dtype))
+        h = self.first(torch.cat(parts, dim=-1))
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.last(F.silu(h))
+        return out
+
+
+class MultiscaleNetwork(nn.Module):
+    """The default network (see the module's docstring)."""
+
+    def __init__(self, spec: MultiscaleSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.stages = nn.ModuleList(StageModule(spec, i) for i in range(len(spec.stages)))
+        self.decoder = LocationDecoder(spec)
+        # Coarse logits: deep supervision in training, the octree's prediction in use.
+        coarse = spec.stages[self.coarse_stage].features
+        self.coarse = Pointwise(coarse, spec.classes, 1 / sqrt(coarse))
+
+    @property
+    def coarse_stage(self) -> int:
+        """The stage whose map gives coarse logits: the third, about 8 voxels a cell."""
+        return min(2, len(self.spec.stages) - 1)
+
+    def stage(self, index: int) -> StageModule:
+        """A stage, typed."""
+        out = self.stages[index]
+        assert isinstance(out, StageModule)
+        return out
+
+    def maps(self, volume: Float[Tensor, "B C X Y Z"]) -> list[Tensor]:
+        """Maps of all stages, from fine to coarse; every axis of the volume is a multiple of the largest
+        stride."""
+        trunk: list[Tensor] = []
+        x: Tensor = volume
+        for i in range(len(self.stages)):
+            x = self.stage(i).descend(x)
+            trunk.append(x)
+        out: list[Tensor] = []
+        above: Tensor | None = None
+        for i in reversed(range(len(self.stages))):
+            stride = self.spec.stages[i + 1].stride if i + 1 < len(self.stages) else (1, 1, 1)
+            above = self.stage(i).map(trunk[i], above, stride)
+            out.append(above)
+        return out[::-1]
+
+    def coarse_logits(self, maps: Sequence[Tensor]) -> Float[Tensor, "B K X Y Z"]:
+        """Logits at the centres of the cells of `coarse_stage`."""
+        out: Tensor = self.coarse(maps[self.coarse_stage])
+        return out
+
+    def forward(
+        self, volume: Float[Tensor, "B C X Y Z"], locations: Float[Tensor, "B N 3"]
+    ) -> tuple[Float[Tensor, "B N K"], Float[Tensor, "B K x y z"]]:
+        """Logits at locations, and coarse logits, of a batch of crops."""
+        maps = self.maps(volume)
+        sampled = torch.cat(
+            [sample(m, to_cells(locations, s)) for m, s in zip(maps, self.spec.strides, strict=True)], dim=-1
+        )
+        patches = gather_patches(volume, locations, self.spec.patch)
+        logits = self.decoder(sampled, patches, offsets_in_cells(locations, self.spec))
+        return logits, self.coarse_logits(maps)
+
+
+def to_cells(locations: Float[Tensor, "*B N 3"], stride: Triple) -> Float[Tensor, "*B N 3"]:
+    """Voxel indices to indices of cells of a stage."""
+    s = torch.tensor(stride, dtype=locations.dtype, device=locations.device)
+    return (locations + 0.5) / s - 0.5
+
+
+def offsets_in_cells(locations: Float[Tensor, "*B N 3"], spec: MultiscaleSpec) -> Float[Tensor, "*B N 6"]:
+    """Where a location lies in its voxel and in its cell of the first stage.
+
+    Distances from the centres, in units of half the finest voxel extent in mm: physical, and of order one.
+    """
+    mm = torch.tensor(spec.spacing, dtype=locations.dtype, device=locations.device)
+    unit = mm / (0.5 * min(spec.spacing))
+    stride = torch.tensor(spec.strides[0], dtype=locations.dtype, device=locations.device)
+    # floor(x + 0.5): halves go up everywhere, where round() would alternate between even and odd voxels.
+    in_voxel = locations - torch.floor(locations + 0.5)
+    cells = (locations + 0.5) / stride
+    in_cell = (cells - torch.floor(cells) - 0.5) * stride
+    return torch.cat([in_voxel * unit, in_cell * unit], dim=-1)
+
+
+def corners(
+    cells: Float[Tensor, "N 3"], shape: Triple, origin: Triple = (0, 0, 0), stored: Triple | None = None
+) -> tuple[Tensor, Tensor]:
+    """Flat indices (N, 8) and weights (N, 8) of trilinear interpolation, clamped to the border of the map.
+
+    Args:
+        cells: Cell indices on the whole map.
+        shape: Cells of the whole map.
+        origin: First cell of the stored part of the map.
+        stored: Extent of the stored part; the indices returned count inside it.
+    """
+    stored = stored or shape
+    index = torch.zeros(len(cells), 1, dtype=torch.int64, device=cells.device)
+    weight = torch.ones(len(cells), 1, dtype=cells.dtype, device=cells.device)
+    for axis in range(3):
+        x = cells[:, axis].clamp(0, shape[axis] - 1)
+        low = x.floor().clamp(max=max(shape[axis] - 2, 0))
+        fraction = (x - low)[:, None]
+        first = low.long() - origin[axis]
+        second = (first + 1).clamp(max=stored[axis] - 1)
+        index = (index[:, :, None] * stored[axis] + torch.stack([first, second], -1)[:, None, :]).flatten(1)
+        weight = (weight[:, :, None] * torch.stack([1 - fraction, fraction], -1)).flatten(1)
+    return index, weight
+
+
+def sample(maps: Float[Tensor, "B C X Y Z"], cells: Float[Tensor, "B N 3"]) -> Float[Tensor, "B N C"]:
+    """Trilinear samples of maps at cell indices, float32; beyond the border the border's value."""
+    batch, channels, x, y, z = maps.shape
+    index, weight = corners(cells.reshape(-1, 3), (x, y, z))
+    start = torch.arange(batch, device=maps.device).repeat_interleave(cells.shape[1]) * (x * y * z)
+    table = maps.float().permute(0, 2, 3, 4, 1).reshape(-1, channels)
+    out = F.embedding_bag(index + start[:, None], table, per_sample_weights=weight.float(), mode="sum")
+    return out.view(batch, -1, channels)
+
+
+def gather_patches(
+    volume: Float[Tensor, "B C X Y Z"], locations: Float[Tensor, "B N 3"], patch: Triple
+) -> Float[Tensor, "B N P"]:
+    """Raw voxels around the voxel nearest to each location, channels first; beyond the border the border's
+    value."""
+    batch, channels, *shape = volume.shape
+    count = locations.shape[1]
+    nearest = torch.floor(locations + 0.5).long()
+    steps: list[Tensor] = []
+    for axis in range(3):
+        offsets = torch.arange(-(patch[axis] // 2), patch[axis] // 2 + 1, device=volume.device)
+        steps.append((nearest[..., axis, None] + offsets).clamp(0, shape[axis] - 1))
+    index = (steps[0][..., :, None, None] * shape[1] + steps[1][..., None, :, None]) * shape[2] + steps[2][
+        ..., None, None, :
+    ]
+    flat = volume.reshape(batch, channels, -1)
+    out = flat.gather(2, index.view(batch, 1, -1).expand(batch, channels, -1))
+    return out.view(batch, channels, count, -1).transpose(1, 2).reshape(batch, count, -1)
+
+
+# Planning
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MultiscalePlan:
+    """A network, what it is trained on, and why."""
+
+    spec: MultiscaleSpec
+    crop: Triple
+    """Voxels of a training crop, multiples of the largest stride."""
+    locations: int
+    """Locations per crop."""
+    batch: int
+    """Crops per step."""
+    reasons: tuple[str, ...]
+    """One line per decision, for the user."""
+
+
+CROP_VOXELS = 1_000_000
+"""Voxels of a step: 0.3 s a step and 0.3 GB on one CPU core."""
+
+
+def plan_stages(
+    spacing: Spacing, shape: Triple, widths: Sequence[int], fine: bool
+) -> tuple[tuple[Triple, Triple], ...]:
+    """(stride, kernel) of each stage.
+
+    An axis is halved when its cells are not yet longer than those of the finest axis by a factor of 2 or
+    more, and while at least 4 cells remain; kernels reach along an axis under the same rule. So 10 mm slices
+    stay whole until the cells in the slice have grown to that size.
+
+    Args:
+        fine: The first stage keeps the full resolution.
+    """
+    mm, cells, out = list(spacing), list(shape), []
+    for i in range(len(widths)):
+        close = [m < 2 * min(mm) for m in mm]
+        stride = [
+            2 if c and n >= 8 and not (fine and i == 0) else 1 for c, n in zip(close, cells, strict=True)
+        ]
+        mm = [m * s for m, s in zip(mm, stride, strict=True)]
+        cells = [ceil(n / s) for n, s in zip(cells, stride, strict=True)]
+        kernel = [3 if m < 2 * min(mm) and n > 1 else 1 for m, n in zip(mm, cells, strict=True)]
+        out.append((_triple(stride), _triple(kernel)))
+    return tuple(out)
+
+
+def plan_crop(shape: Triple, stride: Triple, voxels: int) -> Triple:
+    """The largest crop of at most about `voxels`, shaped like the scans, each axis a multiple of `stride`."""
+    full = [s * ceil(n / s) for n, s in zip(shape, stride, strict=True)]
+    scale = 1.0
+    while True:
+        crop = [max(s, s * round(n * scale / s)) for n, s in zip(full, stride, strict=True)]
+        if prod(crop) <= voxels or crop == list(stride):
+            return _triple(crop)
+        scale *= 0.98
+
+
+def plan(
+    spacing: Spacing,
+    median_shape: Triple,
+    channels: int,
+    classes: int,
+    *,
+    crop_voxels: int = CROP_VOXELS,
+    locations: int = 4096,
+) -> MultiscalePlan:
+    """Choose stages, crop, batch and locations for a data set.
+
+    Args:
+        spacing: mm of the training grid.
+        median_shape: Voxels of the median scan on that grid.
+        channels: Channels of a scan.
+        classes: Logits a location: 1, or number of structures + 1.
+        crop_voxels: Voxels of a step that the machine affords.
+        locations: Locations per crop.
+    """
+    reasons: list[str] = []
+    fine = prod(median_shape) <= 200_000
+    widths = (16, 48, 96, 160)
+    shapes = plan_stages(spacing, median_shape, widths, fine)
+    blocks = ((0, 1, 16), (0, 1, 48), (2, 0, 48), (3, 0, 48))
+    stages = tuple(
+        Stage(stride, kernel, width, trunk, lateral, features)
+        for (stride, kernel), width, (trunk, lateral, features) in zip(shapes, widths, blocks, strict=True)
+    )
+    patch = _triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
+    spec = MultiscaleSpec(channels, classes, spacing, stages, patch)
+    text = " × ".join(f"{s:g}" for s in spacing)
+    reasons.append(f"grid: {text} mm, the median spacing of the training scans")
+    if fine:
+        reasons.append(
+            f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
+        )
+    cells = ", ".join(
+        "×".join(f"{m * s:g}" for m, s in zip(spacing, stride, strict=True)) for stride in spec.strides
+    )
+    reasons.append(f"stages: cells of {cells} mm")
+    if patch != (5, 5, 5):
+        reasons.append(
+            f"raw patch {'×'.join(map(str, patch))}: neighbouring voxels are far apart on the long axes"
+        )
+    crop = plan_crop(median_shape, spec.strides[-1], crop_voxels)
+    whole = all(c >= n for c, n in zip(crop, median_shape, strict=True))
+    batch = 1
+    reasons.append(
+        f"crop {'×'.join(map(str, crop))} voxels, {batch} a step: "
+        + ("a whole median scan" if whole else f"about {crop_voxels:,} voxels in the shape of the scans")
+    )
+    reasons.append(f"{locations} locations a crop, half of them near surfaces")
+    return MultiscalePlan(spec, crop, locations, batch, tuple(reasons))
