@@ -1,0 +1,204 @@
+"""From scores per case to means with confidence intervals, as a table on screen, CSV and JSON."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Scores
+
+RESAMPLES = 10_000
+SEED = 0
+INTERVAL_RULE = (
+    f"Intervals are 95 % percentile bootstrap intervals of the mean over cases ({RESAMPLES} resamples, seed "
+    f"{SEED}); they say nothing about another training run, and are too narrow below about ten cases."
+)
+
+METRICS: dict[str, str] = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "hd95_mm": "HD95 mm",
+    "assd_mm": "ASSD mm",
+    "surface_dice": "surface Dice",
+    "volume_difference_ml": "volume ml",
+    "volume_difference_percent": "volume %",
+}
+"""What is summarised: field of `Scores` → heading."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one class of one case."""
+
+    case: str
+    label: int
+    name: str
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over `n` cases with its 95 % confidence interval; None where too few cases define it."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class over all cases; `label` is None for the mean over classes of each case.
+
+    Attributes:
+        cases: Number of cases looked at.
+        absent: Of these, cases with the structure in neither map (left out of the means).
+        missed: Cases whose prediction is empty though the reference is not.
+        invented: Cases whose reference is empty though the prediction is not.
+        estimates: Key of `METRICS` → estimate.
+    """
+
+    label: int | None
+    name: str
+    cases: int
+    absent: int
+    missed: int
+    invented: int
+    estimates: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All classes, then (with more than one class) their mean, and the rules that were applied."""
+
+    classes: tuple[ClassSummary, ...]
+    rules: tuple[str, ...] = (INTERVAL_RULE, EMPTY_RULE, DISTANCE_RULE)
+
+    def of(self, label: int | None) -> ClassSummary:
+        """The summary of one class (None: the mean over classes); KeyError when there is none."""
+        for entry in self.classes:
+            if entry.label == label:
+                return entry
+        raise KeyError(label)
+
+
+def estimate(values: Sequence[float | None]) -> Estimate:
+    """Mean of the values that are defined, with a 95 % percentile bootstrap interval.
+
+    Fewer than two values have no interval.
+    """
+    defined = np.array([v for v in values if v is not None], dtype=np.float64)
+    if defined.size == 0:
+        return Estimate(None, None, None, 0)
+    mean = float(defined.mean())
+    if defined.size == 1:
+        return Estimate(mean, None, None, 1)
+    # One generator a call: the interval depends on these values alone, not on what was computed before.
+    draws = np.random.default_rng(SEED).integers(defined.size, size=(RESAMPLES, defined.size))
+    low, high = np.percentile(defined[draws].mean(axis=1), (2.5, 97.5))
+    return Estimate(mean, float(low), float(high), int(defined.size))
+
+
+def summarise(rows: Sequence[Row]) -> Summary:
+    """Means over cases of every class; with more than one class also of each case's mean over classes.
+
+    Args:
+        rows: Any number of cases and classes, in any order.
+
+    Returns:
+        Classes by label, the mean over classes last.
+    """
+    labels = sorted({row.label for row in rows})
+    classes = [_of_class(label, [row for row in rows if row.label == label]) for label in labels]
+    if len(labels) > 1:
+        classes.append(_mean_over_classes(rows))
+    return Summary(tuple(classes))
+
+
+def _of_class(label: int, rows: Sequence[Row]) -> ClassSummary:
+    return ClassSummary(
+        label,
+        rows[0].name,
+        len(rows),
+        *_outcomes(rows),
+        {key: estimate([getattr(row.scores, key) for row in rows]) for key in METRICS},
+    )
+
+
+def _mean_over_classes(rows: Sequence[Row]) -> ClassSummary:
+    """A case counts once, with the mean of the classes that are defined for it."""
+    cases: dict[str, list[Scores]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row.scores)
+    estimates = {}
+    for key in METRICS:
+        defined = [[v for s in scores if (v := getattr(s, key)) is not None] for scores in cases.values()]
+        estimates[key] = estimate([float(np.mean(values)) if values else None for values in defined])
+    return ClassSummary(None, "mean", len(cases), *_outcomes(rows), estimates)
+
+
+def _outcomes(rows: Sequence[Row]) -> tuple[int, int, int]:
+    found = [row.scores.outcome for row in rows]
+    return found.count("absent"), found.count("missed"), found.count("invented")
+
+
+def format_estimate(key: str, value: Estimate) -> str:
+    """`0.853 [0.841, 0.864]` with the digits that suit the metric; a dash where nothing is defined."""
+    if value.mean is None:
+        return "–"
+    digits = 3 if key in ("dice", "iou", "surface_dice") else 2
+    sign = "+" if key.startswith("volume") else ""
+    text = f"{value.mean:{sign}.{digits}f}"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
+
+
+def to_screen(summary: Summary, tolerance_mm: float) -> Table:
+    """The summary as a table for `rich`, with the rules below it."""
+    table = Table(caption="\n".join(summary.rules), caption_justify="left", title_justify="left")
+    table.add_column("structure")
+    table.add_column("cases", justify="right")
+    for key, heading in METRICS.items():
+        unit = f"\n({tolerance_mm:g} mm)" if key == "surface_dice" else ""
+        table.add_column(heading + unit, justify="right")
+    for entry in summary.classes:
+        name = entry.name if entry.label is None else f"{entry.label} {entry.name}".rstrip()
+        cells = [format_estimate(key, entry.estimates[key]).replace(" [", "\n[") for key in METRICS]
+        table.add_row(name, _counts(entry), *cells, end_section=True)
+    return table
+
+
+def _counts(entry: ClassSummary) -> str:
+    """`16`, with what was empty below it."""
+    remarks = [(entry.absent, "absent"), (entry.missed, "missed"), (entry.invented, "invented")]
+    return "\n".join([str(entry.cases), *(f"{n} {what}" for n, what in remarks if n)])
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line a case and class, header first; an empty cell where a score is not defined."""
+    columns = [f.name for f in fields(Scores)]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["case", "label", "name", *columns])
+    for row in rows:
+        writer.writerow([row.case, row.label, row.name, *(_cell(getattr(row.scores, c)) for c in columns)])
+    return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+def to_json(rows: Sequence[Row], summary: Summary, tolerance_mm: float) -> dict[str, Any]:
+    """`tolerance_mm`, `rules`, `summary` (by class) and `cases`; null where a score is not defined."""
+    return {
+        "tolerance_mm": tolerance_mm,
+        "rules": list(summary.rules),
+        "summary": [asdict(entry) for entry in summary.classes],
+        "cases": [{"case": r.case, "label": r.label, "name": r.name, **asdict(r.scores)} for r in rows],
+    }
