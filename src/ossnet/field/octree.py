@@ -1,0 +1,321 @@
+"""The octree: the dense label map of a function of position, asking it only near the surfaces (DESIGN §5).
+
+*C* is the current label of every voxel, evaluated or predicted; *E* the voxels evaluated; *B2(C)* the voxels
+with a 6-neighbour of another label. One rule on every lattice, coarse to fine: evaluate B2(C) \\ E, write the
+answers, repeat until nothing is left.
+
+**What is certain.** When it ends, every 6-connected component of the true label map of which at least one
+voxel was evaluated is exactly right, for any number of classes: along a path inside such a component the
+label could change only between two evaluated voxels, and both are right.
+**What can be missed.** Components of which no voxel was evaluated are missing, whole: objects that slip
+between the sites of the coarsest lattice and lie away from every surface found. Parts that touch only along
+an edge or a corner are components of their own.
+
+A prediction (a coarse start array, the interpolation between lattices) costs evaluations when it is bad,
+never truth.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Integer, Num, Shaped
+
+from ossnet.errors import SettingsError
+from ossnet.field.hints import island_seeds, unsaturated_children
+from ossnet.field.lattice import Indices, Lattice, Triple, refine_lattice, sorted_unique
+from ossnet.field.prediction import resample_prediction
+from ossnet.field.strides import Box, Path, check_path, check_region, windows
+
+Array = Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
+
+# Margin of a predicted site that came without a value; sites next to a surface are evaluated and get their
+# own.
+_PRIOR_MARGIN = 4.0
+
+
+def decide(answers: Array) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
+    """Labels and margins of the answers of a function.
+
+    Args:
+        answers: (N,) integers or booleans: labels. (N,) floats: logits of class 1 against background, inside
+            strictly above 0 (as in the paper, a probability of exactly 0.5 is outside). (N, K) floats: logits
+            or log-probabilities of K classes, background first; the largest wins, the first among equals.
+
+    Returns:
+        The labels, and the distance to the nearest decision in logits (None for labels).
+
+    Raises:
+        SettingsError: If the answers have another shape, or are not finite.
+    """
+    if isinstance(answers, torch.Tensor):
+        answers = answers.detach().cpu()
+        values = (answers.float() if answers.is_floating_point() else answers).numpy()
+    else:
+        values = np.asarray(answers)
+    if values.dtype.kind in "iub" and values.ndim == 1:
+        return values.astype(np.int64), None
+    if values.dtype.kind != "f" or values.ndim not in (1, 2) or (values.ndim == 2 and values.shape[1] < 2):
+        raise SettingsError(
+            "function",
+            f"answered an array of shape {values.shape} and type {values.dtype}",
+            "Return (N,) integer labels, (N,) float logits, or (N, K) float logits or log-probabilities",
+        )
+    values = values.astype(np.float32, copy=False)
+    if np.isnan(values).any():
+        raise SettingsError("function", "answered not-a-number", "Check the network's weights and its input")
+    if values.ndim == 1:
+        return (values > 0).astype(np.int64), np.abs(values)
+    labels = values.argmax(axis=1)
+    top = np.partition(values, -2, axis=1)[:, -2:]
+    # Log-probabilities may be -inf: clipped, so that the distance of two of them is none.
+    lowest = np.float32(-1e30)
+    return labels, np.maximum(top[:, 1], lowest) - np.maximum(top[:, 0], lowest)
+
+
+class Octree:
+    """An iterator of questions whose answers become a dense label map.
+
+    >>> import numpy as np
+    >>> octree = Octree((40, 40, 40))
+    >>> while (locations := octree.query()) is not None:
+    ...     octree.update(12.0 - np.linalg.norm(locations - 20.0, axis=1))  # logits of a ball
+    >>> int(octree.labels().sum()), octree.evaluated
+    (7123, 3199)
+
+    Args:
+        shape: Voxels along X, Y, Z.
+        classes: Number of classes, background included.
+        path: Strides from coarse to fine, each a multiple of the next, the last 1; an entry may be a triple
+            with one stride an axis. "auto": see `choose_path`.
+        start: None: the coarsest lattice is evaluated whole. An array of any size over the same space
+            (integers (a, b, c): labels; floats (a, b, c) or (K, a, b, c): logits): taken as prediction on the
+            coarsest lattice. Array cell i covers the voxels from i·X/a to (i+1)·X/a.
+        safety: With a start array: every how many sites of the coarsest lattice one is evaluated whatever the
+            array says, so that what it overlooks can be hit; 0 for none.
+        region: ((x0, y0, z0), (x1, y1, z1)), ends exclusive: only this box is wanted. See `field.refinement`.
+        halo: Sites around the region that are refined with it, on every level.
+        margin: With logits: also evaluate the children of cells of stride 8 and more that have a corner with
+            a logit closer to the decision than this. Finds small islands nearly as a lattice of stride 4
+            would.
+        seeds: With logits: also evaluate the one voxel where a quadratic fit puts the minimum of |logit|
+            around local minima at the last stride of 4 or more (below `margin`, if given).
+        trust: With logits: on the last lattice, evaluate a voxel of a crossing pair only if the linear root
+            lies within this many voxels of it. Below 1, the result is no longer certain.
+
+    Raises:
+        SettingsError: For settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        shape: Triple,
+        classes: int = 2,
+        path: Path = "auto",
+        start: Num[np.ndarray, "..."] | None = None,
+        *,
+        safety: int = 2,
+        region: Box | None = None,
+        halo: int = 8,
+        margin: float | None = None,
+        seeds: bool = False,
+        trust: float | None = None,
+    ) -> None:
+        if len(shape) != 3 or min(shape) < 1:
+            raise SettingsError("shape", f"{shape} is not a volume", "Give three sizes of at least 1")
+        if not 2 <= classes <= 32767:
+            raise SettingsError("classes", f"is {classes}", "Give 2 to 32767, background included")
+        self.shape, self.classes = shape, classes
+        self.path = check_path(path, shape, predicted=start is not None)
+        self.margin, self.seeds, self.trust = margin, seeds, trust
+        self.evaluated = 0
+        """Locations asked so far."""
+        self.rounds = 0
+        """Questions answered so far."""
+        self._region = check_region(region, shape)
+        self._windows = windows(self.path, shape, self._region, halo)
+        self._level = 0
+        self._lattice = Lattice(self.path[0], shape, self._windows[0], classes)
+        self._values: bool | None = None  # whether answers carry margins; None until the first
+        self._asked: Indices | None = None
+        self._rest = np.empty(0, dtype=np.int64)  # listed by the rule, not yet asked
+        self._round = 0  # of this level
+        self._done = False
+        if start is None:
+            self._lattice.box(self._lattice.cells)[...] = 0
+            self._next = self._lattice.all_sites()
+        else:
+            self._predict(start)
+            self._next = self._lattice.all_sites(safety) if safety else np.empty(0, dtype=np.int64)
+            if not len(self._next):
+                self._close()
+
+    @property
+    def stride(self) -> Triple:
+        """Stride of the lattice in work along each axis."""
+        return self._lattice.stride
+
+    @property
+    def pending(self) -> int:
+        """Locations known to be still asked on this lattice; more may follow from their answers."""
+        return 0 if self._done else len(self._next) + len(self._rest)
+
+    def query(self) -> Int[np.ndarray, "N 3"] | None:
+        """The next voxel indices to ask, int32, or None when the label map is complete.
+
+        The same question is returned until it is answered.
+        """
+        while self._asked is None and not self._done:
+            if len(self._next):
+                self._asked = self._next
+            elif self._level + 1 == len(self.path):
+                self._done = True
+            else:
+                self._refine()
+        return None if self._done or self._asked is None else self._lattice.voxels(self._asked)
+
+    def update(self, answers: Array, margins: Float[np.ndarray, " N"] | None = None) -> None:
+        """Answer the last question.
+
+        Args:
+            answers: Labels, logits or log-probabilities in the order of the question, see `decide`.
+            margins: With labels from `decide`: their margins.
+
+        Raises:
+            SettingsError: If there is no open question, or the answers do not fit it.
+        """
+        asked = self._asked
+        if asked is None:
+            raise SettingsError("update", "no question is open", "Call query() first")
+        labels, own = decide(answers)
+        margins = own if own is not None else margins
+        if len(labels) != len(asked):
+            raise SettingsError(
+                "function",
+                f"gave {len(labels)} answers to {len(asked)} locations",
+                "Answer each once, in order",
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
+            raise SettingsError(
+                "function",
+                f"answered labels from {labels.min()} to {labels.max()} for {self.classes} announced classes",
+                "Set classes to the number of classes, background included",
+            )
+        self._note_values(margins is not None)
+        lattice = self._lattice
+        changed = lattice.write(asked, labels)
+        if margins is not None and lattice.margins is not None:
+            highest = np.finfo(lattice.margins.dtype).max
+            lattice.margins[asked] = np.minimum(margins, highest)
+        self.evaluated += len(asked)
+        self.rounds += 1
+        self._asked = None
+        if self._level == 0 and self._round == 0:
+            # After a whole lattice nothing is unknown; after a safety lattice all of it is looked through
+            # once.
+            self._close()
+            return
+        # With trust the place of a root moves with the values, whether or not the label changed.
+        moved = asked if self._trusting else changed
+        self._list(sorted_unique(np.concatenate((self._rest, lattice.neighbours(moved)))))
+
+    def labels(self) -> Integer[np.ndarray, "X Y Z"]:
+        """The label map of the volume, or of the region; uint8, uint16 for more than 127 classes.
+
+        Raises:
+            SettingsError: If questions are still open.
+        """
+        if self.query() is not None:
+            raise SettingsError(
+                "labels", "the octree still has questions", "Answer until query() returns None"
+            )
+        low = [r - w for r, w in zip(self._region.low, self._lattice.window.low, strict=True)]
+        part = tuple(slice(o, o + n) for o, n in zip(low, self._region.size, strict=True))
+        return np.asarray(self._lattice.box(self._lattice.cells)[part] & self._lattice.label_bits)
+
+    @property
+    def _trusting(self) -> bool:
+        return self.trust is not None and bool(self._values) and self._level + 1 == len(self.path)
+
+    def _note_values(self, values: bool) -> None:
+        """Remember whether the function answers with values: all answers must be of one kind."""
+        if self._values is None:
+            self._values = values
+            hints = [name for name in ("margin", "seeds", "trust") if getattr(self, name)]
+            if hints and not values:
+                raise SettingsError(hints[0], "needs logits, the function answers labels", "Leave it out")
+            if not values:
+                self._lattice.margins = None
+            elif self._lattice.margins is None and (len(self.path) > 1 or self.trust is not None):
+                self._lattice.keep_margins(_PRIOR_MARGIN)
+        if self._values != values:
+            raise SettingsError("function", "answers labels and logits in turn", "Return one kind")
+
+    def _predict(self, start: Num[np.ndarray, "..."]) -> None:
+        """Take a coarse array as the labels of the coarsest lattice."""
+        window, stride = self._lattice.window, self._lattice.stride
+        x, y, z = (
+            np.arange(a, b) * float(s) for a, b, s in zip(window.low, window.high, stride, strict=True)
+        )
+        labels, margins = resample_prediction(start, self.shape, (x, y, z), self.classes)
+        self._lattice.box(self._lattice.cells)[...] = labels
+        if margins is not None:
+            self._lattice.keep_margins(margins)
+
+    def _close(self) -> None:
+        """Begin the closure of the coarsest level by looking through all of it."""
+        every = self._lattice.all_sites()
+        self._begin(self._lattice.unsettled(every), every[:0])
+
+    def _begin(self, listed: Indices, hinted: Indices) -> None:
+        """Begin the closure of a level: of what the rule lists, the even sites first, with the hints.
+
+        Their answers settle many of the odd ones, which are then looked at again. Both steps, and the rounds
+        after them, depend on the neighbourhood of a site only, never on how long a list is: so what is
+        evaluated inside a region does not depend on what lies far from it.
+        """
+        self._round = 1
+        even = self._lattice.even(listed)
+        self._next, self._rest = listed[even], listed[~even]
+        if len(hinted):
+            self._next = sorted_unique(np.concatenate((self._next, hinted)))
+        if not len(self._next):
+            self._next, self._rest = self._rest, self._next
+
+    def _list(self, candidates: Indices) -> None:
+        """Continue the closure: everything that the rule lists among the candidates."""
+        self._round += 1
+        self._next = self._unsettled(candidates)
+        self._rest = np.empty(0, dtype=np.int64)
+
+    def _unsettled(self, flat: Indices) -> Indices:
+        return self._lattice.unsettled(flat, self.trust if self._trusting else None)
+
+    def _refine(self) -> None:
+        """Go on to the next finer lattice."""
+        coarse = self._lattice
+        self._level += 1
+        stride, last = self.path[self._level], self._level + 1 == len(self.path)
+        keep: Any = None
+        if self._values and not last:
+            keep = np.float32
+        elif self._values and self.trust is not None:
+            keep = np.float16
+        hinted = self._hints(coarse, stride)
+        self._lattice, listed = refine_lattice(
+            coarse, stride, self.shape, self._windows[self._level], self.classes, keep
+        )
+        if self._trusting:
+            listed = self._unsettled(listed)
+        self._begin(listed, self._lattice.unknown(hinted))
+
+    def _hints(self, coarse: Lattice, stride: Triple) -> Int[np.ndarray, "N 3"]:
+        """Voxels of the next lattice to evaluate whatever the rule says."""
+        voxels = np.empty((0, 3), dtype=np.int64)
+        if not self._values:
+            return voxels
+        if self.margin is not None and max(coarse.stride) >= 8:
+            voxels = np.concatenate((voxels, unsaturated_children(coarse, stride, self.margin)))
+        if self.seeds and max(coarse.stride) >= 4 > max(stride):
+            voxels = np.concatenate((voxels, island_seeds(coarse, stride, self.margin)))
+        return voxels

@@ -1,0 +1,99 @@
+"""The strides of the octree's lattices, and the part of each lattice that a region needs."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from ossnet.errors import SettingsError
+from ossnet.field.lattice import Triple, Window, lattice_size
+
+Box = tuple[Triple, Triple]
+Path = Sequence[int | Triple] | Literal["auto"]
+
+# Voxels from which on a stride of 16 pays at the start: at 2^25 a whole stride-8 lattice is 65,536 locations,
+# as many as half the surface of a large organ.
+_LARGE = 2**25
+
+
+def choose_path(shape: Triple, *, predicted: bool = False) -> tuple[Triple, ...]:
+    """The strides of `path="auto"`, from the shape alone.
+
+    16, 8, 4, 1 for volumes of 2^25 voxels (320³) and more unless a start array predicts, otherwise 8, 4, 1.
+    Along an axis of fewer than 4 strides the stride is halved until there are 4: a stack of ten thick slices
+    is not sampled at its first and ninth only.
+    """
+    strides = (16, 8, 4, 1) if np.prod(shape, dtype=np.int64) >= _LARGE and not predicted else (8, 4, 1)
+    limits = [max(1, 2 ** int(np.log2(max(1, n / 4)))) for n in shape]
+    path = [tuple(min(s, limit) for limit in limits) for s in strides]
+    unique = [p for i, p in enumerate(path) if i == 0 or p != path[i - 1]]
+    return tuple((a, b, c) for a, b, c in unique)
+
+
+def check_path(path: Path, shape: Triple, *, predicted: bool = False) -> tuple[Triple, ...]:
+    """The strides along each axis, coarse to fine, ending at 1.
+
+    Raises:
+        SettingsError: If a stride is not a multiple of the next, or the last is not 1.
+    """
+    if isinstance(path, str):
+        if path != "auto":
+            raise SettingsError("path", f"{path!r} is not known", "Give strides such as (8, 4, 1), or 'auto'")
+        return choose_path(shape, predicted=predicted)
+    steps = [(s, s, s) if isinstance(s, int) else s for s in path]
+    good = bool(steps) and steps[-1] == (1, 1, 1) and all(s >= 1 for step in steps for s in step)
+    for coarse, fine in pairwise(steps):
+        good = good and coarse != fine and all(c % f == 0 for c, f in zip(coarse, fine, strict=True))
+    if not good:
+        raise SettingsError(
+            "path",
+            f"{tuple(path)} is not a way from coarse to fine",
+            "Let each stride divide the one before, end at 1",
+        )
+    return tuple(steps)
+
+
+def check_region(region: Box | None, shape: Triple) -> Window:
+    """The wanted voxels: the whole volume without a region.
+
+    Raises:
+        SettingsError: If the region is empty or leaves the volume.
+    """
+    if region is None:
+        return Window((0, 0, 0), shape)
+    low, high = region
+    if (
+        len(low) != 3
+        or len(high) != 3
+        or not all(0 <= a < b <= n for a, b, n in zip(low, high, shape, strict=True))
+    ):
+        raise SettingsError(
+            "region",
+            f"{region} is not a box within {shape}",
+            "Give ((x0, y0, z0), (x1, y1, z1)), ends exclusive",
+        )
+    return Window(low, high)
+
+
+def windows(path: tuple[Triple, ...], shape: Triple, region: Window, halo: int) -> tuple[Window, ...]:
+    """The sites to keep on every lattice, coarse to fine, so that a region comes out as it would from all of
+    them.
+
+    A level's window holds what the next one is predicted from (the 4×4×4 sites around each cell, one more for
+    the hints) and `halo` sites around that, in which the closure may run on beyond.
+    """
+    out = [region]
+    for level in range(len(path) - 1, -1, -1):
+        lattice = lattice_size(shape, path[level])
+        # The coarsest lattice is evaluated whole: its closure brings in nothing from outside.
+        window = out[0].grown(halo, halo, lattice) if level or len(path) == 1 else out[0]
+        if level == 0:
+            out[0] = window
+            break
+        coarser = path[level - 1]
+        ratio = (coarser[0] // path[level][0], coarser[1] // path[level][1], coarser[2] // path[level][2])
+        cells = window.cells(ratio)
+        out[0] = cells.sites(ratio, lattice)
+        out.insert(0, cells.grown(2, 3, lattice_size(shape, coarser)))
+    return tuple(out)
