@@ -1,7 +1,7 @@
 """Cases as training wants them: read once, oriented, kept in their file's type, in memory or mapped from disk."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer, Num
 
-from ossnet.data.layouts import Case
+from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
-from ossnet.errors import VolumeError
-from ossnet.files.nifti import read_labels, read_volume
-from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume, same_place
+from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
 
 
 @dataclass(frozen=True)
@@ -62,43 +60,25 @@ class CachedCase:
 
 
 def load_case(
+    dataset: Dataset,
     case: Case,
     preparation: Preparation,
-    label_map: Mapping[int, int],
     classes: int,
     border_kernel: int = 13,
     border_width_mm: float | None = None,
 ) -> CachedCase:
     """Read one labelled case.
 
-    Args:
-        label_map: File label → label, for example BraTS 4 → 3; others stay.
-
     Raises:
         VolumeError: A file cannot be trusted, or image and label do not lie on each other.
     """
-    if case.label is None:
-        raise VolumeError(case.name, "the case has no label", "Add its label file or leave it out")
-    volume = read_volume(case.images)
-    labels = read_labels(case.label)
-    if reason := same_place(volume, labels):
-        raise VolumeError(case.label, f"it does not lie on {case.images[0]}: {reason}", "Resample the label")
-    data = labels.data
-    for old, new in label_map.items():
-        if old != new:
-            data = np.where(data == old, np.asarray(new, dtype=data.dtype), data)
-    if classes > 1 and int(data.max(initial=0)) >= classes:
-        raise VolumeError(
-            case.label,
-            f"it holds label {int(data.max())}, but the data set names {classes - 1} structures",
-            "Correct the label file or the data set's label names",
-        )
+    volume, labels = dataset.read(case)
     orientation = preparation.orient(volume.affine)
     oriented = volume.reoriented(orientation)
     return CachedCase(
         name=case.name,
         image=np.ascontiguousarray(oriented.data),
-        labels=oriented_labels(replace(labels, data=data), orientation),
+        labels=oriented_labels(labels, orientation),
         statistics=preparation.statistics(oriented.data),
         affine=oriented.affine,
         spacing=oriented.spacing,

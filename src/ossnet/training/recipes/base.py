@@ -65,6 +65,11 @@ class Recipe(ABC):
             AdamW(rest, chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay),
         ]
 
+    @property
+    def repeats(self) -> int:
+        """Examples drawn from each case in an epoch."""
+        return 1
+
     def progress(self, fraction: float) -> None:  # noqa: B027  most recipes have nothing to do
         """Told before each step which fraction of the training is done."""
 

@@ -1,0 +1,65 @@
+"""Segment 3D medical scans in function space: ask a network which structure is at any point.
+
+    scan = ossnet.read("scan.nii.gz")
+    model = ossnet.load("runs/liver")
+    labels = model.field(scan).segment()
+    labels.save("scan_seg.nii.gz")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ossnet.errors import OssnetError
+    from ossnet.field.field import Field
+    from ossnet.field.model import Model, import_released
+    from ossnet.field.refinement import Refinement, refine
+    from ossnet.files.nifti import read_labels
+    from ossnet.files.nifti import read_volume as read
+    from ossnet.volume import LabelMap, Volume
+
+    load = Model.load
+
+_WHERE = {
+    "Field": "ossnet.field.field:Field",
+    "LabelMap": "ossnet.volume:LabelMap",
+    "Model": "ossnet.field.model:Model",
+    "OssnetError": "ossnet.errors:OssnetError",
+    "Refinement": "ossnet.field.refinement:Refinement",
+    "Volume": "ossnet.volume:Volume",
+    "import_released": "ossnet.field.model:import_released",
+    "load": "ossnet.field.model:Model.load",
+    "read": "ossnet.files.nifti:read_volume",
+    "read_labels": "ossnet.files.nifti:read_labels",
+    "refine": "ossnet.field.refinement:refine",
+}
+
+__all__ = [
+    "Field",
+    "LabelMap",
+    "Model",
+    "OssnetError",
+    "Refinement",
+    "Volume",
+    "import_released",
+    "load",
+    "read",
+    "read_labels",
+    "refine",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: reading a header should not wait for torch.
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ossnet' has no attribute {name!r}")
+    module, _, path = _WHERE[name].partition(":")
+    value: Any = import_module(module)
+    for part in path.split("."):
+        value = getattr(value, part)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

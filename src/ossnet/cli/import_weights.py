@@ -1,0 +1,36 @@
+"""`ossnet import-weights`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ossnet.cli.common import say
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="Weight file of the authors, oss_net_*.pt.")],
+    out: Annotated[Path, typer.Option(help="Model folder to make.")],
+    output_shape: Annotated[
+        str | None, typer.Option(help="Low-resolution grid such as 8,8,5, where it cannot be inferred.")
+    ] = None,
+) -> None:
+    """Turn released OSS-Net weights into a model.
+
+    `ossnet import-weights oss_net_c_bra_ts.pt --out models/brats`
+    """
+    from ossnet.errors import SettingsError
+    from ossnet.field.model import import_released
+
+    grid = None
+    if output_shape is not None:
+        try:
+            x, y, z = (int(n) for n in output_shape.replace("x", ",").split(","))
+        except ValueError:
+            raise SettingsError(
+                "--output-shape", f"{output_shape!r} is not three numbers", "Write for example 8,8,5"
+            ) from None
+        grid = (x, y, z)
+    model = import_released(file, grid)
+    model.save(out)
+    say(f"variant {model.variant}, {model.channels} channel(s), {model.preparation.shape} voxels: {out}")

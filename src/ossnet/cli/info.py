@@ -1,0 +1,26 @@
+"""`ossnet info`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+
+from ossnet.cli.common import print_json, stdout
+
+
+def command(
+    model: Annotated[Path, typer.Argument(help="Model or run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show what a model is and how it was trained.
+
+    `ossnet info runs/hippocampus`
+    """
+    from ossnet.field.model import Model
+
+    loaded = Model.load(model)
+    if as_json:
+        print_json(loaded.description())
+    else:
+        stdout().print(Markdown(loaded.card()))

@@ -1,0 +1,96 @@
+"""`ossnet train`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ossnet.cli.common import say, stderr, stdout
+
+
+def command(
+    data: Annotated[
+        Path | None, typer.Option(help="Data set in any layout that `ossnet check` knows.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="multiscale (default), O-Net, A, B, C, D, unet3d, unet2d.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="brats2020 or lits: the paper's experiments.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON or TOML file with settings.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="One setting: group.key=value.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Train for this long; the schedule fits itself.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes or GPUs.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue a run that was stopped.")] = False,
+    help_settings: Annotated[bool, typer.Option("--help-settings", help="List every setting.")] = False,
+) -> None:
+    """Train a network on a data set.
+
+    `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
+
+    Stop it with Ctrl-C at any time and go on with `--resume`.
+    """
+    from ossnet.errors import SettingsError
+    from ossnet.training.settings import Settings, describe_settings, make_settings
+
+    if help_settings:
+        table = Table("setting", "default", "meaning")
+        for row in describe_settings():
+            table.add_row(*row)
+        stdout().print(table)
+        return
+    if data is None or out is None:
+        raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
+    from ossnet.training.train import train
+
+    chosen = list(changes or ())
+    if minutes is not None:
+        chosen.append(f"schedule.minutes={minutes}")
+    if devices is not None:
+        chosen.append(f"runtime.devices={devices}")
+    settings = Settings() if resume else make_settings(variant, preset, config, chosen)
+    with Watcher() as watcher:
+        train(data, out, settings, resume=resume, listener=watcher, say=say)
+    say(f"finished: {out}")
+
+
+class Watcher:
+    """Shows a training: a bar with the time left on a terminal, a line for every validation anywhere."""
+
+    def __init__(self) -> None:
+        console = stderr()
+        columns = (
+            TextColumn("step {task.fields[step]}  loss {task.fields[loss]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task: TaskID | None = None
+        self.smooth: float | None = None
+
+    def __enter__(self) -> "Watcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def step(self, state: Any, loss: float, fraction: float) -> None:
+        """Move the bar."""
+        if self.task is None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=1.0, step=0, loss="")
+        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        self.bar.update(self.task, completed=fraction, step=state.step, loss=f"{self.smooth:.4f}")
+
+    def validated(self, row: dict[str, Any]) -> None:
+        """One line."""
+        scores = "".join(f"  {k} {v:.4f}" for k, v in row.items() if k.startswith(("dice", "iou")))
+        minutes = row["seconds"] / 60
+        say(f"{minutes:7.1f} min  step {row['step']:6d}  loss {row['loss']:.4f}{scores}")

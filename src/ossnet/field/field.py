@@ -1,0 +1,396 @@
+"""A model bound to one scan: everything that can be asked, asked here.
+
+Letters: N locations, K classes, X Y Z voxels.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer, Num
+from torch import Tensor
+
+from ossnet.data.preparation import prepare_scan
+from ossnet.errors import SettingsError, VolumeError
+from ossnet.field.engine import Answer, prepare
+from ossnet.field.grid import Box, Grid, check_box, moved_box
+from ossnet.field.model import Model
+from ossnet.field.refinement import refine
+from ossnet.field.released_stages import START_STATES, ReleasedStages
+from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical
+
+Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Segmentation(LabelMap):
+    """A label map with how it was found.
+
+    Attributes:
+        evaluated: Locations asked.
+        seconds: Wall-clock time of `segment`, the encoder not included.
+        strategy: How the locations were chosen.
+    """
+
+    evaluated: int = 0
+    seconds: float = 0.0
+    strategy: str = ""
+    stages: tuple[int, ...] = field(default=())
+
+
+class Field:
+    """What a model answers for one scan. Reading is thread-safe.
+
+    Args:
+        model: A trained model.
+        volume: The scan; its channels in the order the model was trained with.
+        device: "cpu", "cuda", or "auto" for CUDA where there is one.
+        memory: Grant for everything above the loaded volume, bytes or as "2GB"; None: no bound.
+        precision: "fp32", "bf16", or "auto": bf16 where the machine computes in it, close calls again in fp32.
+        preprocessed: Take the values of the volume as they are (the reference cases).
+        chunk: Locations a pass; None chooses.
+
+    Raises:
+        VolumeError: The scan does not have the model's channels.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        volume: Volume,
+        *,
+        device: str | torch.device = "auto",
+        memory: str | int | None = None,
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        preprocessed: bool = False,
+        chunk: int | None = None,
+    ) -> None:
+        if volume.channels != model.channels:
+            names = f" ({', '.join(model.channel_names)})" if model.channel_names else ""
+            raise VolumeError(
+                volume.source or "scan",
+                f"it has {volume.channels} channel(s), the model takes {model.channels}{names}",
+                "Give one file with all channels, or one file a channel, in the order of the training",
+            )
+        self.model, self.volume = model, volume
+        self.device = _device(device)
+        started = time.perf_counter()
+        scan = prepare_scan(volume, model.preparation, self.device, preprocessed)
+        self._orientation: Orientation = scan.orientation
+        self._fitted: Shape = scan.fit.target
+        self._fit = scan.fit
+        oriented = volume.reoriented(scan.orientation)
+        self.grid = Grid(oriented.shape, oriented.affine)
+        """The scan's grid in the axis order that the network sees."""
+        options = model.metadata.get("settings", {}).get("network", {})
+        self._answer: Answer = prepare(
+            model.network,
+            scan.image,
+            device=self.device,
+            precision=precision,
+            chunk=chunk,
+            memory=memory,
+            large_pool="max" if options.get("large_pool") == "released" else "avg",
+        )
+        self.encoder_seconds = time.perf_counter() - started
+        """Wall-clock time of preparing and encoding the scan."""
+
+    # Asking at points ---------------------------------------------------------------------------------------------
+
+    def logits(
+        self, points: Num[np.ndarray, "N 3"], space: Literal["voxel", "world"] = "voxel"
+    ) -> Float[np.ndarray, "N *K"]:
+        """Logits at points: (N,) for one structure, (N, K) for K classes including background.
+
+        Args:
+            points: Voxel indices of the scan as stored (fractions allowed), or world mm.
+        """
+        to_fitted = self._fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
+        if space == "world":
+            to_fitted = to_fitted @ np.linalg.inv(self.volume.affine)
+        return self._ask(np.asarray(points, dtype=np.float64), to_fitted, self._answer)
+
+    def probability(
+        self, points: Num[np.ndarray, "N 3"], space: Literal["voxel", "world"] = "voxel"
+    ) -> Float[np.ndarray, "N *K"]:
+        """Probabilities at points: (N,) for one structure, (N, K) for K classes including background."""
+        return _probabilities(self.logits(points, space))
+
+    # Segmenting ---------------------------------------------------------------------------------------------------
+
+    def segment(
+        self,
+        *,
+        spacing: float | tuple[float, float, float] | None = None,
+        shape: Shape | None = None,
+        like: Volume | LabelMap | None = None,
+        region: Box | None = None,
+        strategy: Strategy = "auto",
+        progress: Progress | None = None,
+        reevaluate: bool = False,
+        **octree: Any,
+    ) -> Segmentation:
+        """The label map on the scan's grid, or on another one.
+
+        Args:
+            spacing: Voxel size in mm of a grid over the same extent.
+            shape: Number of voxels of a grid over the same extent.
+            like: The grid of this volume; what lies outside the scan is background.
+            region: ((x0, y0, z0), (x1, y1, z1)), ends excluded, voxels of the output grid: only this box.
+            strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
+                no location hit; "dense" asks everywhere; "original", "released" and "paper" are the released
+                algorithm and its improved start state in both readings, on the network's grid (SPEC §5, §7.1).
+            progress: Called with the locations asked so far and those known to follow.
+            reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
+            octree: Further arguments of `refine`, such as `trust` or `margin`.
+
+        Raises:
+            SettingsError: Arguments that exclude each other.
+        """
+        if sum(x is not None for x in (spacing, shape, like)) > 1:
+            raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
+        started = time.perf_counter()
+        if strategy in START_STATES:
+            if spacing is not None or shape is not None or like is not None or region is not None:
+                raise SettingsError(
+                    "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
+                )
+            labels, evaluated, stages = self._released(strategy, progress, reevaluate)
+            grid, orientation = self.grid, self._orientation
+        else:
+            grid, orientation = self._target(spacing, shape, like)
+            box = self._oriented_region(region, grid, orientation)
+            labels, evaluated = self._fill(grid, box, strategy, progress, octree)
+            stages = ()
+            if box is not None:
+                shift = np.eye(4)
+                shift[:3, 3] = box[0]
+                grid = Grid(labels.shape, grid.affine @ shift)  # type: ignore[arg-type]
+        stored = orientation.undo(labels)
+        x, y, z = stored.shape
+        return Segmentation(
+            data=np.ascontiguousarray(stored),
+            affine=_stored_affine(grid, orientation, (x, y, z)),
+            header=(like or self.volume).header,
+            names=self.model.label_names,
+            evaluated=evaluated,
+            seconds=time.perf_counter() - started,
+            strategy=self._resolve(strategy),
+            stages=stages,
+        )
+
+    def probability_map(self, progress: Progress | None = None) -> Volume:
+        """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
+        x, y, z = self.grid.shape
+        out = np.empty((max(self.model.classes, 1), x, y, z), dtype=np.float32)
+        for done, (box, locations) in enumerate(_slabs(self.grid.shape)):
+            found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
+            part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
+            (x0, y0, z0), (x1, y1, z1) = box
+            out[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
+            if progress:
+                progress((done + 1) * len(locations), x * y * z - (done + 1) * len(locations))
+        stored = np.ascontiguousarray(self._orientation.undo(out))
+        return replace(self.volume, data=stored)
+
+    # Parts --------------------------------------------------------------------------------------------------------
+
+    def asker(self, grid: Grid) -> Callable[[Num[np.ndarray, "N 3"]], Tensor]:
+        """A function of voxel indices of a grid, for the octree and the mesh: logits, background outside the scan."""
+        answer, fit = self._answer, self._fit
+        to_scan = grid.to(self.grid)
+        to_fitted = fit.matrix() @ to_scan
+        inside_all = bool(_covers(self.grid.shape, grid, to_scan))
+
+        def ask(voxels: Num[np.ndarray, "N 3"]) -> Tensor:
+            logits = _call(answer, voxels, to_fitted)
+            if inside_all:
+                return logits
+            place = np.asarray(voxels) @ to_scan[:3, :3].T + to_scan[:3, 3]
+            outside = ((place < -0.5) | (place > np.array(self.grid.shape) - 0.5)).any(axis=1)
+            return _background(logits, torch.from_numpy(outside).to(logits.device))
+
+        return ask
+
+    def _ask(
+        self, locations: Num[np.ndarray, "N 3"], to_fitted: Affine, answer: Answer
+    ) -> Float[np.ndarray, "N *K"]:
+        return _call(answer, locations, to_fitted).float().cpu().numpy()
+
+    def _target(
+        self,
+        spacing: float | tuple[float, float, float] | None,
+        shape: Shape | None,
+        like: Volume | LabelMap | None,
+    ) -> tuple[Grid, Orientation]:
+        if like is not None:
+            return Grid(like.shape, like.affine), Orientation()
+        if spacing is not None:
+            if not isinstance(spacing, int | float):
+                spacing = _moved_triple(spacing, self._orientation)
+            return Grid.with_spacing(self.grid, spacing), self._orientation
+        if shape is not None:
+            return Grid.with_shape(self.grid, _moved_triple(shape, self._orientation)), self._orientation
+        return self.grid, self._orientation
+
+    def _oriented_region(self, region: Box | None, grid: Grid, orientation: Orientation) -> Box | None:
+        """A region of the stored output grid in the oriented one."""
+        if region is None:
+            return None
+        x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
+        return moved_box(check_box(region, (x, y, z)), orientation.matrix((x, y, z)))
+
+    def _resolve(self, strategy: Strategy) -> str:
+        if strategy != "auto":
+            return strategy
+        return "dense" if getattr(self._answer, "dense", False) else "octree"
+
+    def _fill(
+        self, grid: Grid, region: Box | None, strategy: Strategy, progress: Progress | None, options: dict[str, Any]
+    ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
+        classes = max(self.model.classes, 2)
+        ask = self.asker(grid)
+        if self._resolve(strategy) == "dense":
+            return _everywhere(ask, grid.shape, region, classes, progress)
+        start = options.pop("start", None)
+        if start is None and self._answer.coarse is not None and self._prediction_pays(grid):
+            start = self._answer.coarse.detach().float().cpu().numpy()
+        found = refine(
+            ask, grid.shape, start=start, classes=classes, region=region, progress=progress, **options
+        )
+        return found.labels, found.evaluated
+
+    def _prediction_pays(self, grid: Grid) -> bool:
+        """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
+        coarse = self._answer.coarse
+        if coarse is None or self._fit.offset != (0, 0, 0) or self._fit.source != self._fitted:
+            return False
+        cells = np.array(grid.shape) / np.array(coarse.shape[-3:])
+        return bool((cells <= 16).all()) and bool(np.allclose(grid.affine, self.grid.affine))
+
+    def _released(
+        self, strategy: str, progress: Progress | None, reevaluate: bool
+    ) -> tuple[Integer[np.ndarray, "X Y Z"], int, tuple[int, ...]]:
+        """The released algorithm on the network's grid, then back to the scan's: cut, or nearest voxel."""
+        if self.model.classes > 1:
+            raise SettingsError("strategy", f"{strategy!r} is for one structure", 'Use strategy="octree"')
+        coarse = self._answer.coarse
+        segmentation = None if coarse is None else coarse.float().cpu().numpy()
+        stages = ReleasedStages(self._fitted, strategy, segmentation, reevaluate=reevaluate)  # type: ignore[arg-type]
+        while (voxels := stages.query()) is not None:
+            stages.update(_call(self._answer, voxels, np.eye(4)))
+            if progress:
+                progress(stages.evaluated, stages.pending)
+        grid = stages.labels()
+        index = []
+        for axis, (n, s) in enumerate(zip(self._fit.source, self._fitted, strict=True)):
+            if self._fit.resizes:
+                index.append(np.minimum(((np.arange(n) + 0.5) * s / n).astype(int), s - 1))
+            else:
+                index.append(np.arange(n) + self._fit.offset[axis])
+        return grid[np.ix_(*index)], stages.evaluated, tuple(stages.evaluated_per_stage)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
+    return device
+
+
+def _call(answer: Answer, voxels: Num[np.ndarray, "N 3"], to_fitted: Affine) -> Tensor:
+    """Map and ask; integers stay integers where the map moves whole voxels, which saves interpolation."""
+    voxels = np.asarray(voxels)
+    integral = voxels.dtype.kind in "iu" and bool((to_fitted == np.rint(to_fitted)).all())
+    if integral:
+        matrix = to_fitted.astype(np.int64)
+        identity = bool((matrix == np.eye(4, dtype=np.int64)).all())
+        mapped = voxels if identity else voxels.astype(np.int64) @ matrix[:3, :3].T + matrix[:3, 3]
+        return answer(torch.from_numpy(np.ascontiguousarray(mapped)))
+    mapped = voxels.astype(np.float64) @ to_fitted[:3, :3].T + to_fitted[:3, 3]
+    return answer(torch.from_numpy(mapped.astype(np.float32)))
+
+
+def _probabilities(logits: Float[np.ndarray, "N *K"]) -> Float[np.ndarray, "N *K"]:
+    tensor = torch.from_numpy(logits)
+    return (tensor.sigmoid() if tensor.ndim == 1 else tensor.softmax(dim=1)).numpy()
+
+
+def _background(logits: Tensor, outside: Tensor) -> Tensor:
+    logits = logits.clone()
+    if logits.ndim == 1:
+        logits[outside] = -30.0
+    else:
+        logits[outside] = -30.0
+        logits[outside, 0] = 30.0
+    return logits
+
+
+def _slabs(shape: Shape, box: Box | None = None, voxels: int = 2**18) -> Sequence[tuple[Box, np.ndarray]]:
+    """Pieces of a box along its first axis, and their voxel indices (N, 3) in C order."""
+    (x0, y0, z0), (x1, y1, z1) = box or ((0, 0, 0), shape)
+    step = max(1, voxels // max((y1 - y0) * (z1 - z0), 1))
+    return _Slabs([((x, y0, z0), (min(x + step, x1), y1, z1)) for x in range(x0, x1, step)])
+
+
+class _Slabs(Sequence[tuple[Box, np.ndarray]]):
+    """Made one at a time: all voxel indices of a large scan together would need more memory than the scan."""
+
+    def __init__(self, boxes: list[Box]) -> None:
+        self._boxes = boxes
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def __getitem__(self, index: Any) -> Any:
+        box = self._boxes[index]
+        axes = [np.arange(low, high, dtype=np.int32) for low, high in zip(*box, strict=True)]
+        return box, np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def _everywhere(
+    ask: Callable[[np.ndarray], Tensor], shape: Shape, region: Box | None, classes: int, progress: Progress | None
+) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
+    low, high = region or ((0, 0, 0), shape)
+    size = tuple(h - lo for lo, h in zip(low, high, strict=True))
+    out = np.empty(size, dtype=np.uint8 if classes <= 256 else np.uint16)
+    done, total = 0, int(np.prod(size))
+    for ((x0, _, _), (x1, _, _)), voxels in _slabs(shape, region):
+        logits = ask(voxels)
+        labels = (logits > 0) if logits.ndim == 1 else logits.argmax(dim=1)
+        out[x0 - low[0] : x1 - low[0]] = labels.cpu().numpy().reshape(x1 - x0, *size[1:])
+        done += len(voxels)
+        if progress:
+            progress(done, total - done)
+    return out, done
+
+
+def _moved_triple(values: Any, orientation: Orientation) -> Any:
+    """Per-axis values of the stored grid in the oriented axes."""
+    return tuple(values[a] for a in orientation.axes)
+
+
+def _stored_affine(grid: Grid, orientation: Orientation, stored_shape: Shape) -> Affine:
+    return grid.affine @ np.linalg.inv(orientation.matrix(stored_shape))
+
+
+def _covers(scan: Shape, grid: Grid, to_scan: Affine) -> bool:
+    corners = np.array(list(product(*((0.0, n - 1.0) for n in grid.shape))))
+    place = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
+    return bool((place >= -0.5 - 1e-6).all() and (place <= np.array(scan) - 0.5 + 1e-6).all())
+
+
+def canonical_codes(affine: Affine) -> str:
+    """Anatomical directions of the voxel axes, such as "LPS"."""
+    orientation = closest_canonical(affine)
+    letters = [""] * 3
+    for world, (axis, flip) in enumerate(zip(orientation.axes, orientation.flips, strict=True)):
+        letters[axis] = ("RAS", "LPI")[flip][world]
+    return "".join(letters)

@@ -1,0 +1,352 @@
+"""The training loop: the same for every family of networks, on one device or many.
+
+Everything random is drawn from (seed, epoch, place in the epoch), so a resumed training goes on bit for bit.
+Under several processes each takes its share of every batch; rank 0 writes.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from ossnet.data.cache import CachedCase
+from ossnet.errors import SettingsError
+from ossnet.field.model import Model
+from ossnet.files.atomic import write_text
+from ossnet.training.checkpoint import Average, load_state, mean, save_state
+from ossnet.training.recipes.base import Recipe
+from ossnet.training.settings import Settings
+from ossnet.training.validation import SampledScores, validate
+
+STATE = "state.safetensors"
+
+
+class Listener(Protocol):
+    """Who is told how a training goes; called by rank 0 only."""
+
+    def step(self, state: "State", loss: float, fraction: float) -> None:
+        """After each step; `fraction` of the training is done."""
+
+    def validated(self, row: dict[str, Any]) -> None:
+        """After each validation, with the new row of the log."""
+
+
+@dataclass
+class State:
+    """Where a training stands.
+
+    Attributes:
+        epoch, position: The next step is number `position` of this epoch.
+        step: Steps done.
+        seconds: Wall-clock time spent, over all resumed parts.
+        best: Highest mean IoU so far, and its step.
+        rows: The log, one row a validation.
+        losses: Loss of every step.
+    """
+
+    epoch: int = 0
+    position: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best: float = -1.0
+    best_step: int = -1
+    validations: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Trainer:
+    """One training: give it cases and call `run`.
+
+    Attributes:
+        model: What is trained; its network is moved to the device.
+        out: The run folder.
+    """
+
+    model: Model
+    recipe: Recipe
+    settings: Settings
+    train: Sequence[CachedCase]
+    validation: Sequence[CachedCase]
+    out: Path
+    fabric: Fabric
+    listener: Listener | None = None
+
+    def run(self, resume: bool = False) -> State:
+        """Train to the end of the schedule.
+
+        Raises:
+            KeyboardInterrupt: After the state was written.
+            ResourceError: The disk is full; the last state is kept.
+        """
+        if not self.train:
+            raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
+        self._setup()
+        if resume:
+            self._restore(load_state(self.out / STATE))
+        self._started = time.monotonic() - self.state.seconds
+        self._saved = time.monotonic()
+        with ThreadPoolExecutor(max(self.settings.runtime.workers, 1)) as pool:
+            try:
+                self._epochs(pool)
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
+            self._validate()
+        self._finish_last()
+        return self.state
+
+    # Setting up ---------------------------------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        schedule = self.settings.schedule
+        world = self.fabric.world_size
+        if schedule.batch_size % world:
+            raise SettingsError(
+                "schedule.batch_size",
+                f"{schedule.batch_size} volumes cannot be shared by {world} processes",
+                f"Use a multiple of {world}",
+            )
+        self.state = State()
+        self.network: nn.Module = self.model.network
+        self.network.requires_grad_(True)
+        self.network.train()
+        self.network.to(self.fabric.device)
+        self.optimisers = self.recipe.optimisers()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["initial_lr"] = group["lr"]
+        self.forward = self.fabric.setup_module(self.network)
+        decay = self.settings.optimiser.ema
+        self.average = Average(self.network, decay) if decay else None
+
+    def _epoch_batches(self, epoch: int) -> list[list[tuple[int, int]]]:
+        """Batches of (place in the epoch, case) for this process; an incomplete last batch is dropped."""
+        schedule = self.settings.schedule
+        order = np.random.default_rng([self.settings.seed, epoch, 0])
+        count = len(self.train) * self.recipe.repeats
+        wanted = count if schedule.steps_per_epoch is None else schedule.steps_per_epoch * schedule.batch_size
+        # Fewer cases than a batch holds: they come more than once, each time with another draw.
+        wanted = max(wanted, schedule.batch_size)
+        cases = np.concatenate([order.permutation(len(self.train)) for _ in range(-(-wanted // len(self.train)))])
+        places = list(enumerate(cases[:wanted].tolist()))
+        size, rank, world = schedule.batch_size, self.fabric.global_rank, self.fabric.world_size
+        return [places[i : i + size][rank::world] for i in range(0, wanted - size + 1, size)]
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    def _epochs(self, pool: ThreadPoolExecutor) -> None:
+        schedule, every = self.settings.schedule, self.settings.validation.every
+        while self.state.epoch < schedule.epochs or schedule.minutes is not None:
+            batches = self._epoch_batches(self.state.epoch)
+            for examples in self._prefetched(batches, pool):
+                fraction = self._fraction(len(batches))
+                if fraction >= 1:
+                    return
+                self._step(examples, fraction)
+                if schedule.minutes is not None and fraction * 10 >= self.state.validations + 1:
+                    self._validate()
+                if self._due():
+                    self._save()
+            self.state.epoch += 1
+            self.state.position = 0
+            if schedule.minutes is None and (self.state.epoch % every == 0 or self.state.epoch == schedule.epochs):
+                self._validate()
+                self._save()
+
+    def _prefetched(
+        self, batches: Sequence[Sequence[tuple[int, int]]], pool: ThreadPoolExecutor
+    ) -> Iterator[list[Any]]:
+        """Examples of the coming batches, prepared in threads, in order whatever the number of threads."""
+        epoch = self.state.epoch
+
+        def draw(place: int, case: int) -> Any:
+            rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
+            return self.recipe.example(self.train[case], rng)
+
+        ahead = 2 if self.settings.runtime.workers else 1
+        waiting: list[list[Future[Any]]] = []
+        rest = iter(batches[self.state.position :])
+        for batch in rest:
+            waiting.append([pool.submit(draw, *item) for item in batch])
+            if len(waiting) == ahead:
+                break
+        while waiting:
+            ready = [future.result() for future in waiting.pop(0)]
+            following = next(rest, None)
+            if following is not None:
+                waiting.append([pool.submit(draw, *item) for item in following])
+            yield ready
+
+    def _step(self, examples: Sequence[Any], fraction: float) -> None:
+        self._set_rates(fraction)
+        self.recipe.progress(fraction)
+        loss = self.recipe.loss(self.forward, examples, self.fabric.device)
+        self.fabric.backward(loss.total)
+        clip = self.settings.optimiser.clip_norm
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.network)
+        value = self._over_processes(loss.total.detach())
+        if not math.isfinite(value):
+            raise SettingsError(
+                "optimiser.lr",
+                f"the loss became {value} at step {self.state.step}",
+                "Lower the learning rate (optimiser.pade_lr=released helps the paper's variants) and --resume",
+            )
+        self.state.losses.append(value)
+        self.state.position += 1
+        self.state.step += 1
+        self.state.seconds = self._over_processes(
+            torch.tensor(time.monotonic() - self._started, device=self.fabric.device, dtype=torch.float64)
+        )
+        if self.listener is not None and self.fabric.is_global_zero:
+            self.listener.step(self.state, value, fraction)
+
+    def _over_processes(self, value: Tensor) -> float:
+        """The mean over processes, the same number on each."""
+        if self.fabric.world_size == 1:
+            return float(value)
+        return float(self.fabric.all_reduce(value, reduce_op="mean"))  # type: ignore[arg-type]
+
+    def _fraction(self, batches: int) -> float:
+        """How much of the training is done, 0 to 1: by time where minutes are given, otherwise by steps."""
+        schedule = self.settings.schedule
+        if schedule.minutes is not None:
+            return self.state.seconds / (60 * schedule.minutes)
+        return (self.state.epoch + self.state.position / max(batches, 1)) / schedule.epochs
+
+    def _set_rates(self, fraction: float) -> None:
+        schedule = self.settings.schedule
+        if schedule.kind == "cosine":
+            warm = min(1.0, fraction / schedule.warmup + 1e-2) if schedule.warmup > 0 else 1.0
+            factor = warm * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
+        else:
+            # With a time limit the paper's milestones keep their place in the training.
+            epoch = self.state.epoch if schedule.minutes is None else fraction * schedule.epochs
+            factor = 0.1 ** sum(epoch >= milestone for milestone in schedule.milestones)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    # Judging and writing ------------------------------------------------------------------------------------------
+
+    def _validate(self) -> None:
+        self.state.validations += 1
+        since = self.state.rows[-1]["step"] if self.state.rows else 0
+        with self._averaged():
+            scores = validate(self.model, self.validation, self.settings, self.fabric) if self.validation else []
+            row = self._row(scores, mean(self.state.losses[since:]))
+            self.state.rows.append(row)
+            better = row.get("iou", self.state.step) > self.state.best
+            if better:
+                self.state.best, self.state.best_step = row.get("iou", self.state.step), self.state.step
+            if self.fabric.is_global_zero:
+                if better:
+                    self.model.metadata["metrics"] = _scores_only(row)
+                    self.model.save(self.out / "model")
+                self._write_log()
+                if self.listener is not None:
+                    self.listener.validated(row)
+        self.network.train()
+        self.network.requires_grad_(True)
+        self.state.seconds = time.monotonic() - self._started
+
+    def _row(self, scores: Sequence[SampledScores], loss: float) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "seconds": round(self.state.seconds, 2),
+            "loss": loss,
+            "lr": self.optimisers[0].param_groups[0]["lr"],
+        }
+        if scores:
+            row |= {"iou": mean([s.mean_iou for s in scores]), "dice": mean([s.mean_dice for s in scores])}
+            if len(self.model.label_names) > 1:
+                for index, name in enumerate(self.model.label_names.values()):
+                    row[f"dice {name}"] = mean([s.dice[index] for s in scores])
+        return row
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the network, for judging and saving."""
+        self.network.eval()
+        if self.average is None:
+            yield
+            return
+        kept = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.values)
+        try:
+            yield
+        finally:
+            self.network.load_state_dict(kept)
+
+    def _due(self) -> bool:
+        due = torch.tensor(float(time.monotonic() - self._saved > self.settings.runtime.checkpoint_seconds))
+        return self._over_processes(due.to(self.fabric.device)) > 0
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        if not self.fabric.is_global_zero:
+            return
+        plain = asdict(self.state)
+        plain["losses"] = torch.tensor(self.state.losses, dtype=torch.float64)
+        save_state(
+            {
+                "settings": self.settings.model_dump(mode="json"),
+                "state": plain,
+                "network": self.network.state_dict(),
+                "optimisers": [o.state_dict() for o in self.optimisers],
+                "average": self.average.state() if self.average else None,
+                "torch_rng": torch.get_rng_state(),
+            },
+            self.out / STATE,
+        )
+        self._write_log()
+
+    def _restore(self, tree: dict[str, Any]) -> None:
+        plain = tree["state"]
+        plain["losses"] = plain["losses"].tolist()
+        self.state = State(**plain)
+        self.network.load_state_dict(tree["network"])
+        for optimiser, state in zip(self.optimisers, tree["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+        if self.average is not None and tree["average"] is not None:
+            self.average.restore(tree["average"])
+        torch.set_rng_state(tree["torch_rng"])
+
+    def _write_log(self) -> None:
+        """`log.csv` and `losses.csv`, whole: after a resume they hold what the state holds."""
+        keys = list(dict.fromkeys(key for row in self.state.rows for key in row))
+        lines = [",".join(keys)] + [",".join(str(row.get(k, "")) for k in keys) for row in self.state.rows]
+        write_text(self.out / "log.csv", "\n".join(lines) + "\n")
+        steps = "".join(f"{i},{loss!r}\n" for i, loss in enumerate(self.state.losses, 1))
+        write_text(self.out / "losses.csv", f"step,loss\n{steps}")
+
+    def _finish_last(self) -> None:
+        self._save()
+        with self._averaged():
+            if self.fabric.is_global_zero:
+                row = self.state.rows[-1]
+                self.model.metadata["metrics"] = _scores_only(row)
+                self.model.save(self.out / "last")
+
+
+def _scores_only(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in row.items() if k not in ("loss", "lr", "seconds")}
+    return {"validation, sampled locations": kept}

@@ -1,0 +1,233 @@
+"""What a training will do, worked out from the data set and the settings before anything is loaded.
+
+Every choice that the user did not make is named with its reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ossnet.data.fingerprint import propose_fit
+from ossnet.data.layouts import Case, Dataset
+from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
+from ossnet.errors import SettingsError
+from ossnet.field.model import Model, versions
+from ossnet.files.validate import read_header
+from ossnet.networks.multiscale import MultiscaleNetwork, plan
+from ossnet.networks.ossnet import OSSNet
+from ossnet.networks.unet import UNet, UNetSpec
+from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
+from ossnet.training.recipes.base import Recipe
+from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
+from ossnet.training.recipes.multiscale import MultiscaleRecipe
+from ossnet.training.recipes.occupancy import OccupancyRecipe
+from ossnet.training.settings import Settings
+from ossnet.volume import Shape, spacing_of
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A fresh model, how it is trained, and why."""
+
+    model: Model
+    recipe: Recipe
+    classes: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Shapes and spacings (mm) of the (oriented) training scans."""
+
+    shapes: tuple[Shape, ...]
+    spacings: tuple[Spacing, ...]
+
+    @property
+    def median_spacing(self) -> Spacing:
+        """Per axis."""
+        x, y, z = np.median(np.array(self.spacings), axis=0).tolist()
+        return round(x, 4), round(y, 4), round(z, 4)
+
+    def median_shape_at(self, spacing: Spacing) -> Shape:
+        """Voxels of the median scan after resampling."""
+        extent = np.median(np.array(self.shapes) * np.array(self.spacings), axis=0)
+        x, y, z = (max(1, round(float(v))) for v in extent / np.array(spacing))
+        return x, y, z
+
+
+def read_grids(cases: Sequence[Case], preparation: Preparation) -> Grids:
+    """Look at the headers only."""
+    shapes, spacings = [], []
+    for case in cases:
+        header = read_header(case.images[0])
+        orientation = preparation.orient(header.affine)
+        axes = orientation.axes
+        shape, spacing = header.shape, spacing_of(header.affine)
+        shapes.append((shape[axes[0]], shape[axes[1]], shape[axes[2]]))
+        spacings.append((spacing[axes[0]], spacing[axes[1]], spacing[axes[2]]))
+    return Grids(tuple(shapes), tuple(spacings))
+
+
+def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> TrainingPlan:
+    """Decide preparation, network and recipe.
+
+    Raises:
+        SettingsError: Settings that do not fit the data.
+        VolumeError: A scan that cannot be read.
+    """
+    reasons: list[str] = []
+    structures = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
+    if settings.data.target == "foreground" or len(structures) <= 1:
+        classes = 1
+        names = {1: " and ".join(structures.values()) or "foreground"}
+    else:
+        classes, names = len(structures) + 1, structures
+    reasons.append(f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else ""))
+
+    windows = _windows(dataset, train, settings, reasons)
+    base = Preparation(
+        orientation=settings.data.orientation,
+        normalise="window" if windows else "none" if settings.data.normalise == "none" else "zscore",
+        windows=windows,
+    )
+    grids = read_grids(train, base)
+    channels = len(dataset.channel_names)
+    if settings.variant == "multiscale":
+        preparation = _spaced(base, grids, settings)
+        model, recipe = _multiscale(preparation, grids, channels, classes, names, settings, reasons)
+    elif settings.variant == "unet3d" and settings.network.patch_shape is not None:
+        preparation = _spaced(base, grids, settings)
+        network: UNet | OSSNet = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes))
+        model = Model(network, preparation, names)
+        recipe = CropUNetRecipe(network, preparation, settings, settings.network.patch_shape)
+        reasons.append(f"patches of {settings.network.patch_shape} voxels, sliding window in use")
+    else:
+        preparation, blocks = _fitted(base, grids, settings, reasons)
+        if settings.variant in OFFERED:
+            network = _oss_net(preparation, blocks, channels, classes, settings)
+            recipe = OccupancyRecipe(network, preparation, settings)
+            reasons.append(
+                f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}, "
+                f"{sum(p.numel() for p in network.parameters()):,} parameters"
+            )
+        else:
+            axis = settings.network.slice_axis
+            spec = UNetSpec(variant=settings.variant, channels=channels, classes=classes, slice_axis=axis)
+            network = UNet(spec)
+            kind = SliceUNetRecipe if settings.variant == "unet2d" else WholeUNetRecipe
+            recipe = kind(network, preparation, settings)
+        model = Model(network, preparation, names)
+    model.channel_names = tuple(dataset.channel_names)
+    model.metadata = {
+        "variant": settings.variant,
+        "data": {"name": dataset.root.name, "layout": dataset.layout, "training cases": len(train)},
+        "settings": settings.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    return TrainingPlan(model, recipe, classes, tuple(reasons))
+
+
+def _windows(
+    dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]
+) -> tuple[ChannelWindow, ...]:
+    """Intensity windows of CT channels over the foreground, as nnU-Net defines them; none for other scans.
+
+    The paper's variants normalise CT as MRI (SPEC §3); only the default variant and the U-Nets choose by themselves.
+    """
+    wanted = settings.data.normalise
+    is_ct = all(name.strip().lower() == "ct" for name in dataset.channel_names)
+    if wanted in ("zscore", "none") or (wanted == "auto" and (not is_ct or settings.variant in OFFERED)):
+        return ()
+    kept: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
+    rng = np.random.default_rng(settings.seed)
+    for case in train[:50]:
+        volume, labels = dataset.read(case)
+        inside = np.flatnonzero(labels.data.reshape(-1) > 0)
+        if len(inside) > 10_000:
+            inside = rng.choice(inside, 10_000, replace=False)
+        for channel, values in enumerate(volume.data):
+            kept[channel].append(values.reshape(-1)[inside].astype(np.float64))
+    windows = []
+    for parts in kept:
+        values = np.concatenate(parts)
+        if not len(values):
+            raise SettingsError("data.normalise", "no training case has foreground", "Use data.normalise=zscore")
+        low, high = (float(v) for v in np.percentile(values, [0.5, 99.5]))
+        clipped = values.clip(low, high)
+        windows.append(
+            ChannelWindow(low=low, high=high, mean=float(clipped.mean()), std=max(float(clipped.std()), 1e-6))
+        )
+    text = ", ".join(f"{w.low:.0f} to {w.high:.0f}" for w in windows)
+    reasons.append(f"intensities clipped to {text}: percentiles 0.5 and 99.5 of the foreground")
+    return tuple(windows)
+
+
+def _spaced(base: Preparation, grids: Grids, settings: Settings) -> Preparation:
+    spacing = settings.data.spacing or grids.median_spacing
+    return base.model_copy(update={"fit": "spacing", "spacing": spacing})
+
+
+def _fitted(
+    base: Preparation, grids: Grids, settings: Settings, reasons: list[str]
+) -> tuple[Preparation, tuple[int, ...] | None]:
+    """The paper's way: one full-resolution shape for all scans, and the encoder blocks that suit it."""
+    proposal = propose_fit(grids.shapes)
+    kind = proposal.kind if settings.data.fit == "auto" else settings.data.fit
+    if kind in ("none", "spacing"):
+        raise SettingsError(
+            "data.fit", f"{kind!r} leaves scans of different shapes", f"Variant {settings.variant} needs pad or resize"
+        )
+    blocks = settings.network.blocks
+    shape = settings.data.shape
+    if shape is None:
+        blocks = blocks or block_channels(proposal.blocks)
+        shape = admissible_shape(proposal.shape, len(blocks))
+    largest = np.array(grids.shapes).max(axis=0)
+    if kind == "pad" and (largest > np.array(shape)).any():
+        raise SettingsError(
+            "data.shape",
+            f"{shape} does not hold the largest scan {tuple(largest.tolist())}",
+            "Enlarge it, or use data.fit=resize",
+        )
+    reasons.append(f"every scan {'zero padded' if kind == 'pad' else 'resized'} to {shape} voxels")
+    return base.model_copy(update={"fit": kind, "shape": shape}), blocks
+
+
+def _oss_net(
+    preparation: Preparation, blocks: tuple[int, ...] | None, channels: int, classes: int, settings: Settings
+) -> OSSNet:
+    if preparation.shape is None:
+        raise SettingsError("data.shape", "it is missing", "Give the full-resolution shape")
+    spec = spec_for(settings.variant, channels, classes, preparation.shape, blocks)
+    chosen = settings.network
+    return OSSNet(
+        replace(
+            spec,
+            width=chosen.width or spec.width,
+            cbn_statistics=chosen.cbn_statistics,
+            normalise_coordinates=chosen.normalise_coordinates,
+        )
+    )
+
+
+def _multiscale(
+    preparation: Preparation,
+    grids: Grids,
+    channels: int,
+    classes: int,
+    names: dict[int, str],
+    settings: Settings,
+    reasons: list[str],
+) -> tuple[Model, Recipe]:
+    spacing = preparation.spacing or grids.median_spacing
+    chosen = plan(
+        spacing,
+        grids.median_shape_at(spacing),
+        channels,
+        classes,
+        locations=settings.sampling.locations,
+    )
+    reasons.extend(chosen.reasons)
+    network = MultiscaleNetwork(chosen.spec)
+    return Model(network, preparation, names), MultiscaleRecipe(network, preparation, settings, chosen)

@@ -1,0 +1,154 @@
+"""The paper's voxel baselines (SPEC §3 "Baselines"): whole volumes, patches, or slices."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ossnet.data.augment import Augmentation, apply_intensity, draw, flipped
+from ossnet.data.cache import CachedCase
+from ossnet.data.crops import change_intensities, cut, draw_map, targets_at, to_scan
+from ossnet.data.preparation import Preparation, as_float
+from ossnet.networks.unet import UNet
+from ossnet.training.losses import as_locations, compound_loss, occupancy_loss
+from ossnet.training.recipes.base import Recipe, StepLoss, augmented
+from ossnet.training.recipes.multiscale import CropSources, crop_settings
+from ossnet.training.settings import Settings
+from ossnet.volume import Shape
+
+
+def _plan(case: CachedCase, rng: np.random.Generator, settings: Settings) -> Augmentation:
+    chosen = settings.augmentation
+    return draw(
+        rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise
+    )
+
+
+class _DenseRecipe(Recipe):
+    network: UNet
+
+    def score(self, dense: Tensor, labels: Tensor) -> StepLoss:
+        """Loss of dense logits (B, K, …) against labels (B, …)."""
+        logits = as_locations(dense.float())
+        flat = labels.flatten(1)
+        kind = self.settings.loss.kind
+        loss = compound_loss(logits, flat) if kind == "dice" else occupancy_loss(logits, flat)
+        return StepLoss(loss, {"main": loss.detach()})
+
+
+class WholeUNetRecipe(_DenseRecipe):
+    """A 3D U-Net on whole volumes at the shape that the preparation gives them, as in the paper."""
+
+    def example(self, case: CachedCase, rng: np.random.Generator) -> tuple[CachedCase, Augmentation]:
+        """A volume and its augmentation."""
+        return case, _plan(case, rng, self.settings)
+
+    def loss(
+        self,
+        forward: Callable[..., Any],
+        examples: Sequence[tuple[CachedCase, Augmentation]],
+        device: torch.device,
+    ) -> StepLoss:
+        """One forward pass over whole volumes."""
+        images = torch.stack([augmented(case, plan, self.preparation, device) for case, plan in examples])
+        labels = torch.stack(
+            [
+                case.fit.labels(torch.from_numpy(flipped(case.labels, plan.flips).astype(np.int64)))
+                for case, plan in examples
+            ]
+        )
+        return self.score(forward(images), labels.to(device))
+
+
+class CropUNetRecipe(_DenseRecipe):
+    """A 3D U-Net on patches, as practitioners train it; in use a window slides over the scan."""
+
+    def __init__(self, network: UNet, preparation: Preparation, settings: Settings, patch: Shape) -> None:
+        super().__init__(network, preparation, settings)
+        spacing = preparation.spacing or (1.0, 1.0, 1.0)
+        self.crops = crop_settings(settings, patch, spacing, (1, 1, 1))
+        self.sources = CropSources(preparation)
+        axes = [np.arange(n, dtype=np.float32) for n in patch]
+        self.voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+    def example(self, case: CachedCase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A patch (C, X, Y, Z) and its labels; augmented as the default variant's crops are."""
+        source = self.sources(case)
+        mapping = draw_map(source, self.crops, rng)
+        image = change_intensities(cut(source, mapping), self.crops, rng)
+        found = targets_at(source, to_scan(mapping(self.voxels), source.zoom), soft=False)
+        labels = found > 0.5 if found.ndim == 1 else found.argmax(axis=-1)
+        return image, torch.from_numpy(labels.reshape(self.crops.crop).astype(np.int64))
+
+    def loss(
+        self, forward: Callable[..., Any], examples: Sequence[tuple[Tensor, Tensor]], device: torch.device
+    ) -> StepLoss:
+        """One forward pass over the patches."""
+        images, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
+        return self.score(forward(images), labels)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One augmented slice of a fitted scan: (C, H, W) and (H, W)."""
+
+    image: Tensor
+    labels: Tensor
+
+
+class SliceUNetRecipe(_DenseRecipe):
+    """A 2D U-Net on slices across one axis; an epoch draws as many slices as the grid has."""
+
+    @property
+    def repeats(self) -> int:
+        """Slices of the fitted grid."""
+        shape = self.preparation.shape
+        return 1 if shape is None else shape[self.settings.network.slice_axis]
+
+    def example(self, case: CachedCase, rng: np.random.Generator) -> Slice:
+        """A random slice; only the scan's slices that it is made from are touched."""
+        axis = self.settings.network.slice_axis
+        plan = _plan(case, rng, self.settings)
+        index = int(rng.integers(0, case.fit.target[axis]))
+        image, labels = self._source_slice(case, plan, index, axis)
+        others = [a for a in range(3) if a != axis]
+        size = [case.fit.target[a] for a in others]
+        if case.fit.resizes:
+            image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+            for dim, a in enumerate(others):
+                labels = labels.index_select(dim, torch.from_numpy(case.fit.nearest()[a]))
+        else:
+            pads = [(case.fit.offset[a], case.fit.target[a] - case.fit.source[a] - case.fit.offset[a]) for a in others]
+            padding = [n for pair in reversed(pads) for n in pair]
+            image, labels = F.pad(image, padding), F.pad(labels, padding)
+        return Slice(image, labels)
+
+    def _source_slice(
+        self, case: CachedCase, plan: Augmentation, index: int, axis: int
+    ) -> tuple[Tensor, Tensor]:
+        """One slice across `axis` before padding or resizing in its plane: (C, H, W), (H, W)."""
+        fit, source = case.fit, case.fit.source[axis]
+        place = (index + 0.5) * fit.scale[axis] ** -1 - 0.5 if fit.resizes else index - fit.offset[axis]
+        nearest = index * source // fit.target[axis] if fit.resizes else int(place)
+        image, labels = flipped(case.image, plan.flips), flipped(case.labels, plan.flips)
+        shape = [n for a, n in enumerate(fit.source) if a != axis]
+        if not 0 <= nearest < source:
+            return torch.zeros(len(image), *shape), torch.zeros(*shape, dtype=torch.int64)
+        low = int(np.clip(np.floor(place), 0, source - 1))
+        high = min(low + 1, source - 1)
+        weight = float(np.clip(place - low, 0, 1))
+        both = as_float(np.take(image, [low, high], axis=axis + 1))
+        both = self.preparation.normalised(both, case.statistics)
+        both = apply_intensity(both, plan, case.statistics.top)
+        first, second = both.unbind(axis + 1)
+        picked = np.ascontiguousarray(np.take(labels, nearest, axis=axis)).astype(np.int64)
+        return torch.lerp(first, second, weight), torch.from_numpy(picked)
+
+    def loss(self, forward: Callable[..., Any], examples: Sequence[Slice], device: torch.device) -> StepLoss:
+        """One forward pass over the slices."""
+        images = torch.stack([e.image for e in examples]).to(device)
+        return self.score(forward(images), torch.stack([e.labels for e in examples]).to(device))

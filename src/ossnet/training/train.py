@@ -1,0 +1,191 @@
+"""From a data set to a run folder: plan, load, train, and judge the result on whole scans."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from ossnet.data.cache import CachedCase, CaseCache, load_case
+from ossnet.data.layouts import Case, open_dataset
+from ossnet.data.splits import split
+from ossnet.errors import SettingsError
+from ossnet.evaluation.metrics import Scores, compare
+from ossnet.evaluation.tables import Row, Summary, format_estimate, summarise, to_csv, to_json
+from ossnet.field.model import Model
+from ossnet.files.atomic import write_json, write_text
+from ossnet.networks.variants import OFFERED
+from ossnet.training.loop import STATE, Listener, Trainer
+from ossnet.training.planning import make_plan
+from ossnet.training.settings import Settings, parse_settings
+
+Say = Callable[[str], None]
+
+
+def train(
+    data: Path | str,
+    out: Path | str,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    say: Say | None = None,
+) -> Path:
+    """Train a model.
+
+    Args:
+        data: A data set in any known layout.
+        out: The run folder: `model/` (best), `last/`, `log.csv`, `settings.json`, `splits.json`, pictures.
+        settings: All settings; when resuming, those of the run are used instead.
+        resume: Continue a run that was stopped, bit for bit (same data, devices and threads; with a time limit the
+            schedule follows the clock).
+        listener: Told of steps and validations.
+        say: Told in words what was decided.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        OssnetError: Anything a user can mend.
+    """
+    data, out = Path(data), Path(out)
+    say = say or (lambda text: None)
+    if resume:
+        settings = _settings_of(out)
+    elif (out / STATE).exists() or (out / "model").exists():
+        raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
+    runtime = settings.runtime
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    fabric = make_fabric(settings)
+    fabric.launch()
+    if not fabric.is_global_zero:
+        listener, say = None, lambda text: None
+    torch.manual_seed(settings.seed)
+
+    dataset = open_dataset(data, settings.data.layout)
+    dataset.require_complete()
+    parts = split(dataset, settings.data.fold)
+    train_cases = [dataset[name] for name in parts.train]
+    validation_cases = [dataset[name] for name in parts.validation]
+    plan = make_plan(dataset, train_cases, settings)
+    say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
+    for reason in plan.reasons:
+        say(reason)
+    if fabric.is_global_zero and not resume:
+        write_json(out / "settings.json", settings.model_dump(mode="json"))
+        write_json(out / "splits.json", {"train": list(parts.train), "val": list(parts.validation)})
+
+    def load(case: Case) -> CachedCase:
+        return load_case(
+            dataset,
+            case,
+            plan.model.preparation,
+            plan.classes,
+            settings.sampling.border_kernel,
+            settings.sampling.border_width_mm,
+        )
+
+    def cache(cases: Sequence[Case]) -> CaseCache:
+        limit = int(settings.data.cache_gb * 1e9 / 2)
+        return CaseCache(cases, load, limit, out / "cache", jobs=min(4, os.cpu_count() or 1))
+
+    trainer = Trainer(
+        plan.model, plan.recipe, settings, cache(train_cases), cache(validation_cases), out, fabric, listener
+    )
+    trainer.run(resume)
+    _remove_cache(out / "cache")
+    if settings.validation.dense and validation_cases and fabric.is_global_zero:
+        say("Segmenting the validation cases with the best model")
+        summary = judge(out, trainer.validation[: settings.validation.dense_cases], say)
+        for entry in summary.classes:
+            say(f"{entry.name}: dense Dice {format_estimate('dice', entry.estimates['dice'])}")
+    fabric.barrier()
+    return out
+
+
+def make_fabric(settings: Settings) -> Fabric:
+    """Devices, processes and precision as the settings say."""
+    runtime = settings.runtime
+    accelerator = runtime.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("runtime.accelerator", "there is no CUDA device", "Use auto or cpu")
+    precision = runtime.precision
+    if precision == "auto":
+        # The paper's variants were trained in full precision; the others were tried in bf16.
+        precision = "bf16-mixed" if settings.variant not in OFFERED and computes_bf16(accelerator) else "32-true"
+    several = runtime.devices * runtime.nodes > 1
+    return Fabric(
+        accelerator=accelerator,
+        devices=runtime.devices,
+        num_nodes=runtime.nodes,
+        strategy="ddp" if several else "auto",
+        precision=precision,
+    )
+
+
+def computes_bf16(accelerator: str) -> bool:
+    """True where bf16 products are faster than fp32 ones."""
+    if accelerator == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    try:
+        return any("avx512_bf16" in line or "amx_bf16" in line for line in Path("/proc/cpuinfo").open())
+    except OSError:  # not Linux
+        return False
+
+
+def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float = 1.0) -> Summary:
+    """Segment whole scans with the best model of a run and compare; a case that is done is not done again."""
+    model = Model.load(run)
+    classes = max(model.classes, 2)
+    done_file = run / "validation_rows.json"
+    stamp = str(model.metadata.get("metrics"))
+    done: dict[str, Any] = {"model": stamp, "cases": {}}
+    if done_file.is_file():
+        known = json.loads(done_file.read_text())
+        if known.get("model") == stamp:
+            done = known
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        if case.name not in done["cases"]:
+            found = model.field(case.volume()).segment()
+            reference = (case.labels > 0).astype("uint8") if model.classes == 1 else case.labels
+            compared = compare(found.data, reference, case.affine, range(1, classes), tolerance_mm)
+            done["cases"][case.name] = {
+                "scores": {str(k): asdict(v) for k, v in compared.items()},
+                "evaluated": found.evaluated,
+                "seconds": found.seconds,
+            }
+            write_json(done_file, done)
+            say(f"{number}/{len(cases)} {case.name}")
+        for label, scores in done["cases"][case.name]["scores"].items():
+            rows.append(Row(case.name, int(label), model.label_names[int(label)], Scores(**scores)))
+    summary = summarise(rows)
+    write_text(run / "validation.csv", to_csv(rows))
+    write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
+    return summary
+
+
+def _settings_of(out: Path) -> Settings:
+    file = out / "settings.json"
+    if not file.is_file():
+        raise SettingsError(out, "there is no run to resume", "Start the training without --resume")
+    try:
+        return parse_settings(json.loads(file.read_text()), str(file))
+    except ValueError as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(file, "it is no valid JSON", "Start again without --resume") from error
+
+
+def _remove_cache(folder: Path) -> None:
+    if folder.is_dir():
+        for file in folder.glob("*.npy"):
+            file.unlink()
+        folder.rmdir()
