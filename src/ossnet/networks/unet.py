@@ -13,7 +13,7 @@ Letters: B volumes or slices, C channels, K logits (1 for binary), X Y Z voxels.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import gcd, prod
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +86,7 @@ class UNetSpec:
         return asdict(self) | {"filters": list(self.filters), "strides": [list(s) for s in self.strides]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "UNetSpec":
         """The inverse of `to_dict`.
 
         Raises:

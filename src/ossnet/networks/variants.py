@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from ossnet.errors import SettingsError
 from ossnet.networks.normalisation import Statistics
@@ -167,7 +167,7 @@ class NetworkSpec:
         return asdict(self) | {"blocks": list(self.blocks), "grid": list(self.grid)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "NetworkSpec":
         """The inverse of `to_dict`.
 
         Raises:

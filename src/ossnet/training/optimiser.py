@@ -53,7 +53,7 @@ class Lookahead(Optimizer):
             super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimiser, and a synchronisation where one is due."""
         loss = self.inner.step(closure)
         if self.counter == 0:
@@ -122,7 +122,7 @@ class Muon(Optimizer):
                 raise SettingsError("muon", "a parameter is no matrix", "Give it to another optimiser")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; parameters without a gradient stay."""
         loss = None
         if closure is not None:
