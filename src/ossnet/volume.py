@@ -116,8 +116,8 @@ class _Placed:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
-        determinant = np.linalg.det(self.affine[:3, :3])
-        if not np.isfinite(self.affine).all() or not np.isfinite(determinant) or determinant == 0:
+        # In this order: numpy warns of determinants of NaN.
+        if not np.isfinite(self.affine).all() or np.linalg.det(self.affine[:3, :3]) == 0:
             raise VolumeError(
                 self.source or "volume",
                 "the affine is not invertible, so voxels have no place in the world",

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from ossnet.cli.common import print_json, progress, stdout
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from ossnet.data.fingerprint import CaseFacts, Fingerprint
     from ossnet.data.layouts import Problem
 
-_SHOWN = 20  # problems printed in full; --json has all
+_SHOWN = 20  # kinds of problems that are printed; --json has all
+_FILES = 5  # files of each kind
 
 
 def command(
@@ -31,6 +33,7 @@ def command(
         int | None,
         typer.Option("--jobs", "-j", min=1, help="Cases read at a time.", show_default="processors"),
     ] = None,
+    cases: Annotated[bool, typer.Option("--cases", help="Print a line for each case as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Look at a data set: what is in it, and what is wrong with it.
@@ -59,11 +62,11 @@ def command(
     if as_json:
         print_json(found.to_json())
     else:
-        show(found, stdout())
+        show(found, stdout(), cases=cases)
     raise typer.Exit(1 if found.problems else 0)
 
 
-def show(found: "Fingerprint", console: Console) -> None:
+def show(found: "Fingerprint", console: Console, *, cases: bool = False) -> None:
     """Print a fingerprint for people."""
     data = found.dataset
     structures = [f"{name}" for number, name in data.label_names.items() if number]
@@ -73,17 +76,24 @@ def show(found: "Fingerprint", console: Console) -> None:
     facts.add_row("Channels", f"{len(data.channel_names)}: {', '.join(data.channel_names)}")
     facts.add_row("Structures", f"{len(structures)}: {', '.join(structures)}" if structures else "none")
     if data.label_map:
-        moved = ", ".join(f"{value} is class {number}" for value, number in data.label_map.items())
+        moved = ", ".join(f"{value} in files is class {number}" for value, number in data.label_map.items())
         facts.add_row("Label values", moved)
     facts.add_row("Splits", _splits_line(found))
-    console.print(Padding(facts, (0, 0, 1, 2)))
+    _block(console, facts)
     if found.cases:
-        for table in (_geometry(found.cases), _grey_values(found), _structures(found)):
-            console.print(Padding(table, (0, 0, 1, 2)))
+        if cases:
+            _block(console, _each_case(found))
+        _block(console, _geometry(found.cases))
+        codes, types = (Counter(getattr(c, key) for c in found.cases) for key in ("orientation", "dtype"))
+        _remark(console, f"axes as stored; they point to {_counted(codes)}; voxel type {_counted(types)}")
+        _block(console, _grey_values(found))
+        _remark(console, "0.5 % … std: medians over cases")
+        if len(found.dataset.label_names) > 1:
+            _block(console, _structures(found))
+            console.print()
         _fit(found, console)
     if found.notes:
-        console.print("[bold cyan]Worth knowing[/]")
-        _list(console, found.notes)
+        _list(console, "[bold cyan]Worth knowing[/]", found.notes)
     _problems(found.problems, console)
 
 
@@ -107,12 +117,16 @@ def _splits_line(found: "Fingerprint") -> str:
 
 
 def _geometry(cases: Sequence["CaseFacts"]) -> Table:
-    table = _table("Geometry", "", "smallest", "median", "largest")
+    alone = len(cases) == 1
+    table = _table("Geometry", "", *([""] if alone else ["smallest", "median", "largest"]))
+    table.show_header = not alone
     axes = range(3)
 
     def row(name: str, values: Sequence[Sequence[float]], form: Callable[[float], str]) -> None:
         columns = [sorted(v[a] for v in values) for a in axes]
-        picks = [[c[0] for c in columns], [_median(c) for c in columns], [c[-1] for c in columns]]
+        picks = [[_median(c) for c in columns]]
+        if not alone:  # each axis on its own
+            picks = [[c[0] for c in columns], *picks, [c[-1] for c in columns]]
         table.add_row(name, *(" × ".join(form(x) for x in pick) for pick in picks))
 
     row("voxels", [c.shape for c in cases], lambda x: f"{x:.0f}")
@@ -121,12 +135,6 @@ def _geometry(cases: Sequence["CaseFacts"]) -> Table:
         "extent, mm",
         [[n * s for n, s in zip(c.shape, c.spacing, strict=True)] for c in cases],
         lambda x: f"{x:.0f}",
-    )
-    codes = Counter(c.orientation for c in cases).most_common()
-    types = Counter(c.dtype for c in cases).most_common()
-    table.caption = (
-        f"voxel axes point to {_counted(codes)}; voxel type {_counted(types)}\n"
-        "axes in the order of the files; each axis on its own"
     )
     return table
 
@@ -156,7 +164,22 @@ def _grey_values(found: "Fingerprint") -> Table:
                     f"{_number(min(v.minimum for v in values))} … {_number(max(v.maximum for v in values))}"
                 )
                 table.add_row(name if where == "scan" else "", where, *middle, span)
-    table.caption = "medians over cases"
+    return table
+
+
+def _each_case(found: "Fingerprint") -> Table:
+    structures = [number for number in found.dataset.label_names if number]
+    table = _table(
+        "Cases", "case", "voxels", "voxel size, mm", "axes", *(f"label {n}, ml" for n in structures)
+    )
+    for case in found.cases:
+        table.add_row(
+            case.name,
+            " × ".join(map(str, case.shape)),
+            " × ".join(f"{s:.4g}" for s in case.spacing),
+            case.orientation,
+            *(_number(case.volumes_ml.get(n, 0.0)) for n in structures),
+        )
     return table
 
 
@@ -186,12 +209,12 @@ def _fit(found: "Fingerprint", console: Console) -> None:
         return
     how = "padded with zeros" if fit.kind == "pad" else "resized"
     size, grid = (" × ".join(map(str, n)) for n in (fit.shape, fit.grid))
-    console.print("[bold]For the paper's variants[/]")
     _list(
         console,
+        "[bold]For the paper's variants[/]",
         [
-            f"scans {how} to {size} (fit {fit.kind}), {fit.blocks} encoder blocks, "
-            f"low-resolution grid {grid}, latent length {fit.latent}"
+            f"scans {how} to {size} (fit {fit.kind}), {fit.blocks} encoder {_plural('block', fit.blocks)}",
+            f"low-resolution grid {grid}, latent length {fit.latent}",
         ],
     )
 
@@ -201,13 +224,20 @@ def _problems(problems: Sequence["Problem"], console: Console) -> None:
         console.print("[bold green]No problems.[/]")
         return
     console.print(f"[bold red]{len(problems)} {_plural('problem', len(problems))}[/]")
-    for problem in problems[:_SHOWN]:
+    alike: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        alike.setdefault((problem.reason, problem.fix), []).append(problem.where)
+    shown = sorted(alike.items(), key=lambda item: item[1][0])[:_SHOWN]
+    for (reason, fix), files in shown:
         # Paths are not wrapped, so that they can be copied.
-        console.print(f"  {problem.where}", style="bold", markup=False, soft_wrap=True)
-        console.print(f"    {problem.reason}.", markup=False, soft_wrap=True)
-        console.print(f"    Fix: {problem.fix}.", style="cyan", markup=False, soft_wrap=True)
-    if len(problems) > _SHOWN:
-        console.print(f"  … and {len(problems) - _SHOWN} more; --json lists all.")
+        for file in files[:_FILES]:
+            console.print(f"  {file}", style="bold", markup=False, soft_wrap=True)
+        if len(files) > _FILES:
+            console.print(f"  … and {len(files) - _FILES} more")
+        console.print(f"    {reason}.", markup=False, soft_wrap=True)
+        console.print(f"    Fix: {fix}.", style="cyan", markup=False, soft_wrap=True)
+    if len(alike) > _SHOWN:
+        console.print(f"  … and {len(alike) - _SHOWN} more kinds; --json lists all.")
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -215,8 +245,6 @@ def _table(title: str, *columns: str) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
-        caption_justify="left",
-        caption_style="dim",
         box=None,
         header_style="dim",
         padding=(0, 2, 0, 0),
@@ -227,11 +255,23 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _list(console: Console, lines: Sequence[str]) -> None:
+def _block(console: Console, table: Table) -> None:
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    if not table.title:
+        console.print()
+
+
+def _remark(console: Console, text: str) -> None:
+    console.print(f"  {text}", style="dim", markup=False)
+    console.print()
+
+
+def _list(console: Console, title: str, lines: Sequence[str]) -> None:
+    console.print(title)
     table = Table.grid(padding=(0, 1))
     for line in lines:
-        table.add_row("  •", line)
-    console.print(table, markup=False)
+        table.add_row("  •", Text(line))
+    console.print(table)
     console.print()
 
 
@@ -240,7 +280,8 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _counted(pairs: Sequence[tuple[str, int]]) -> str:
+def _counted(counter: Counter[str]) -> str:
+    pairs = counter.most_common()
     return pairs[0][0] if len(pairs) == 1 else ", ".join(f"{name} ({count})" for name, count in pairs)
 
 

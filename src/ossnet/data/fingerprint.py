@@ -371,6 +371,13 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
     spacing = np.array([f.spacing for f in facts])
     if (spacing.max(axis=0) > 1.5 * spacing.min(axis=0)).any():
         notes.append("voxel sizes differ by more than half between scans")
+    for index, name in enumerate(dataset.channel_names):
+        brightest = sorted(f.intensities[index].high for f in facts)
+        if brightest[0] > 0 and brightest[-1] > 20 * brightest[0]:
+            notes.append(
+                f"channel {name}: the brightest voxels reach {brightest[0]:.4g} in one case and "
+                f"{brightest[-1]:.4g} in another, so scans must be normalised one by one"
+            )
     for number, name in dataset.label_names.items():
         without = [f.name for f in facts if number and number not in f.voxels]
         if len(without) == len(facts):

@@ -77,7 +77,7 @@ def _told(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise ResourceError(
-                f"{path}: the disk is full. Free some space and run the command again; the old file, if any, is kept."
+                f"{path}: the disk is full; nothing was changed. Free some space and run the command again."
             ) from error
         if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)) or (
             error.errno in (errno.EROFS, errno.ENAMETOOLONG)

@@ -10,10 +10,10 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Integer, Num
 
@@ -21,6 +21,7 @@ from ossnet.errors import VolumeError
 from ossnet.files.atomic import atomic_write
 from ossnet.files.validate import (
     DTYPES,
+    HEADERS,
     Header,
     VolumeWarning,
     check_memory,
@@ -166,7 +167,7 @@ def _voxels(header: Header) -> tuple[Num[np.ndarray, "C X Y Z"], dict[int, str]]
     check_memory(header.path, header.nbytes)
     # From numpy, so that the array may be written to, as torch wants it.
     flat = np.empty(header.voxels, dtype=header.dtype)
-    view = memoryview(flat).cast("B")
+    view = flat.data.cast("B")
     with opened(header.data_path) as stream:
         names = _names(_skip(stream, header))
         done = 0
@@ -190,7 +191,7 @@ def _voxels(header: Header) -> tuple[Num[np.ndarray, "C X Y Z"], dict[int, str]]
     return flat.reshape(header.channels, z, y, x).transpose(0, 3, 2, 1), names
 
 
-def _skip(stream: IO[bytes], header: Header) -> bytes:
+def _skip(stream: BufferedIOBase, header: Header) -> bytes:
     """Go to the first voxel; the last bytes before it, where extensions are."""
     kept = b""
     left = header.offset
@@ -291,7 +292,7 @@ def _integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarr
                 raise VolumeError(
                     header.path,
                     f"not a label map: it holds {value:.6g}, which is no whole number",
-                    "Is it an image, probabilities, or resampled without nearest neighbour? Use the label file",
+                    "Is it an image, probabilities, or smoothly resampled? Use the label file",
                 )
             if np.abs(whole).max() > 2**53:
                 raise VolumeError(
@@ -350,7 +351,7 @@ def _header_bytes(
     """Everything before the first voxel."""
     # NIfTI-1 counts voxels in 16 bits.
     version = 2 if kept.version == 2 or max(shape) > 32767 else 1
-    header = nib.Nifti2Header() if version == 2 else nib.Nifti1Header()
+    header = HEADERS[version]()
     header.set_data_shape(shape)
     header["datatype"] = next(code for code, d in DTYPES.items() if np.dtype(d) == dtype)
     header["bitpix"] = 8 * dtype.itemsize

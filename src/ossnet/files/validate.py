@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -49,6 +50,11 @@ _REFUSED_DTYPES = {
 
 # Deflate cannot shrink anything further than this (1032:1), so a larger claim is a lie.
 _MOST_COMPRESSION = 1032
+
+# nibabel knows the fields; what they may hold is checked here. (It has no types for mypy.)
+HEADERS: dict[int, Any] = {1: nib.Nifti1Header, 2: nib.Nifti2Header}
+"""NIfTI version → header structure."""
+_rotation: Any = nib.quaternions.quat2mat
 
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
 
@@ -135,7 +141,7 @@ def stem(path: Path | str) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
+def opened(path: Path) -> Iterator[BufferedIOBase]:
     """Open a plain or gzipped file for reading; damage becomes a `VolumeError` that says which."""
     compressed = path.name.lower().endswith(".gz")
     try:
@@ -156,7 +162,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
                 )
             if compressed:
                 with gzip.GzipFile(fileobj=raw) as stream:
-                    yield stream  # type: ignore[misc]  # GzipFile is an IO[bytes] in all but name
+                    yield stream
             else:
                 yield raw
     except FileNotFoundError:
@@ -291,12 +297,12 @@ def _parse(path: Path) -> Any:
                 else f"the magic string is {block[344:348]!r} instead of b'n+1\\x00'",
                 "Convert it to NIfTI with a tool that knows its orientation" if analyze else _REWRITE,
             )
-        return nib.Nifti1Header(block[:348], endianness=order, check=False)
+        return HEADERS[1](block[:348], endianness=order, check=False)
     if len(block) < 540:
         raise truncated(path)
     if block[4:12] not in (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"):
         raise VolumeError(path, f"the magic string is {block[4:12]!r}, which is not NIfTI-2's", _REWRITE)
-    return nib.Nifti2Header(block, endianness=order, check=False)
+    return HEADERS[2](block, endianness=order, check=False)
 
 
 _SIZES = {
@@ -313,7 +319,7 @@ def _not_nifti(path: Path) -> VolumeError:
     )
 
 
-def _read_up_to(stream: IO[bytes], count: int) -> bytes:
+def _read_up_to(stream: BufferedIOBase, count: int) -> bytes:
     """`count` bytes, fewer only at the end of the file."""
     parts = []
     while count > 0 and (part := stream.read(count)):
@@ -433,7 +439,7 @@ class _Check:
             if most > stored:
                 raise VolumeError(
                     self.path,
-                    f"the header claims {claimed / 2**30:.3g} GiB, more than {stored:,} packed bytes can hold",
+                    f"the header claims {claimed / 2**30:.3g} GiB, more than {stored:,} bytes can hold",
                     "Copy or download it again; do not trust its header",
                 )
             raise truncated(self.data_path)
@@ -505,7 +511,7 @@ class _Check:
         if pixdim[0] < 0:  # qfac: a mirrored third axis
             pixdim[3] = -pixdim[3]
         affine = np.eye(4)
-        affine[:3, :3] = nib.quaternions.quat2mat(quaternion) * pixdim[1:]
+        affine[:3, :3] = _rotation(quaternion) * pixdim[1:]
         affine[:3, 3] = [float(self.raw[f"qoffset_{letter}"]) for letter in "xyz"]
         return self._sound(affine, "qform")
 

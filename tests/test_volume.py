@@ -1,0 +1,101 @@
+"""Geometry of volumes: places in the world survive every way of storing them."""
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ossnet.errors import VolumeError
+from ossnet.volume import LabelMap, Orientation, Volume, closest_canonical, same_place
+
+ORIENTATIONS = [Orientation(a, f) for a in permutations(range(3)) for f in product([False, True], repeat=3)]
+RNG = np.random.default_rng(0)
+
+
+def random_affine(seed: int) -> np.ndarray:
+    """Any invertible affine: rotation, shear, unequal spacing, mirrored or not."""
+    rng = np.random.default_rng(seed)
+    while True:
+        affine = np.eye(4)
+        affine[:3, :3] = rng.normal(size=(3, 3)) * rng.uniform(0.3, 5, size=3)
+        affine[:3, 3] = rng.uniform(-200, 200, size=3)
+        if np.linalg.cond(affine[:3, :3]) < 50:
+            return affine
+
+
+affines = st.integers(0, 2**32 - 1).map(random_affine)
+
+
+def volume(affine: np.ndarray | None = None, shape: tuple[int, int, int] = (4, 5, 6)) -> Volume:
+    return Volume(RNG.normal(size=(2, *shape)).astype(np.float32), np.eye(4) if affine is None else affine)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_orientation_is_undone(orientation: Orientation) -> None:
+    data = volume().data
+    assert np.array_equal(orientation.undo(orientation.apply(data)), data)
+    assert np.shares_memory(orientation.apply(data), data)
+
+
+@given(affine=affines, orientation=st.sampled_from(ORIENTATIONS), seed=st.integers(0, 99))
+def test_reoriented_voxels_stay_where_they_are(
+    affine: np.ndarray, orientation: Orientation, seed: int
+) -> None:
+    scan = volume(affine)
+    turned = scan.reoriented(orientation)
+    rng = np.random.default_rng(seed)
+    index = np.array([[rng.integers(n) for n in turned.shape]])
+    (i, j, k), (a, b, c) = (
+        index[0],
+        np.rint(scan.to_voxel(turned.to_world(index.astype(float))))[0].astype(int),
+    )
+    assert np.array_equal(turned.data[:, i, j, k], scan.data[:, a, b, c])
+
+
+@given(affine=affines, orientation=st.sampled_from(ORIENTATIONS))
+def test_canonical_is_the_same_however_a_scan_is_stored(affine: np.ndarray, orientation: Orientation) -> None:
+    scan = volume(affine)
+    stored = scan.reoriented(orientation)
+    first, second = (v.reoriented(closest_canonical(v.affine)) for v in (scan, stored))
+    assert np.array_equal(first.data, second.data)
+    np.testing.assert_allclose(first.affine, second.affine, atol=1e-9)
+
+
+@given(affine=affines)
+def test_canonical_axes_point_right_anterior_superior(affine: np.ndarray) -> None:
+    turned = volume(affine).reoriented(closest_canonical(affine)).affine[:3, :3]
+    assert (np.diag(turned) >= 0).all()
+    assert closest_canonical(volume(affine).reoriented(closest_canonical(affine)).affine).is_identity
+
+
+@given(affine=affines)
+def test_world_and_back(affine: np.ndarray) -> None:
+    points = np.random.default_rng(1).uniform(-5, 300, size=(20, 3))
+    np.testing.assert_allclose(volume(affine).to_voxel(volume(affine).to_world(points)), points, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.diag([1.0, 1, 0, 1]), np.full((4, 4), np.nan)])
+def test_a_place_that_is_none_is_refused(bad: np.ndarray) -> None:
+    with pytest.raises(VolumeError, match="not invertible"):
+        volume(bad)
+
+
+def test_volume_of_a_box_in_ml() -> None:
+    data = np.zeros((10, 10, 10), np.uint8)
+    data[2:6, 3:8, 1:4] = 2  # 4 × 5 × 3 voxels of 2 × 1 × 5 mm
+    shear = np.diag([2.0, 1.0, 5.0, 1.0])
+    shear[0, 1] = 0.7  # does not change the volume
+    assert LabelMap(data, shear).volumes_ml() == pytest.approx({2: 60 * 10 / 1000})
+
+
+def test_same_place_measures_at_the_far_corners() -> None:
+    one = volume(shape=(101, 5, 6))
+    turned = np.eye(4)
+    turned[1, 0] = 1.01e-4  # 0.0101 mm at voxel 100
+    assert same_place(one, one) is None
+    assert "0.0101 mm" in str(same_place(one, Volume(one.data, turned)))
+    turned[1, 0] = 0.9e-4
+    assert same_place(one, Volume(one.data, turned)) is None
+    assert "shapes differ" in str(same_place(one, volume()))
