@@ -63,7 +63,7 @@ def test_synchronises_after_steps_1_6_11() -> None:
     for _ in range(11):
         weight.grad = torch.full((1,), -1.0)  # each inner step adds 1
         optimiser.step()
-        path.append(round(float(weight), 4))
+        path.append(round(weight.item(), 4))
     # slow starts as 1; step 6: 0.8·6 + 0.2·1 = 5; step 11: 0.8·10 + 0.2·5 = 9
     assert path == [1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 9]
 
@@ -120,7 +120,7 @@ def test_closure_and_added_groups() -> None:
 
     losses = [float(optimiser.step(closure).detach()) for _ in range(5)]
     assert losses[-1] < losses[0]
-    assert float(more) != 1
+    assert more.item() != 1
 
 
 def test_settings_that_mean_nothing() -> None:
@@ -196,7 +196,7 @@ def test_muon_learns_and_resumes() -> None:
             loss = (net(x) - y).square().mean()
             loss.backward()
             optimiser.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
         return losses
 
     net, optimiser = build()
