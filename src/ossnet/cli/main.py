@@ -72,10 +72,11 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"ossnet {metadata.version('ossnet')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Scores
@@ -148,28 +149,33 @@ def _outcomes(rows: Sequence[Row]) -> tuple[int, int, int]:
 
 def format_estimate(key: str, value: Estimate) -> str:
     """`0.853 [0.841, 0.864]` with the digits that suit the metric; a dash where nothing is defined."""
+    mean, interval = _formatted(key, value)
+    return f"{mean} [{interval}]" if interval else mean
+
+
+def _formatted(key: str, value: Estimate) -> tuple[str, str]:
+    """The mean and its interval, each empty where it is not defined."""
     if value.mean is None:
-        return "–"
-    digits = 3 if key in ("dice", "iou", "surface_dice") else 2
+        return "–", ""
+    digits = 3 if key in ("dice", "iou", "surface_dice") else 1 if key.endswith("percent") else 2
     sign = "+" if key.startswith("volume") else ""
-    text = f"{value.mean:{sign}.{digits}f}"
     if value.low is None or value.high is None:
-        return text
-    return f"{text} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
+        return f"{value.mean:{sign}.{digits}f}", ""
+    return f"{value.mean:{sign}.{digits}f}", f"{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}"
 
 
 def to_screen(summary: Summary, tolerance_mm: float) -> Table:
-    """The summary as a table for `rich`, with the rules below it."""
-    table = Table(caption="\n".join(summary.rules), caption_justify="left", title_justify="left")
+    """The summary as a table for `rich`, intervals below the means, with the rules at its foot."""
+    table = Table(box=SIMPLE_HEAD, caption="\n".join(summary.rules), caption_justify="left", pad_edge=False)
     table.add_column("structure")
-    table.add_column("cases", justify="right")
+    table.add_column("cases", justify="right", no_wrap=True)
     for key, heading in METRICS.items():
-        unit = f"\n({tolerance_mm:g} mm)" if key == "surface_dice" else ""
-        table.add_column(heading + unit, justify="right")
+        unit = f" {tolerance_mm:g} mm" if key == "surface_dice" else ""
+        table.add_column(heading.replace("surface Dice", "s. Dice") + unit, justify="right", no_wrap=True)
     for entry in summary.classes:
         name = entry.name if entry.label is None else f"{entry.label} {entry.name}".rstrip()
-        cells = [format_estimate(key, entry.estimates[key]).replace(" [", "\n[") for key in METRICS]
-        table.add_row(name, _counts(entry), *cells, end_section=True)
+        cells = [_formatted(key, entry.estimates[key]) for key in METRICS]
+        table.add_row(name, _counts(entry), *(f"{m}\n[dim]{i}[/]" for m, i in cells))
     return table
 
 

@@ -1,0 +1,65 @@
+"""`ossnet evaluate`: how well predictions agree with labels."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ossnet.cli.common import print_json, progress, say, stdout
+
+
+def command(
+    predictions: Annotated[
+        Path, typer.Argument(help="A label map, or a folder of them.", show_default=False)
+    ],
+    labels: Annotated[
+        Path,
+        typer.Argument(
+            help="The reference: a label map, a data set in any layout, or a folder of label maps.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.csv (one line a case and class), FILE.json (everything), or a folder for both.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.", min=0.0)] = 1.0,
+    only_predicted: Annotated[
+        bool, typer.Option("--only-predicted", help="Leave out cases without a prediction, do not refuse.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Compare segmentations with reference labels.
+
+    Dice, IoU, HD95, average symmetric surface distance, surface Dice and volume difference, for each class
+    and case, with means and 95 % confidence intervals. Predictions are found by the names of the cases
+    (`CASE.nii.gz` or `CASE_seg.nii.gz`).
+
+    **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
+    """
+    from ossnet.evaluation.cases import match, score
+    from ossnet.evaluation.tables import summarise, to_csv, to_json, to_screen
+    from ossnet.files.atomic import write_json, write_text
+
+    matched = match(predictions, labels, only_predicted=only_predicted)
+    with progress("Comparing", len(matched.pairs)) as done:
+        rows = score(matched, tolerance, done)
+    summary = summarise(rows)
+    everything = to_json(rows, summary, tolerance)
+    if out is not None:
+        kind = out.suffix.lower()
+        if kind not in (".csv", ".json"):
+            write_text(out / "scores.csv", to_csv(rows))
+            write_json(out / "scores.json", everything)
+        elif kind == ".csv":
+            write_text(out, to_csv(rows))
+        else:
+            write_json(out, everything)
+        say(f"written: {out}")
+    if as_json:
+        print_json(everything)
+    else:
+        stdout().print(to_screen(summary, tolerance))

@@ -1,0 +1,223 @@
+"""Which prediction belongs to which label, and the scores of all of them."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ossnet.data.layouts import Dataset, open_dataset
+from ossnet.errors import DatasetError, VolumeError
+from ossnet.evaluation.metrics import compare
+from ossnet.evaluation.tables import Row
+from ossnet.files.nifti import read_labels
+from ossnet.files.validate import is_image, stem
+from ossnet.volume import LabelMap, same_place
+
+SUFFIXES = ("", "_seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")
+"""What may follow the name of a case in the name of its prediction, in order of preference."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prediction and the label that it is judged by."""
+
+    case: str
+    prediction: Path
+    label: Path
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pairs with what is known about their labels.
+
+    Attributes:
+        pairs: Sorted by case.
+        names: Class → name; empty where nothing names them.
+        values: Value in a file → class, for those that differ.
+    """
+
+    pairs: tuple[Pair, ...]
+    names: dict[int, str] = field(default_factory=dict)
+    values: dict[int, int] = field(default_factory=dict)
+
+    def read(self, file: Path) -> LabelMap:
+        """A label file or a prediction, as classes.
+
+        Raises:
+            VolumeError: The file cannot be trusted, or holds a value that is no class.
+        """
+        labels = read_labels(file)
+        found = {int(v) for v in np.unique(labels.data)}
+        if self.names and (unknown := found - {0} - set(self.names) - set(self.values)):
+            raise VolumeError(
+                file,
+                f"holds label {min(unknown)}, which the data set does not declare",
+                f"Check that it belongs to this data set; declared are {sorted(set(self.names) - {0})}",
+            )
+        if not found & set(self.values):
+            return labels
+        # Results of a trained model hold classes, label files may hold other values: both become classes.
+        table = np.arange(max(found) + 1)
+        for value, target in self.values.items():
+            table[value : value + 1] = target
+        return replace(labels, data=table.astype(np.min_scalar_type(int(table.max())))[labels.data])
+
+
+def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> Matched:
+    """Find the label of each prediction.
+
+    Args:
+        predictions: A file, or a folder with files named after the cases (`CASE.nii.gz`,
+            `CASE_seg.nii.gz`, …).
+        labels: A file where `predictions` is one; otherwise a data set in any layout, or a folder of label
+            files named after the cases.
+        only_predicted: Leave out labels without a prediction instead of refusing.
+
+    Raises:
+        DatasetError: A path does not exist, one is a file and the other a folder, predictions are missing or
+            ambiguous, or nothing matches.
+    """
+    for path in (predictions, labels):
+        if not path.exists():
+            raise DatasetError(path, "there is no such file or folder", "Check the path")
+    if predictions.is_file() != labels.is_file():
+        raise DatasetError(
+            predictions if predictions.is_file() else labels,
+            "is a file, and is to be compared with a folder",
+            "Give two files, or two folders",
+        )
+    if predictions.is_file():
+        return Matched((Pair(stem(predictions), predictions, labels),), dict(read_labels(labels).names))
+
+    references, dataset = _references(labels)
+    found = _predictions(predictions, references.keys())
+    missing = [case for case in references if case not in found]
+    if not found:
+        raise DatasetError(
+            predictions,
+            f"no file is named after a case of {labels}",
+            f"Name predictions after the cases, for example {missing[0]}.nii.gz",
+        )
+    if missing and not only_predicted:
+        raise DatasetError(
+            predictions,
+            f"{len(missing)} of {len(references)} cases have no prediction: {_listed(missing)}",
+            "Segment them, or add --only-predicted to leave them out",
+        )
+    pairs = tuple(Pair(case, found[case], references[case]) for case in sorted(found))
+    if dataset is None:
+        return Matched(pairs)
+    return Matched(pairs, dict(dataset.label_names), dict(dataset.label_map))
+
+
+def score(
+    matched: Matched,
+    tolerance_mm: float = 1.0,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Row]:
+    """Scores of every class in every case, cases in order.
+
+    Args:
+        tolerance_mm: Of the surface Dice.
+        done: Told the number of cases finished.
+
+    Raises:
+        VolumeError: A file cannot be trusted, or a prediction does not lie on its label.
+    """
+    # Decompressing and nearest-neighbour search run outside of Python's lock.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        rows: list[list[Row]] = []
+        try:
+            for found in pool.map(lambda pair: _score_pair(matched, pair, tolerance_mm), matched.pairs):
+                rows.append(found)
+                done(len(rows))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return _complete([row for found in rows for row in found])
+
+
+def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
+    prediction, reference = matched.read(pair.prediction), matched.read(pair.label)
+    if reason := same_place(prediction, reference):
+        raise VolumeError(
+            pair.prediction,
+            f"does not lie on its label {pair.label.name}: {reason}",
+            "Segment the scan that the label was drawn on, or resample one onto the other",
+        )
+    names = matched.names or dict(reference.names)
+    classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
+    scores = compare(prediction.data, reference.data, reference.affine, classes, tolerance_mm)
+    return [Row(pair.case, label, names.get(label, ""), found) for label, found in scores.items()]
+
+
+def _values(*maps: LabelMap) -> list[int]:
+    return sorted({int(v) for labels in maps for v in np.unique(labels.data)} - {0})
+
+
+def _complete(rows: Sequence[Row]) -> list[Row]:
+    """Without a list of classes, each case was scored for what it holds: add what others hold, as absent."""
+    labels = {row.label: row.name for row in rows}
+    grid = np.zeros((1, 1, 1), np.uint8)
+    absent = compare(grid, grid, np.eye(4), [1])[1]
+    known = {(row.case, row.label): row for row in rows}
+    cases = dict.fromkeys(row.case for row in rows)
+    return [
+        known.get((case, label), Row(case, label, labels[label], absent))
+        for case in cases
+        for label in sorted(labels)
+    ]
+
+
+def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
+    """Case → label file, and the data set if the folder is one."""
+    try:
+        dataset = open_dataset(folder)
+    except DatasetError:
+        files = _images(folder)
+        if not files:
+            raise
+        return {stem(file): file for file in files}, None
+    return {case.name: case.label for case in dataset.cases if case.label}, dataset
+
+
+def _predictions(folder: Path, cases: Iterable[str]) -> dict[str, Path]:
+    """Case → prediction; files that fit no case are named in a warning."""
+    names = set(cases)
+    found: dict[str, tuple[int, Path]] = {}
+    strangers = []
+    for file in _images(folder):
+        fits = [
+            (rank, stem(file).removesuffix(suffix))
+            for rank, suffix in enumerate(SUFFIXES)
+            if stem(file).endswith(suffix) and stem(file).removesuffix(suffix) in names
+        ]
+        if not fits:
+            strangers.append(file.name)
+            continue
+        rank, case = fits[0]
+        if case in found and found[case][0] == rank:
+            raise DatasetError(
+                file, f"is a second prediction for {case}, beside {found[case][1].name}", "Keep one"
+            )
+        if case not in found or rank < found[case][0]:
+            found[case] = (rank, file)
+    if strangers and found:
+        warnings.warn(
+            f"{len(strangers)} files in {folder} belong to no case and are left out: {_listed(strangers)}",
+            stacklevel=3,
+        )
+    return {case: file for case, (_, file) in found.items()}
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_file() and is_image(f) and not f.name.startswith("."))
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,178 @@
+"""`ossnet evaluate` from the outside: files in, a table, CSV and JSON out, or one message."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ossnet.cli.main import app
+from ossnet.volume import LabelMap, Volume
+
+AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    error: str
+
+
+def evaluate(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+def labels(*values: int, size: int = 8, affine: np.ndarray = AFFINE) -> LabelMap:
+    """A cube of 3³ voxels for each value, one after the other."""
+    data = np.zeros((size, size, size), np.uint8)
+    for number, value in enumerate(values):
+        data[3 * number : 3 * number + 3, 1:4, 1:4] = value
+    return LabelMap(data, affine)
+
+
+def dataset(root: Path, *, named: dict[str, int] | None = None) -> Path:
+    """Three cases in nnU-Net's layout: `a` has both structures, `b` the first, `c` none."""
+    named = named or {"background": 0, "front": 1, "back": 2}
+    first, second = sorted(named.values())[1:]
+    for case, values in {"a": (first, second), "b": (first,), "c": ()}.items():
+        labels(*values).save(root / "labelsTr" / f"{case}.nii.gz")
+        Volume(np.zeros((1, 8, 8, 8), np.int16), AFFINE).save(root / "imagesTr" / f"{case}_0000.nii.gz")
+    (root / "dataset.json").write_text(
+        json.dumps(
+            {"channel_names": {"0": "MRI"}, "labels": named, "numTraining": 3, "file_ending": ".nii.gz"}
+        )
+    )
+    return root
+
+
+def predictions(root: Path, suffix: str = "") -> Path:
+    for case, values in {"a": (1, 2), "b": (), "c": (1,)}.items():
+        labels(*values).save(root / f"{case}{suffix}.nii.gz")
+    return root
+
+
+@pytest.mark.parametrize("suffix", ["", "_seg"])
+def test_a_data_set_is_scored_case_by_case_and_class_by_class(tmp_path: Path, suffix: str) -> None:
+    result = evaluate(predictions(tmp_path / "p", suffix), dataset(tmp_path / "d"), "--json")
+    assert result.code == 0, result.error
+    told = json.loads(result.out)
+    outcomes = {(row["case"], row["name"]): row["outcome"] for row in told["cases"]}
+    assert outcomes == {
+        ("a", "front"): "scored",
+        ("a", "back"): "scored",
+        ("b", "front"): "missed",
+        ("b", "back"): "absent",
+        ("c", "front"): "invented",
+        ("c", "back"): "absent",
+    }
+    front = told["summary"][0]
+    assert front["name"] == "front"
+    assert front["estimates"]["dice"]["mean"] == pytest.approx(1 / 3)
+    assert front["cases"] == 3
+    assert (front["missed"], front["invented"]) == (1, 1)
+
+
+def test_the_table_names_structures_and_rules_on_stdout(tmp_path: Path) -> None:
+    result = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"))
+    assert result.code == 0
+    for expected in ("1 front", "2 back", "mean", "HD95", "1 missed", "bootstrap"):
+        assert expected in result.out, expected
+
+
+def test_files_are_written_where_asked_and_nothing_else(tmp_path: Path) -> None:
+    given, reference = predictions(tmp_path / "p"), dataset(tmp_path / "d")
+    assert evaluate(given, reference, "--out", tmp_path / "o").code == 0
+    assert sorted(f.name for f in (tmp_path / "o").iterdir()) == ["scores.csv", "scores.json"]
+    with (tmp_path / "o" / "scores.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 6
+    for name in ("one.csv", "one.json"):
+        assert evaluate(given, reference, "--out", tmp_path / "f" / name).code == 0
+    assert sorted(f.name for f in (tmp_path / "f").iterdir()) == ["one.csv", "one.json"]
+    assert json.loads((tmp_path / "f" / "one.json").read_text())["tolerance_mm"] == 1.0
+
+
+def test_two_files_and_folders_of_files_need_no_data_set(tmp_path: Path) -> None:
+    labels(1, 3).save(tmp_path / "p" / "x.nii.gz")
+    labels(1, 0).save(tmp_path / "l" / "x.nii.gz")
+    labels(1).save(tmp_path / "p" / "y.nii.gz")
+    labels(1).save(tmp_path / "l" / "y.nii.gz")
+    one = json.loads(evaluate(tmp_path / "p" / "x.nii.gz", tmp_path / "l" / "x.nii.gz", "--json").out)
+    assert [(row["label"], row["outcome"]) for row in one["cases"]] == [(1, "scored"), (3, "invented")]
+    both = json.loads(evaluate(tmp_path / "p", tmp_path / "l", "--json").out)
+    assert [(row["case"], row["label"], row["outcome"]) for row in both["cases"]] == [
+        ("x", 1, "scored"),
+        ("x", 3, "invented"),
+        ("y", 1, "scored"),
+        ("y", 3, "absent"),
+    ]
+
+
+def test_label_values_of_files_and_classes_of_a_model_mean_the_same(tmp_path: Path) -> None:
+    # Files hold 1 and 4, a trained model answers classes 1 and 2.
+    reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "back": 4})
+    for value in (2, 4):
+        folder = tmp_path / f"p{value}"
+        for case, values in {"a": (1, value), "b": (1,), "c": ()}.items():
+            labels(*values).save(folder / f"{case}.nii.gz")
+        told = json.loads(evaluate(folder, reference, "--json").out)
+        assert [e["estimates"]["dice"]["mean"] for e in told["summary"]] == [1, 1, 1]
+
+
+def refused(result: Result, *expected: str) -> None:
+    assert result.code == 2
+    assert result.out == ""
+    assert "Traceback" not in result.error
+    assert len(result.error.strip().splitlines()) == 1
+    for text in expected:
+        assert text in result.error, text
+
+
+def test_missing_predictions_are_refused_or_left_out_on_request(tmp_path: Path) -> None:
+    given, reference = predictions(tmp_path / "p"), dataset(tmp_path / "d")
+    (given / "b.nii.gz").unlink()
+    refused(
+        evaluate(given, reference, "--out", tmp_path / "o"),
+        str(given),
+        "1 of 3 cases",
+        ": b.",
+        "--only-predicted",
+    )
+    assert not (tmp_path / "o").exists()
+    told = json.loads(evaluate(given, reference, "--only-predicted", "--json").out)
+    assert {row["case"] for row in told["cases"]} == {"a", "c"}
+
+
+@pytest.mark.filterwarnings("default:1 files")
+def test_predictions_without_a_label_are_named(tmp_path: Path) -> None:
+    given, reference = predictions(tmp_path / "p"), dataset(tmp_path / "d")
+    labels(1).save(given / "stranger.nii.gz")
+    result = evaluate(given, reference, "--json")
+    assert result.code == 0
+    assert "stranger.nii.gz" in result.error
+
+
+def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -> None:
+    reference = dataset(tmp_path / "d")
+    given = predictions(tmp_path / "p")
+    refused(evaluate(tmp_path / "nowhere", reference), "nowhere", "no such file")
+    refused(evaluate(given / "a.nii.gz", reference), "a.nii.gz", "two folders")
+    (tmp_path / "empty").mkdir()
+    refused(evaluate(tmp_path / "empty", reference), "empty", "a.nii.gz")
+
+    labels(1, size=9).save(given / "b.nii.gz")
+    refused(evaluate(given, reference), "b.nii.gz", "shapes differ", "resample")
+    labels(1, affine=np.diag([1.0, 1.0, 2.5, 1.0])).save(given / "b.nii.gz")
+    refused(evaluate(given, reference), "b.nii.gz", "mm apart")
+    labels(7).save(given / "b.nii.gz")
+    refused(evaluate(given, reference), "b.nii.gz", "label 7", "declare")
+    (given / "b.nii.gz").write_bytes((given / "a.nii.gz").read_bytes()[:-20])
+    refused(evaluate(given, reference), "b.nii.gz")
+    (given / "b_seg.nii.gz").write_bytes((given / "a.nii.gz").read_bytes())
+    (given / "b.nii.gz").rename(given / "b.nii")
+    labels(1).save(given / "b.nii.gz")
+    refused(evaluate(given, reference), "second prediction for b")
