@@ -166,12 +166,18 @@ def _formatted(key: str, value: Estimate) -> tuple[str, str]:
 
 def to_screen(summary: Summary, tolerance_mm: float) -> Table:
     """The summary as a table for `rich`, intervals below the means, with the rules at its foot."""
-    table = Table(box=SIMPLE_HEAD, caption="\n".join(summary.rules), caption_justify="left", pad_edge=False)
-    table.add_column("structure")
+    table = Table(
+        box=SIMPLE_HEAD,
+        caption="\n".join(summary.rules),
+        caption_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("structure", min_width=8)
     table.add_column("cases", justify="right", no_wrap=True)
     for key, heading in METRICS.items():
         unit = f" {tolerance_mm:g} mm" if key == "surface_dice" else ""
-        table.add_column(heading.replace("surface Dice", "s. Dice") + unit, justify="right", no_wrap=True)
+        table.add_column(heading.replace("surface Dice", "s. Dice") + unit, justify="right")
     for entry in summary.classes:
         name = entry.name if entry.label is None else f"{entry.label} {entry.name}".rstrip()
         cells = [_formatted(key, entry.estimates[key]) for key in METRICS]
