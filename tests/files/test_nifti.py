@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, VolumeError
-from ossnet.files import nifti, validate
+from ossnet.files import memory, nifti
 from ossnet.files.nifti import read_header, read_labels, read_volume, write_labels, write_volume
 from ossnet.files.validate import VolumeWarning
 from ossnet.volume import FileHeader, LabelMap, Orientation, Volume, largest_corner_gap, same_place
@@ -332,7 +332,7 @@ def test_a_scan_that_does_not_fit_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_volume(Volume(values()[None], np.eye(4)), tmp_path / "a.nii.gz")
-    monkeypatch.setattr(validate, "available_memory", lambda: 100)
+    monkeypatch.setattr(memory, "available_memory", lambda: 100)
     with pytest.raises(ResourceError, match="GiB of memory"):
         read_volume(tmp_path / "a.nii.gz")
     read_header(tmp_path / "a.nii.gz")

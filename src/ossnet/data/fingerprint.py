@@ -20,7 +20,8 @@ from jaxtyping import Bool, Integer, Num
 from ossnet.data.layouts import Case, Dataset, Problem
 from ossnet.data.splits import shared_patients
 from ossnet.errors import InputError
-from ossnet.files.validate import VolumeWarning, available_memory, read_header
+from ossnet.files.memory import available_memory
+from ossnet.files.validate import VolumeWarning, read_header
 from ossnet.volume import Affine, Shape, Volume, closest_canonical
 
 _SAMPLE = 1 << 20  # voxels from which percentiles of floating point images are taken

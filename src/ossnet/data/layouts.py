@@ -17,8 +17,8 @@ import numpy as np
 
 from ossnet.data.splits import Split, read_splits
 from ossnet.errors import DatasetError, InputError, OssnetError, VolumeError
+from ossnet.files.containers import is_image, stem
 from ossnet.files.nifti import read_header, read_labels, read_volume
-from ossnet.files.validate import is_image, stem
 from ossnet.volume import LabelMap, Volume, same_place
 
 NII = r"\.nii(?:\.gz)?"

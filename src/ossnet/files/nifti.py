@@ -19,16 +19,10 @@ from jaxtyping import Integer, Num
 
 from ossnet.errors import VolumeError
 from ossnet.files.atomic import atomic_write
-from ossnet.files.validate import (
-    DTYPES,
-    HEADERS,
-    Header,
-    VolumeWarning,
-    check_memory,
-    opened,
-    read_header,
-    truncated,
-)
+from ossnet.files.containers import opened, truncated
+from ossnet.files.memory import check_memory
+from ossnet.files.placement import write_place
+from ossnet.files.validate import DTYPES, HEADERS, Header, VolumeWarning, read_header
 from ossnet.volume import Affine, FileHeader, LabelMap, Volume, largest_corner_gap
 
 __all__ = ["Header", "read_header", "read_labels", "read_volume", "write_labels", "write_volume"]
@@ -357,10 +351,7 @@ def _header_bytes(
     header["bitpix"] = 8 * dtype.itemsize
     header["xyzt_units"] = kept.units
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
-    # Lengths go back into the unit of the scan's file, so that programs that ignore units agree as well.
-    factor = {1: 1e-3, 3: 1e3}.get(kept.units & 7, 1.0)
-    placed = np.diag([factor, factor, factor, 1.0]) @ affine
-    _place(header, placed, kept, (shape[0], shape[1], shape[2]))
+    write_place(header, affine, kept, (shape[0], shape[1], shape[2]))
     extension = b"\0\0\0\0"
     if names:
         text = json.dumps(
@@ -374,25 +365,3 @@ def _header_bytes(
     header["vox_offset"] = (540 if version == 2 else 348) + len(extension)
     header["magic"] = b"n+2" if version == 2 else b"n+1"
     return bytes(header.binaryblock) + extension
-
-
-def _place(header: Any, affine: Affine, kept: FileHeader, shape: tuple[int, int, int]) -> None:
-    """Write the affine under the scan's codes where they can hold it, otherwise as an sform."""
-    qcode, scode = kept.qform_code, kept.sform_code
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    tolerance = 1e-3 * float(sizes.min())
-    header["pixdim"][1:4] = sizes
-    if not qcode and not scode:
-        # The scan gave voxel sizes only. Its labels do the same, and lie on it in every program.
-        if largest_corner_gap(affine, np.diag([*sizes, 1.0]), shape) <= tolerance:
-            header["pixdim"][0] = 1.0
-            return
-        scode = 1
-    header.set_qform(affine, qcode or 1, strip_shears=True)
-    if largest_corner_gap(affine, np.asarray(header.get_qform(), dtype=np.float64), shape) > tolerance:
-        # A rotation and voxel sizes cannot say this (shear): only the sform can.
-        qcode, scode = 0, scode or 1
-    header["qform_code"] = qcode
-    if scode:
-        header.set_sform(affine, scode)
-    header["sform_code"] = scode

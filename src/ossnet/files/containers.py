@@ -1,0 +1,135 @@
+"""Image files as files: their names, their halves, opening them plain or packed."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedIOBase
+from pathlib import Path
+
+from ossnet.errors import VolumeError
+
+
+def is_image(path: Path) -> bool:
+    """True for file names that `read_header` takes (the `.img` of a pair is not counted)."""
+    name = path.name.lower()
+    return name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz")) and not name.startswith(".")
+
+
+def stem(path: Path | str) -> str:
+    """File name without its image ending: `a/b.nii.gz` → `b`."""
+    name = Path(path).name
+    for ending in (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img"):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """The header file and the voxel file (the same for `.nii`)."""
+    name = path.name
+    lower = name.lower()
+    if lower.endswith((".nii", ".nii.gz")):
+        return path, path
+    for ending in (".hdr", ".img"):
+        for gz in ("", ".gz"):
+            if lower.endswith(ending + gz):
+                base = name[: len(name) - len(ending + gz)]
+                return _sibling(path, base, ".hdr", gz), _sibling(path, base, ".img", gz)
+    convert = "Convert it, for example: nib-convert {0} {1}.nii.gz"
+    other = {
+        (".mgz", ".mgh"): (
+            "a FreeSurfer image, and only NIfTI is read",
+            convert.format(name, name.rsplit(".", 1)[0]),
+        ),
+        (".mnc",): (
+            "a MINC image, and only NIfTI is read",
+            f"Convert it: mnc2nii {name} {name.rsplit('.', 1)[0]}.nii",
+        ),
+        (".dcm", ".dicom", ".ima"): (
+            "a DICOM file, and only NIfTI is read",
+            "Convert the series, for example: dcm2niix",
+        ),
+        (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl"): (
+            "not a NIfTI file",
+            "Convert it to .nii.gz with the program that wrote it",
+        ),
+    }
+    for endings, (reason, fix) in other.items():
+        if lower.endswith(endings):
+            raise VolumeError(path, reason, fix)
+    if path.is_dir():
+        raise VolumeError(path, "this is a folder, not an image", "Name a file in it")
+    raise VolumeError(path, "not a NIfTI file name", "Files must end in .nii, .nii.gz, or .hdr with .img")
+
+
+def _sibling(path: Path, base: str, ending: str, gz: str) -> Path:
+    """The other half of a pair, whatever the case of its ending and whether it is compressed."""
+    options = [ending + gz, ending, ending + ".gz", ending.upper()]
+    for option in options:
+        if (candidate := path.with_name(base + option)).exists():
+            return candidate
+    missing = path.with_name(base + ending + gz)
+    raise VolumeError(missing, "there is no such file", "A .hdr and its .img belong together in one folder")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedIOBase]:
+    """Open a plain or gzipped file for reading; damage becomes a `VolumeError` that says which."""
+    compressed = path.name.lower().endswith(".gz")
+    try:
+        with path.open("rb") as raw:
+            magic = raw.read(2)
+            raw.seek(0)
+            if not magic:
+                raise VolumeError(path, "the file is empty", "Copy or download it again")
+            if compressed and magic != b"\x1f\x8b":
+                raise VolumeError(
+                    path,
+                    "named .gz but not compressed with gzip",
+                    "Rename it to end in .nii, or download it again",
+                )
+            if not compressed and magic == b"\x1f\x8b":
+                raise VolumeError(
+                    path, "compressed with gzip but not named .gz", "Rename it to end in .nii.gz"
+                )
+            if compressed:
+                with gzip.GzipFile(fileobj=raw) as stream:
+                    yield stream
+            else:
+                yield raw
+    except FileNotFoundError:
+        raise VolumeError(path, "there is no such file", "Check the path") from None
+    except IsADirectoryError:
+        raise VolumeError(path, "this is a folder, not an image", "Name a file in it") from None
+    except PermissionError:
+        raise VolumeError(path, "may not be read", "Change its permissions") from None
+    except EOFError:
+        raise truncated(path) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        reason = (
+            "its checksum is wrong (CRC)"
+            if "CRC" in str(error)
+            else f"the compressed data are damaged ({error})"
+        )
+        raise VolumeError(path, reason, "Copy or download it again") from None
+    except OSError as error:
+        raise VolumeError(
+            path, f"cannot be read ({error.strerror or error})", "Check the disk and the path"
+        ) from error
+
+
+def truncated(path: Path) -> VolumeError:
+    """The error for a file that ends too early."""
+    return VolumeError(
+        path, "the file ends before all voxels are there (truncated)", "Copy or download it again"
+    )
+
+
+def read_up_to(stream: BufferedIOBase, count: int) -> bytes:
+    """`count` bytes, fewer only at the end of the file."""
+    parts = []
+    while count > 0 and (part := stream.read(count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,81 @@
+"""A file appears whole or not at all."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from ossnet.errors import InputError, ResourceError
+from ossnet.files.atomic import atomic_write, write_bytes, write_json, write_text
+
+
+def test_written_whole_in_a_new_folder(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "deep" / "a.txt"
+    write_text(target, "Größe")
+    assert target.read_text(encoding="utf-8") == "Größe"
+    assert os.listdir(target.parent) == ["a.txt"]
+    assert stat.S_IMODE(target.stat().st_mode) & 0o400
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"old")
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(b"new")
+        assert temporary.parent == tmp_path
+        assert temporary.name.endswith("a.bin")
+        assert target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, MemoryError])
+def test_any_failure_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"old")
+
+    def write() -> None:
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_says_so(tmp_path: Path, code: int) -> None:
+    target = tmp_path / "a.bin"
+    write_bytes(target, b"old")
+    with pytest.raises(ResourceError, match="disk is full"), atomic_write(target):
+        raise OSError(code, "No space left on device")
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def test_a_full_disk_at_the_last_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceError, match="disk is full"):
+        write_bytes(tmp_path / "a.bin", b"new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_text(tmp_path / "file" / "a.txt", "")
+
+
+def test_json_is_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"µ": [1, 2.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}
