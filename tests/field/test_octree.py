@@ -367,3 +367,62 @@ def test_the_examples_run(module: Any) -> None:
     failed, tried = doctest.testmod(module)
     assert tried > 0
     assert failed == 0
+
+
+def asked_for(octree: Octree, answer: Callable[[Any], Any]) -> np.ndarray:
+    while (voxels := octree.query()) is not None:
+        octree.update(answer(voxels))
+    return octree.labels()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    blur=st.floats(0.6, 5),
+    corners=st.tuples(*[st.tuples(st.integers(0, 47), st.integers(0, 47))] * 3),
+    path=st.sampled_from(
+        ["auto", (8, 4, 1), (16, 8, 4, 1), (4, 2, 1), (1,), ((8, 8, 2), (4, 4, 1), (1, 1, 1))]
+    ),
+    kind=st.sampled_from(["labels", "logits", "hints", "start"]),
+)
+def test_a_region_equals_the_whole_answer_whatever_the_function(
+    seed: int, blur: float, corners: Any, path: Any, kind: str
+) -> None:
+    # Noise: the worst case, specks everywhere, most of them never hit.
+    shape = (48, 40, 44)
+    rng = np.random.default_rng(seed)
+    noise = ndimage.gaussian_filter(rng.normal(size=(3, *shape)), (0, blur, blur, blur)).astype(np.float32)
+    field: np.ndarray = noise.argmax(axis=0) if kind == "labels" else 10 * noise
+    options: dict[str, Any] = {"start": rng.normal(size=(3, 4, 5, 2))} if kind == "start" else {}
+    if kind == "hints":
+        options = {"margin": 1.0, "seeds": True}
+    low = tuple(min(min(c), n - 1) for c, n in zip(corners, shape, strict=True))
+    high = tuple(min(max(*c, lo + 1), n) for c, lo, n in zip(corners, low, shape, strict=True))
+    whole = asked_for(Octree(shape, 3, path, **options), look_up(field))
+    part = asked_for(Octree(shape, 3, path, region=(low, high), **options), look_up(field))
+    assert (part == whole[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]).all()
+
+
+def test_a_region_costs_what_the_box_costs() -> None:
+    shape = (160, 160, 160)
+    values = ball(shape, (80, 80, 80), 60.0)
+    whole = refine(look_up(values), shape)
+    for size, share in ((16, 0.07), (32, 0.16)):
+        region = ((20, 80, 80), (20 + size, 80 + size, 80 + size))
+        part = refine(look_up(values), shape, region=region)
+        assert (part.labels == whole.labels[20 : 20 + size, 80 : 80 + size, 80 : 80 + size]).all()
+        assert part.evaluated < share * whole.evaluated
+        assert refine(look_up(values), shape, region=region, certain=False).evaluated < 0.75 * part.evaluated
+
+
+def test_a_strand_that_enters_unseen_is_found_only_with_certainty() -> None:
+    shape = (64, 64, 64)
+    truth = np.zeros(shape, dtype=np.uint8)
+    truth[8:24, 8:24, 8:24] = 1
+    truth[23:60, 13, 13] = 1  # between the sites of all lattices
+    region = ((40, 4, 4), (62, 22, 22))
+    whole = refine(look_up(truth), shape)
+    assert (whole.labels == truth).all()
+    unproven = refine(look_up(truth), shape, region=region, certain=False)
+    assert not unproven.labels.any()
+    assert (refine(look_up(truth), shape, region=region).labels == truth[40:62, 4:22, 4:22]).all()

@@ -134,11 +134,27 @@ class Lattice:
 
     def all_sites(self, every: int = 1) -> Indices:
         """Flat indices of all sites whose lattice indices are multiples of `every`."""
-        axes = [
-            np.arange(-(-lo // every) * every, high, every) - lo + 1
-            for lo, high in zip(self.window.low, self.window.high, strict=True)
-        ]
-        i, j, k = (a.astype(np.int64) * s for a, s in zip(axes, self.steps, strict=True))
+        low, high = self.window.low, self.window.high
+        return self._product(
+            [range(-(-a // every) * every, b, every) for a, b in zip(low, high, strict=True)]
+        )
+
+    def rim(self, box: Window) -> Indices:
+        """Sites of a box, sorted, not evaluated, that have a 6-neighbour on the lattice outside of it."""
+        sides = [range(a, b) for a, b in zip(box.low, box.high, strict=True)]
+        faces = [np.empty(0, dtype=np.int64)]
+        for axis, (side, sites) in enumerate(zip(sides, self.full, strict=True)):
+            ends = [side[0]] * (side[0] > 0) + [side[-1]] * (side[-1] + 1 < sites)
+            faces += [self._product([*sides[:axis], range(e, e + 1), *sides[axis + 1 :]]) for e in ends]
+        flat = np.concatenate(faces)
+        return sorted_unique(flat[self.cells[flat] < self.known])
+
+    def _product(self, sides: list[range]) -> Indices:
+        """Flat indices, in C order, of the sites with lattice indices from these ranges."""
+        i, j, k = (
+            (np.arange(side.start, side.stop, side.step, dtype=np.int64) - low + 1) * step
+            for side, low, step in zip(sides, self.window.low, self.steps, strict=True)
+        )
         return (i[:, None, None] + j[:, None] + k).reshape(-1)
 
     def neighbours(self, flat: Indices) -> Indices:

@@ -25,7 +25,7 @@ from ossnet.errors import SettingsError
 from ossnet.field.hints import island_seeds, unsaturated_children
 from ossnet.field.lattice import Indices, Lattice, Triple, refine_lattice, sorted_unique
 from ossnet.field.prediction import resample_prediction
-from ossnet.field.strides import Box, Path, check_path, check_region, windows
+from ossnet.field.strides import Box, Part, Path, check_path, check_region, parts
 
 Array = Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
 
@@ -93,8 +93,13 @@ class Octree:
             coarsest lattice. Array cell i covers the voxels from i·X/a to (i+1)·X/a.
         safety: With a start array: every how many sites of the coarsest lattice one is evaluated whatever the
             array says, so that what it overlooks can be hit; 0 for none.
-        region: ((x0, y0, z0), (x1, y1, z1)), ends exclusive: only this box is wanted. See `field.refinement`.
-        halo: Sites around the region that are refined with it, on every level.
+        region: ((x0, y0, z0), (x1, y1, z1)), ends exclusive: only this box is wanted. The lattices stay those
+            of the whole volume, and the box comes out as it would there, at the cost of the box.
+        certain: With a region: prove that. What is evaluated in the box depends on what lies around it only
+            where a structure enters it without being hit in it, and then the function and the labels found
+            differ on a face of the box. So the faces are asked too, at most one voxel deep; where they
+            differ, a larger box is taken. Without, a piece of a structure that enters the box can be missing
+            where the whole volume has it: a cap or a strand thinner than the last stride but one.
         margin: With logits: also evaluate the children of cells of stride 8 and more that have a corner with
             a logit closer to the decision than this. Finds small islands nearly as a lattice of stride 4
             would.
@@ -116,7 +121,7 @@ class Octree:
         *,
         safety: int = 2,
         region: Box | None = None,
-        halo: int = 8,
+        certain: bool = True,
         margin: float | None = None,
         seeds: bool = False,
         trust: float | None = None,
@@ -132,23 +137,21 @@ class Octree:
         """Locations asked so far."""
         self.rounds = 0
         """Questions answered so far."""
+        self._start, self._safety = start, safety
         self._region = check_region(region, shape)
-        self._windows = windows(self.path, shape, self._region, halo)
-        self._level = 0
-        self._lattice = Lattice(self.path[0], shape, self._windows[0], classes)
+        self._certain = certain and region is not None and trust is None
+        self._growth = [0] * len(self.path)
         self._values: bool | None = None  # whether answers carry margins; None until the first
-        self._asked: Indices | None = None
-        self._rest = np.empty(0, dtype=np.int64)  # listed by the rule, not yet asked
-        self._round = 0  # of this level
         self._done = False
-        if start is None:
-            self._lattice.box(self._lattice.cells)[...] = 0
-            self._next = self._lattice.all_sites()
-        else:
-            self._predict(start)
-            self._next = self._lattice.all_sites(safety) if safety else np.empty(0, dtype=np.int64)
-            if not len(self._next):
-                self._close()
+        self._parts: tuple[Part, ...]
+        self._lattice: Lattice
+        self._level: int
+        self._round: int  # of this level
+        self._checking: bool  # whether the faces of the region are being asked
+        self._asked: Indices | None
+        self._next: Indices
+        self._rest: Indices  # listed by the rule, not yet asked
+        self._begin_coarsest()
 
     @property
     def stride(self) -> Triple:
@@ -168,6 +171,9 @@ class Octree:
         while self._asked is None and not self._done:
             if len(self._next):
                 self._asked = self._next
+            elif self._certain and not self._checking:
+                self._checking = True
+                self._next = self._lattice.rim(self._parts[self._level].wanted)
             elif self._level + 1 == len(self.path):
                 self._done = True
             else:
@@ -202,14 +208,20 @@ class Octree:
                 "Set classes to the number of classes, background included",
             )
         self._note_values(margins is not None)
+        self.evaluated += len(asked)
+        self.rounds += 1
+        self._asked = None
         lattice = self._lattice
+        if self._checking:
+            self._next = asked[:0]
+            if (lattice.cells[asked] != labels).any():
+                self._growth[self._level] = 2 * self._growth[self._level] + 8
+                self._begin_coarsest()
+            return
         changed = lattice.write(asked, labels)
         if margins is not None and lattice.margins is not None:
             highest = np.finfo(lattice.margins.dtype).max
             lattice.margins[asked] = np.minimum(margins, highest)
-        self.evaluated += len(asked)
-        self.rounds += 1
-        self._asked = None
         if self._level == 0 and self._round == 0:
             # After a whole lattice nothing is unknown; after a safety lattice all of it is looked through
             # once.
@@ -237,6 +249,23 @@ class Octree:
     def _trusting(self) -> bool:
         return self.trust is not None and bool(self._values) and self._level + 1 == len(self.path)
 
+    def _begin_coarsest(self) -> None:
+        """Set up the coarsest lattice: all of it asked, or predicted with a safety lattice asked."""
+        predicted = self._start is not None
+        self._parts = parts(self.path, self.shape, self._region, self._growth, predicted=predicted)
+        self._level, self._round, self._checking = 0, 0, False
+        self._lattice = Lattice(self.path[0], self.shape, self._parts[0].kept, self.classes)
+        self._asked, self._rest = None, np.empty(0, dtype=np.int64)
+        self._lattice.box(self._lattice.cells)[...] = 0
+        if self._start is None:
+            self._next = self._lattice.all_sites()
+        else:
+            self._predict(self._start)
+            self._next = self._lattice.all_sites(self._safety) if self._safety else self._rest
+        self._keep_values()
+        if not len(self._next):
+            self._close()
+
     def _note_values(self, values: bool) -> None:
         """Remember whether the function answers with values: all answers must be of one kind."""
         if self._values is None:
@@ -244,12 +273,17 @@ class Octree:
             hints = [name for name in ("margin", "seeds", "trust") if getattr(self, name)]
             if hints and not values:
                 raise SettingsError(hints[0], "needs logits, the function answers labels", "Leave it out")
-            if not values:
-                self._lattice.margins = None
-            elif self._lattice.margins is None and (len(self.path) > 1 or self.trust is not None):
-                self._lattice.keep_margins(_PRIOR_MARGIN)
+            self._keep_values()
         if self._values != values:
             raise SettingsError("function", "answers labels and logits in turn", "Return one kind")
+
+    def _keep_values(self) -> None:
+        """On the coarsest lattice: store margins if answers bring them and something is made of them."""
+        useful = len(self.path) > 1 or self.trust is not None
+        if not self._values:
+            self._lattice.margins = self._lattice.margins if self._values is None else None
+        elif self._lattice.margins is None and useful:
+            self._lattice.keep_margins(_PRIOR_MARGIN)
 
     def _predict(self, start: Num[np.ndarray, "..."]) -> None:
         """Take a coarse array as the labels of the coarsest lattice."""
@@ -295,6 +329,7 @@ class Octree:
         """Go on to the next finer lattice."""
         coarse = self._lattice
         self._level += 1
+        self._checking = False
         stride, last = self.path[self._level], self._level + 1 == len(self.path)
         keep: Any = None
         if self._values and not last:
@@ -303,7 +338,7 @@ class Octree:
             keep = np.float16
         hinted = self._hints(coarse, stride)
         self._lattice, listed = refine_lattice(
-            coarse, stride, self.shape, self._windows[self._level], self.classes, keep
+            coarse, stride, self.shape, self._parts[self._level].kept, self.classes, keep
         )
         if self._trusting:
             listed = self._unsettled(listed)

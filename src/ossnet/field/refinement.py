@@ -42,6 +42,7 @@ def refine(
     path: Path = "auto",
     batch: int = 2**16,
     region: Box | None = None,
+    certain: bool = True,
     margin: float | None = None,
     seeds: bool = False,
     trust: float | None = None,
@@ -89,7 +90,7 @@ def refine(
         raise SettingsError("batch", f"is {batch}", "Give at least 1")
     if stride is not None:
         path = path_from(stride)
-    octree = _questions(shape, start, segmentation, classes, path, region, margin, seeds, trust)
+    octree = _questions(shape, start, segmentation, classes, path, region, certain, margin, seeds, trust)
     while (voxels := octree.query()) is not None:
         labels, margins = ask(function, voxels, batch)
         octree.update(labels, margins)
@@ -128,6 +129,7 @@ def _questions(
     classes: int,
     path: Path,
     region: Box | None,
+    certain: bool,
     margin: float | None,
     seeds: bool,
     trust: float | None,
@@ -147,4 +149,14 @@ def _questions(
                 "start", "'predict' needs a segmentation", "Pass segmentation=, or use 'lattice'"
             )
         start = segmentation if start == "predict" else None
-    return Octree(shape, classes, path, start, region=region, margin=margin, seeds=seeds, trust=trust)
+    return Octree(
+        shape,
+        classes,
+        path,
+        start,
+        region=region,
+        certain=certain,
+        margin=margin,
+        seeds=seeds,
+        trust=trust,
+    )

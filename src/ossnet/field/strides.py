@@ -1,6 +1,7 @@
 """The strides of the octree's lattices, and the part of each lattice that a region needs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -76,24 +77,54 @@ def check_region(region: Box | None, shape: Triple) -> Window:
     return Window(low, high)
 
 
-def windows(path: tuple[Triple, ...], shape: Triple, region: Window, halo: int) -> tuple[Window, ...]:
-    """The sites to keep on every lattice, coarse to fine, so that a region comes out as it would from all of
-    them.
+@dataclass(frozen=True)
+class Part:
+    """What a region needs of one lattice.
 
-    A level's window holds what the next one is predicted from (the 4×4×4 sites around each cell, one more for
-    the hints) and `halo` sites around that, in which the closure may run on beyond.
+    Attributes:
+        kept: The sites that are kept and closed.
+        wanted: Those of them that must come out as on the whole lattice.
     """
-    out = [region]
+
+    kept: Window
+    wanted: Window
+
+
+def parts(
+    path: tuple[Triple, ...], shape: Triple, region: Window, growth: Sequence[int], *, predicted: bool
+) -> tuple[Part, ...]:
+    """What a region needs of every lattice, coarse to fine.
+
+    A level is predicted from the 4×4×4 sites around each cell of the coarser one, and the hints look one site
+    further. Closing a level asks first what the prediction lists, then what the answers to that list: two
+    sites around the wanted ones, everything that the first two steps depend on lies within what is kept.
+
+    Args:
+        path: Strides, coarse to fine.
+        shape: Voxels of the volume.
+        region: Voxels wanted.
+        growth: Further sites wanted around, on every level.
+        predicted: Whether the coarsest lattice is predicted; evaluated whole, it has no closure that
+            something could reach it by.
+    """
+    out: list[Part] = []
+    needed = region
     for level in range(len(path) - 1, -1, -1):
         lattice = lattice_size(shape, path[level])
-        # The coarsest lattice is evaluated whole: its closure brings in nothing from outside.
-        window = out[0].grown(halo, halo, lattice) if level or len(path) == 1 else out[0]
+        if level == 0 and not predicted:
+            out.insert(0, Part(needed, needed))
+            break
+        # A site further than the finer level reads, where that reads values: with the sites that it reads,
+        # all their neighbours are certain, hence also which of them were evaluated.
+        more = growth[level] + (level + 1 < len(path))
+        wanted = needed.grown(more, more, lattice)
+        kept = wanted.grown(2, 2, lattice)
         if level == 0:
-            out[0] = window
+            out.insert(0, Part(kept, wanted))
             break
         coarser = path[level - 1]
         ratio = (coarser[0] // path[level][0], coarser[1] // path[level][1], coarser[2] // path[level][2])
-        cells = window.cells(ratio)
-        out[0] = cells.sites(ratio, lattice)
-        out.insert(0, cells.grown(2, 3, lattice_size(shape, coarser)))
+        cells = kept.cells(ratio)
+        out.insert(0, Part(cells.sites(ratio, lattice), wanted))
+        needed = cells.grown(2, 3, lattice_size(shape, coarser))
     return tuple(out)
