@@ -16,6 +16,9 @@ from ossnet.field.answer import Answer
 from ossnet.field.dense import prepare_unet
 from ossnet.field.memory import chunk_for, parse_size
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
+from ossnet.networks.blockwise import BlockwiseEncoder
+from ossnet.networks.machine import fast_bf16
+from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import UNet
 from ossnet.volume import Shape
@@ -103,5 +106,22 @@ def prepare_ossnet(
     return PlainAnswer(network, image, encoding, size, large_pool)
 
 
+def prepare_multiscale(
+    network: MultiscaleNetwork,
+    image: Float[Tensor, "C X Y Z"],
+    *,
+    precision: Precision = "auto",
+    chunk: int | None = None,
+    memory: int | None = None,
+    **_: Any,
+) -> Answer:
+    """The default network: coarse maps of the whole scan now, fine maps where locations are asked."""
+    half = precision == "bf16" or (precision == "auto" and fast_bf16(image.device))
+    return BlockwiseEncoder(
+        network, image, budget=memory, precision="bf16" if half else "fp32", chunk=chunk or 8192
+    )
+
+
+PREPARERS[MultiscaleNetwork] = prepare_multiscale
 PREPARERS[OSSNet] = prepare_ossnet
 PREPARERS[UNet] = prepare_unet

@@ -28,7 +28,9 @@ class Grid:
     def with_shape(cls, base: "Grid", shape: Shape) -> "Grid":
         """Another number of voxels over the same extent in the world (outer voxel faces coincide)."""
         if min(shape) < 1:
-            raise SettingsError("shape", f"{shape} has an axis without voxels", "Give at least one voxel an axis")
+            raise SettingsError(
+                "shape", f"{shape} has an axis without voxels", "Give at least one voxel an axis"
+            )
         scale = np.array(base.shape) / np.array(shape)
         step = np.eye(4)
         step[:3, :3] = np.diag(scale)
@@ -40,7 +42,9 @@ class Grid:
         """Voxels of a given size in mm; the extent is that of `base` to within half a voxel, centred on it."""
         wanted = np.broadcast_to(np.asarray(spacing, dtype=float), (3,))
         if not (np.isfinite(wanted).all() and (wanted > 0).all()):
-            raise SettingsError("spacing", f"{spacing} mm is not above 0", "Give mm per voxel, one or three values")
+            raise SettingsError(
+                "spacing", f"{spacing} mm is not above 0", "Give mm per voxel, one or three values"
+            )
         have = np.array(spacing_of(base.affine))
         x, y, z = (max(1, round(float(v))) for v in np.array(base.shape) * have / wanted)
         scale = wanted / have
@@ -67,7 +71,9 @@ def check_box(box: Box, shape: Shape) -> Box:
     for low, high, size in zip((x0, y0, z0), (x1, y1, z1), shape, strict=True):
         if not 0 <= low < high <= size:
             raise SettingsError(
-                "region", f"{box} is not inside the grid of {shape} voxels", "Give two corners, the second excluded"
+                "region",
+                f"{box} is not inside the grid of {shape} voxels",
+                "Give two corners, the second excluded",
             )
     return box
 

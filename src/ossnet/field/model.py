@@ -64,7 +64,9 @@ class Model:
     @property
     def variant(self) -> str:
         """The name a user trained it by."""
-        return str(self.metadata.get("variant") or getattr(self.network.spec, "variant", family_of(self.network)))
+        return str(
+            self.metadata.get("variant") or getattr(self.network.spec, "variant", family_of(self.network))
+        )
 
     @property
     def classes(self) -> int:
@@ -120,7 +122,9 @@ class Model:
         try:
             description = json.loads(file.read_text())
             if description.get("format", 0) > FORMAT:
-                raise ModelError(file, f"it has format {description['format']}", "Update ossnet to use this model")
+                raise ModelError(
+                    file, f"it has format {description['format']}", "Update ossnet to use this model"
+                )
             network = build(description["family"], description["network"])
             if description.get("half"):  # shipped in 16 bits to be small, used in 32
                 network.half()
@@ -131,7 +135,9 @@ class Model:
         except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ModelError):
                 raise
-            raise ModelError(file, f"it cannot be used ({_first_line(error)})", "Train or import it again") from error
+            raise ModelError(
+                file, f"it cannot be used ({_first_line(error)})", "Train or import it again"
+            ) from error
         except (SafetensorError, RuntimeError, OSError) as error:
             weights = folder / "weights.safetensors"
             raise ModelError(weights, f"it cannot be used ({_first_line(error)})", "Copy it again") from error

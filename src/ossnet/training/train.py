@@ -18,6 +18,7 @@ from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, Summary, format_estimate, summarise, to_csv, to_json
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_json, write_text
+from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
 from ossnet.training.loop import STATE, Listener, Trainer
 from ossnet.training.planning import make_plan
@@ -119,7 +120,7 @@ def make_fabric(settings: Settings) -> Fabric:
     precision = runtime.precision
     if precision == "auto":
         # The paper's variants were trained in full precision; the others were tried in bf16.
-        precision = "bf16-mixed" if settings.variant not in OFFERED and computes_bf16(accelerator) else "32-true"
+        precision = "bf16-mixed" if settings.variant not in OFFERED and fast_bf16(torch.device(accelerator)) else "32-true"
     several = runtime.devices * runtime.nodes > 1
     return Fabric(
         accelerator=accelerator,
@@ -128,16 +129,6 @@ def make_fabric(settings: Settings) -> Fabric:
         strategy="ddp" if several else "auto",
         precision=precision,
     )
-
-
-def computes_bf16(accelerator: str) -> bool:
-    """True where bf16 products are faster than fp32 ones."""
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    try:
-        return any("avx512_bf16" in line or "amx_bf16" in line for line in Path("/proc/cpuinfo").open())
-    except OSError:  # not Linux
-        return False
 
 
 def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float = 1.0) -> Summary:

@@ -1,0 +1,82 @@
+"""`ossnet segment`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ossnet.cli.common import print_json, progress, say
+
+
+def command(
+    images: Annotated[list[Path], typer.Argument(help="Scans, or folders of scans in any known layout.")],
+    model: Annotated[str, typer.Option(help="Run or model folder, or the name of a model that is shipped.")],
+    out: Annotated[Path | None, typer.Option(help="A .nii.gz file for one scan, otherwise a folder.")] = None,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="The files given are the channels of one scan, in order.")
+    ] = False,
+    spacing: Annotated[float | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's.")] = None,
+    region: Annotated[
+        str | None, typer.Option(help="Only this box of voxels: x0,y0,z0,x1,y1,z1 (ends excluded).")
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="auto, octree, dense; original, released, paper: the released algorithm.")
+    ] = "auto",
+    probabilities: Annotated[bool, typer.Option(help="Also write probabilities (asks everywhere).")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
+    chunk: Annotated[int | None, typer.Option(help="Locations a pass; chosen when not given.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Also redo what is finished.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+) -> None:
+    """Segment scans with a trained model.
+
+    `ossnet segment scan.nii.gz --model runs/hippocampus --out scan_seg.nii.gz`
+
+    Folders resume: a finished file is final. Next to the label maps lies `report.json`: times, locations asked,
+    versions.
+    """
+    from ossnet.errors import SettingsError
+    from ossnet.field.cohort import Options, forecast_all, plan_jobs, segment_all
+    from ossnet.field.model import Model
+
+    if out is None and not dry_run:
+        raise SettingsError("segment", "--out is needed", "Name a file or a folder for the label maps")
+    if strategy not in ("auto", "octree", "dense", "original", "released", "paper"):
+        raise SettingsError("--strategy", f"{strategy!r} is unknown", "See `ossnet segment --help`")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise SettingsError("--precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
+    if region is not None:
+        try:
+            x0, y0, z0, x1, y1, z1 = (int(n) for n in region.split(","))
+        except ValueError:
+            raise SettingsError("--region", f"{region!r} is not six numbers", "Write x0,y0,z0,x1,y1,z1") from None
+    options = Options(
+        strategy=strategy,
+        spacing=spacing,
+        region=((x0, y0, z0), (x1, y1, z1)) if region is not None else None,
+        probabilities=probabilities,
+        device=device,
+        precision=precision,
+        memory=memory,
+        chunk=chunk,
+        overwrite=overwrite,
+    )
+    loaded = Model.load(model)
+    jobs = plan_jobs(images, out, channels_together=channels)
+    if dry_run:
+        forecasts = forecast_all(loaded, jobs, options)
+        if as_json:
+            print_json(forecasts)
+        for entry in [] if as_json else forecasts:
+            say(
+                f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
+                f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan"
+            )
+        return
+    with progress("Segmenting", len(jobs)) as done:
+        report = segment_all(loaded, jobs, options, say=say, done=done)
+    if as_json:
+        print_json(report)

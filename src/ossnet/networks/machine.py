@@ -1,0 +1,18 @@
+"""What the machine computes fast."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def fast_bf16(device: torch.device) -> bool:
+    """True where bfloat16 products are faster than float32 ones: recent server processors and GPUs."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
