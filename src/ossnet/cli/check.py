@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ossnet.data.fingerprint import CaseFacts, Fingerprint
     from ossnet.data.layouts import Problem
 
+Number = int | float  # for the checks in tests, where an int is no float
+
 _SHOWN = 20  # kinds of problems that are printed; --json has all
 _FILES = 5  # files of each kind
 
@@ -122,7 +124,7 @@ def _geometry(cases: Sequence["CaseFacts"]) -> Table:
     table.show_header = not alone
     axes = range(3)
 
-    def row(name: str, values: Sequence[Sequence[float]], form: Callable[[float], str]) -> None:
+    def row(name: str, values: Sequence[Sequence[Number]], form: Callable[[Number], str]) -> None:
         columns = [sorted(v[a] for v in values) for a in axes]
         picks = [[_median(c) for c in columns]]
         if not alone:  # each axis on its own
@@ -275,7 +277,7 @@ def _list(console: Console, title: str, lines: Sequence[str]) -> None:
     console.print()
 
 
-def _number(value: float) -> str:
+def _number(value: Number) -> str:
     """Four digits that count."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -285,7 +287,7 @@ def _counted(counter: Counter[str]) -> str:
     return pairs[0][0] if len(pairs) == 1 else ", ".join(f"{name} ({count})" for name, count in pairs)
 
 
-def _median(values: Sequence[float]) -> float:
+def _median(values: Sequence[Number]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2
     return float(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)

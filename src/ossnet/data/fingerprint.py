@@ -376,8 +376,8 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
         brightest = sorted(f.intensities[index].high for f in facts)
         if brightest[0] > 0 and brightest[-1] > 20 * brightest[0]:
             notes.append(
-                f"channel {name}: the brightest voxels reach {brightest[0]:.4g} in one case and "
-                f"{brightest[-1]:.4g} in another, so scans must be normalised one by one"
+                f"channel {name}: the brightest voxels reach {_grey(brightest[0])} in one case and "
+                f"{_grey(brightest[-1])} in another; normalise each scan by itself"
             )
     for number, name in dataset.label_names.items():
         without = [f.name for f in facts if number and number not in f.voxels]
@@ -396,6 +396,10 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
     if len(facts) < 5:
         notes.append(f"{_cases(len(facts))}: too few for five folds; train on all of them with fold 'all'")
     return notes
+
+
+def _grey(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _cases(count: int) -> str:

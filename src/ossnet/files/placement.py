@@ -1,7 +1,7 @@
 """Where NIfTI headers say that voxels are, and writing it.
 
-Three methods (`nifti1.h`): voxel sizes alone, a quaternion (qform), a matrix (sform). The sform goes first, as
-in most programs; what is customary but unclear is noted.
+Three methods (`nifti1.h`): voxel sizes alone, a quaternion (qform), a matrix (sform). The sform goes first
+as in most programs; what is customary but unclear is noted.
 """
 
 import math

@@ -1,0 +1,386 @@
+"""Folders as people have them are understood; what is missing is named."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
+from ossnet.errors import DatasetError, VolumeError
+from ossnet.files.nifti import write_labels, write_volume
+from ossnet.volume import LabelMap, Volume
+
+SHAPE = (4, 5, 6)
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+shared = [
+    pytest.mark.shared,
+    pytest.mark.skipif(not SHARED.exists(), reason="needs the reference data beside the checkout"),
+]
+
+
+def image(path: Path, value: int = 1, channels: int = 1, shape: tuple[int, int, int] = SHAPE) -> None:
+    data = (
+        np.full((channels, *shape), value, np.int16)
+        + np.arange(channels, dtype=np.int16)[:, None, None, None]
+    )
+    write_volume(Volume(data, np.eye(4)), path)
+
+
+def label(path: Path, values: tuple[int, ...] = (0, 1)) -> None:
+    data = np.zeros(SHAPE, np.uint16)
+    data.flat[: len(values)] = values
+    write_labels(LabelMap(data, np.eye(4)), path)
+
+
+def describe(root: Path, **value: object) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "dataset.json").write_text(json.dumps(value))
+
+
+def nnunet(root: Path, cases: tuple[str, ...] = ("a_1", "b"), channels: int = 2) -> Path:
+    describe(
+        root,
+        channel_names={str(i): n for i, n in enumerate(("T2", "ADC")[:channels])},
+        labels={"background": 0, "PZ": 1, "TZ": 2},
+        numTraining=len(cases),
+        file_ending=".nii.gz",
+    )
+    for case in cases:
+        for channel in range(channels):
+            image(root / "imagesTr" / f"{case}_{channel:04d}.nii.gz", channel)
+        label(root / "labelsTr" / f"{case}.nii.gz", (0, 1, 2))
+    return root
+
+
+def test_nnunet(tmp_path: Path) -> None:
+    data = open_dataset(nnunet(tmp_path / "d"))
+    assert (data.layout, data.names, data.channel_names) == ("nnunet", ("a_1", "b"), ("T2", "ADC"))
+    assert (dict(data.label_names), data.classes) == ({0: "background", 1: "PZ", 2: "TZ"}, 3)
+    assert (data.label_map, data.splits, data.problems) == ({}, None, ())
+    volume, labels = data.read(data["a_1"])
+    assert volume.data[:, 0, 0, 0].tolist() == [0, 1]
+    assert labels.names == data.label_names
+
+
+def test_nnunet_test_images_are_what_is_segmented(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d")
+    assert [c.name for c in images_in(root)] == ["a_1", "b"]
+    image(root / "imagesTs" / "t_0000.nii.gz")
+    image(root / "imagesTs" / "t_0001.nii.gz")
+    for place in (root, root / "imagesTs"):
+        (case,) = images_in(place)
+        assert (case.name, len(case.images), case.label) == ("t", 2, None)
+    assert open_dataset(root).names == ("a_1", "b")
+
+
+def test_nnunet_with_listed_files(tmp_path: Path) -> None:
+    image(tmp_path / "elsewhere" / "x.nii.gz")
+    label(tmp_path / "elsewhere" / "y.nii.gz")
+    describe(
+        tmp_path / "d",
+        channel_names={"0": "CT"},
+        labels={"background": 0, "spleen": 1},
+        dataset={"case": {"images": ["../elsewhere/x.nii.gz"], "label": "../elsewhere/y.nii.gz"}},
+    )
+    data = open_dataset(tmp_path / "d")
+    assert data.names == ("case",)
+    data.read(data["case"])
+
+
+def test_values_that_are_not_consecutive_become_classes(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+    describe(root, channel_names={"0": "CT"}, labels={"background": 0, "liver": 3, "spleen": 7})
+    label(root / "labelsTr" / "a.nii.gz", (0, 7, 3, 3))
+    data = open_dataset(root)
+    assert data.label_names == {0: "background", 1: "liver", 2: "spleen"}
+    assert data.label_map == {3: 1, 7: 2}
+    assert data.labels(data["a"]).data.flat[:4].tolist() == [0, 2, 1, 1]
+
+
+def test_regions_are_taken_apart(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+    describe(root, channel_names={"0": "T1"}, labels={"background": 0, "whole": [1, 2], "core": 2})
+    assert open_dataset(root).label_names == {0: "background", 1: "label 1", 2: "core"}
+
+
+def test_decathlon(tmp_path: Path) -> None:
+    pairs = []
+    for name in ("b", "a"):
+        image(tmp_path / "imagesTr" / f"{name}.nii.gz", channels=3)
+        label(tmp_path / "labelsTr" / f"{name}.nii.gz")
+        pairs.append({"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"})
+    image(tmp_path / "imagesTr" / "._c.nii.gz")  # what macOS leaves in archives
+    describe(
+        tmp_path,
+        modality={"0": "T1", "1": "T2", "2": "PD"},
+        labels={"0": "background", "1": "tumour"},
+        training=pairs,
+        test=["./imagesTs/t.nii.gz"],
+    )
+    data = open_dataset(tmp_path)
+    assert (data.layout, data.names, data.channel_names) == ("decathlon", ("a", "b"), ("T1", "T2", "PD"))
+    assert data.read(data["a"])[0].data.shape == (3, *SHAPE)
+    (tmp_path / "labelsTr" / "b.nii.gz").unlink()
+    data = open_dataset(tmp_path)
+    assert data.names == ("a",)
+    assert data.problems[0].where.endswith("b.nii.gz")
+    with pytest.raises(DatasetError, match="no such file"):
+        data.require_complete()
+
+
+def test_nnunet_version_1(tmp_path: Path) -> None:
+    for channel in range(2):
+        image(tmp_path / "imagesTr" / f"a_{channel:04d}.nii.gz", channel)
+    label(tmp_path / "labelsTr" / "a.nii.gz")
+    describe(
+        tmp_path,
+        modality={"0": "T1", "1": "T2"},
+        labels={"0": "background", "1": "tumour"},
+        training=[{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}],
+    )
+    data = open_dataset(tmp_path)
+    assert [p.name for p in data["a"].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+
+
+def brats(root: Path, name: str, channels: tuple[str, ...], seg: str, ending: str = ".nii.gz") -> None:
+    for number, channel in enumerate(channels):
+        image(root / name / f"{name}{channel}{ending}", number)
+    label(root / name / f"{seg}{ending}", (0, 1, 2, 4) if channels[0] == "_flair" else (0, 1, 2, 3))
+
+
+OLD, NEW = ("_flair", "_t1", "_t1ce", "_t2"), ("-t2f", "-t1n", "-t1c", "-t2w")
+
+
+def test_brats_2020_with_the_misnamed_label(tmp_path: Path) -> None:
+    root = tmp_path / "MICCAI_BraTS2020_TrainingData"
+    brats(root, "BraTS20_Training_001", OLD, "BraTS20_Training_001_seg", ".nii")
+    brats(root, "BraTS20_Training_355", OLD, "W39_1998.09.19_Segm", ".nii")
+    (root / "survival_info.csv").write_text("")
+    data = open_dataset(root)
+    assert (data.layout, data.names, data.problems) == (
+        "brats2020",
+        ("BraTS20_Training_001", "BraTS20_Training_355"),
+        (),
+    )
+    assert data.channel_names == ("flair", "t1", "t1ce", "t2")
+    volume, labels = data.read(data["BraTS20_Training_355"])
+    assert volume.data[:, 0, 0, 0].tolist() == [0, 1, 2, 3]  # in the paper's order
+    assert labels.data.flat[:4].tolist() == [0, 1, 2, 3]  # 4 is class 3
+    # the folder of the one case, too
+    assert len(open_dataset(root / "BraTS20_Training_355")) == 1
+
+
+def test_brats_2023(tmp_path: Path) -> None:
+    for visit in ("000", "001"):
+        brats(tmp_path, f"BraTS-GLI-00005-{visit}", NEW, f"BraTS-GLI-00005-{visit}-seg")
+    data = open_dataset(tmp_path)
+    assert (data.layout, len(data), data.label_map) == ("brats2023", 2, {})
+    assert {c.group for c in data.cases} == {"BraTS-GLI-00005"}
+    assert data.image(data.cases[0]).data[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    # later years use 4 for something else: never silently class 3
+    label(data.cases[0].label, (0, 4))
+    with pytest.raises(VolumeError, match="label 4, which the data set does not declare"):
+        data.labels(data.cases[0])
+
+
+def test_brats_of_both_kinds(tmp_path: Path) -> None:
+    brats(tmp_path, "BraTS2021_00006", OLD, "BraTS2021_00006_seg")
+    brats(tmp_path, "BraTS-GLI-00000-000", NEW, "BraTS-GLI-00000-000-seg")
+    data = open_dataset(tmp_path)
+    assert (data.layout, len(data)) == ("brats", 2)
+    for case in data.cases:
+        assert data.labels(case).data.max() == 3
+
+
+def test_brats_validation_cases_need_no_label(tmp_path: Path) -> None:
+    brats(tmp_path, "BraTS2021_1", OLD, "BraTS2021_1_seg")
+    (tmp_path / "BraTS2021_1" / "BraTS2021_1_seg.nii.gz").unlink()
+    (case,) = images_in(tmp_path)
+    assert (case.name, len(case.images)) == ("BraTS2021_1", 4)
+    with pytest.raises(DatasetError, match="no cases with image and label"):
+        open_dataset(tmp_path)
+
+
+def test_lits(tmp_path: Path) -> None:
+    for number in (0, 10):
+        image(tmp_path / "Training Batch 1" / f"volume-{number}.nii")
+        label(tmp_path / "segmentations" / f"segmentation-{number}.nii", (0, 1, 2))
+    data = open_dataset(tmp_path)
+    assert (data.layout, data.names) == ("lits", ("volume-0", "volume-10"))
+    assert data.label_names[2] == "tumour"
+    image(tmp_path / "test" / "test-volume-3.nii")
+    assert [c.name for c in images_in(tmp_path / "test")] == ["volume-3"]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "layout"),
+    [
+        ("images/a.nii.gz", "labels/a.nii.gz", "folders"),
+        ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "folders"),
+        ("img/img0001.nii.gz", "label/label0001.nii.gz", "folders"),
+        ("Images/image_7.nii", "Masks/image_7.nii.gz", "folders"),
+        ("scans/pat-3_ct.nii.gz", "segmentations/pat-3_seg.nii.gz", "folders"),
+        ("a.nii.gz", "a_seg.nii.gz", "suffix"),
+        ("deep/a_0000.nii.gz", "deep/a_label.nii.gz", "suffix"),
+        ("p1/image.nii.gz", "p1/label.nii.gz", "case-folders"),
+        ("p1/ct.nii.gz", "p1/segmentation.nii.gz", "case-folders"),
+    ],
+)
+def test_plain_folders(tmp_path: Path, images: str, labels: str, layout: str) -> None:
+    image(tmp_path / images, 7)
+    label(tmp_path / labels, (0, 255))
+    data = open_dataset(tmp_path)
+    assert (data.layout, len(data), data.channel_names) == (layout, 1, ("image",))
+    assert data.label_map == {255: 1}  # masks as programs for pictures write them
+    volume, read = data.read(data.cases[0])
+    assert volume.data.flat[0] == 7
+    assert np.unique(read.data).tolist() == [0, 1]
+    (case,) = images_in(tmp_path)
+    assert case.images == data.cases[0].images
+
+
+def test_plain_folders_with_channels(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        for channel in range(2):
+            image(tmp_path / "images" / f"{case}_{channel:04d}.nii.gz", channel)
+        label(tmp_path / "labels" / f"{case}.nii.gz")
+    data = open_dataset(tmp_path)
+    assert data.channel_names == ("channel 0", "channel 1")
+    (tmp_path / "images" / "b_0001.nii.gz").unlink()
+    data = open_dataset(tmp_path)
+    assert data.names == ("a",)
+    assert "lacks channel 1" in data.problems[0].reason
+    with pytest.raises(DatasetError, match="lacks channel 1"):
+        images_in(tmp_path / "images")
+
+
+def test_one_file_with_several_channels(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.nii.gz", channels=3)
+    label(tmp_path / "labels" / "a.nii.gz")
+    data = open_dataset(tmp_path)
+    assert len(data.channel_names) == 3
+    image(tmp_path / "images" / "a.nii.gz", channels=2)
+    with pytest.raises(VolumeError, match="2 channels, the data set has 3"):
+        data.image(data.cases[0])
+
+
+def test_incomplete_cases_are_problems(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a", "b", "c", "d"))
+    (root / "imagesTr" / "a_0001.nii.gz").unlink()
+    (root / "labelsTr" / "b.nii.gz").unlink()
+    for channel in range(2):
+        (root / "imagesTr" / f"c_{channel:04d}.nii.gz").unlink()
+    image(root / "imagesTr" / "d_0000.nii")
+    image(root / "imagesTr" / "e_0007.nii.gz")
+    data = open_dataset(root)
+    assert data.names == ()
+    reasons = {(Path(p.where).name, p.reason) for p in data.problems}
+    assert {
+        ("a_0000.nii.gz", "case a lacks channel 1 of 2"),
+        ("b_0000.nii.gz", "has no label"),
+        ("c.nii.gz", "has no image"),
+        ("d_0000.nii.gz", "a second image for case d"),
+        ("e_0007.nii.gz", "is channel 7, but only 2 are declared"),
+    } <= reasons
+    assert all(p.fix for p in data.problems)
+
+
+def test_image_and_label_must_lie_on_each_other(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+    shifted = np.eye(4)
+    shifted[0, 3] = 0.02
+    write_labels(LabelMap(np.zeros(SHAPE, np.uint8), shifted), root / "labelsTr" / "a.nii.gz")
+    data = open_dataset(root)
+    with pytest.raises(VolumeError, match=r"labelsTr/a.nii.gz: does not lie on its image: .* 0.02 mm"):
+        data.read(data["a"])
+
+
+def test_descriptions_that_make_no_sense(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+
+    def refused(reason: str, **value: object) -> None:
+        if value:
+            describe(root, **value)
+        with pytest.raises(DatasetError, match=reason):
+            open_dataset(root)
+
+    refused("'labels' is missing|not as the format", channel_names={"0": "CT"}, labels=[1, 2])
+    refused("ignore", channel_names={"0": "CT"}, labels={"background": 0, "ignore": 1})
+    refused(".png files", channel_names={"0": "CT"}, labels={"background": 0}, file_ending=".png")
+    refused("not as the format", channel_names={"zero": "CT"}, labels={"background": 0})
+    refused("'label' is missing", modality={"0": "CT"}, labels={"0": "b"}, training=[{"image": "a.nii.gz"}])
+    (root / "dataset.json").write_text("{")
+    refused("not valid JSON")
+    (root / "dataset.json").write_text("[]")
+    refused("not a JSON object")
+
+
+def test_what_is_no_data_set(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no NIfTI files")):
+        with pytest.raises(DatasetError, match=reason):
+            open_dataset(path)
+        with pytest.raises(DatasetError, match=r"no such file or folder|no NIfTI images"):
+            images_in(path)
+    image(tmp_path / "a.nii.gz")
+    with pytest.raises(DatasetError, match="among 1 NIfTI"):
+        open_dataset(tmp_path)
+    with pytest.raises(DatasetError, match="a file, not a folder"):
+        open_dataset(tmp_path / "a.nii.gz")
+    with pytest.raises(DatasetError, match="no layout 'x'"):
+        open_dataset(tmp_path, "x")
+    with pytest.raises(DatasetError, match="needs it"):
+        open_dataset(tmp_path, "nnunet")
+
+
+def test_images_of_plain_folders(tmp_path: Path) -> None:
+    image(tmp_path / "b.nii")
+    image(tmp_path / "a.nii.gz")
+    assert [c.name for c in images_in(tmp_path)] == ["a", "b"]
+    assert images_in(tmp_path / "a.nii.gz")[0].images == (tmp_path / "a.nii.gz",)
+    deep = tmp_path / "deep"
+    image(deep / "x" / "c.nii.gz")
+    label(deep / "labels" / "c.nii.gz")
+    assert [c.images[0] for c in images_in(deep)] == [deep / "x" / "c.nii.gz"]
+
+
+def test_labels_are_never_taken_for_images(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+    (root / "imagesTr" / "a_0000.nii.gz").unlink()
+    with pytest.raises(DatasetError, match="no NIfTI images"):
+        images_in(root)
+
+
+def test_layouts_have_different_names() -> None:
+    assert len({layout.name for layout in LAYOUTS}) == len(LAYOUTS)
+
+
+class TestShared:
+    """The reference data."""
+
+    pytestmark = shared
+
+    @pytest.mark.parametrize(
+        ("folder", "layout", "cases", "channels", "classes"),
+        [
+            ("Dataset004_Hippocampus", "nnunet", 220, 1, 3),
+            ("Dataset027_ACDC", "nnunet", 40, 1, 4),
+            ("brats", "brats", 2, 4, 4),
+            ("brats/BraTS2021_00006", "brats2020", 1, 4, 4),
+            ("brats/BraTS-GLI-00000-000", "brats2023", 1, 4, 4),
+            ("lits", "lits", 1, 1, 3),
+            ("decathlon/Task01_BrainTumour_mini", "decathlon", 2, 4, 4),
+        ],
+    )
+    def test_is_understood(self, folder: str, layout: str, cases: int, channels: int, classes: int) -> None:
+        data = open_dataset(SHARED / folder)
+        assert (data.layout, len(data), data.problems) == (layout, cases, ())
+        assert (len(data.channel_names), data.classes) == (channels, classes)
+        volume, labels = data.read(data.cases[-1])
+        assert volume.channels == channels
+        assert 0 < labels.data.max() < classes
+        assert images_in(SHARED / folder)[-1].images == data.cases[-1].images
+
+    def test_the_packed_left_atrium_lacks_its_images(self) -> None:
+        data = open_dataset(SHARED / "Dataset101_LeftAtrium")
+        assert (len(data), len(data.problems), data.problems[0].reason) == (0, 80, "has no image")
