@@ -66,6 +66,7 @@ def test_every_listed_command_has_the_right_module() -> None:
         ),
         (ResourceError("the disk is full"), 2, "error: the disk is full\n"),
         (KeyboardInterrupt(), 130, "interrupted; what was finished is kept\n"),
+        (OSError(28, "No space left on device", "a.csv"), 2, "error: a.csv: No space left on device.\n"),
         (MemoryError(), 2, "error: memory ran out"),
     ],
 )

@@ -142,6 +142,25 @@ def test_notes(tmp_path: Path) -> None:
     assert found.problems == ()
 
 
+def test_the_fit_of_scans_in_different_orders(tmp_path: Path) -> None:
+    case(tmp_path, "a", (20, 30, 40), np.eye(4))
+    order = Orientation((2, 0, 1), (True, False, True))
+    labels = LabelMap(np.zeros((20, 30, 40), np.uint8), np.eye(4)).reoriented(order)
+    case(tmp_path, "b", labels.shape, labels.affine)
+    assert fingerprint(open_dataset(tmp_path)).fit == propose_fit([(20, 30, 40)])
+
+
+def test_nan_is_replaced_on_request(tmp_path: Path) -> None:
+    case(tmp_path, "a")
+    data = np.ones((1, 6, 7, 8), np.float32)
+    data[0, 0, 0, :2] = np.nan, 5
+    write_volume(Volume(data, np.diag([1.0, 2.0, 3.0, 1.0])), tmp_path / "images" / "a.nii.gz")
+    assert "1 of 336 voxels are NaN" in fingerprint(open_dataset(tmp_path)).problems[0].reason
+    found = fingerprint(open_dataset(tmp_path, nonfinite="replace"))
+    assert (found.problems, found.cases[0].intensities[0].minimum) == ((), 1.0)
+    assert "1 of 336 voxels are NaN or infinite; they are replaced" in found.notes[0]
+
+
 def test_a_patient_on_both_sides_is_noted(tmp_path: Path) -> None:
     for name in ("patient001_ED", "patient001_ES", "patient002_ED"):
         case(tmp_path, name)

@@ -104,6 +104,16 @@ def test_regions_are_taken_apart(tmp_path: Path) -> None:
     assert open_dataset(root).label_names == {0: "background", 1: "label 1", 2: "core"}
 
 
+def test_patients_of_cases_json(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a", "b", "patient001_ED"), 1)
+    facts = {"a": {"patient": 7}, "b": {"group": "x"}, "unknown": {}}
+    (root / "cases.json").write_text(json.dumps(facts))
+    assert [c.group for c in open_dataset(root).cases] == ["7", "x", "patient001"]
+    (root / "cases.json").write_text("{")
+    with pytest.raises(DatasetError, match=r"cases.json: cannot be read"):
+        open_dataset(root)
+
+
 def test_decathlon(tmp_path: Path) -> None:
     pairs = []
     for name in ("b", "a"):

@@ -35,6 +35,10 @@ def command(
         int | None,
         typer.Option("--jobs", "-j", min=1, help="Cases read at a time.", show_default="processors"),
     ] = None,
+    replace_nan: Annotated[
+        bool,
+        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
+    ] = False,
     cases: Annotated[bool, typer.Option("--cases", help="Print a line for each case as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -58,7 +62,7 @@ def command(
     from ossnet.data.fingerprint import fingerprint
     from ossnet.data.layouts import open_dataset
 
-    dataset = open_dataset(data, layout)
+    dataset = open_dataset(data, layout, nonfinite="replace" if replace_nan else "refuse")
     with progress("Reading cases", len(dataset)) as done:
         found = fingerprint(dataset, jobs, done)
     if as_json:

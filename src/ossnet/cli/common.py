@@ -97,7 +97,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
 def told() -> Iterator[None]:
     """Errors that a user can act on become one message and an exit code; warnings become one line each.
 
-    OssnetError: exit code 2. Ctrl-C: 130. Out of memory: 2. A closed pipe (`ossnet … | head`): 0.
+    OssnetError, disk errors, out of memory: exit code 2. Ctrl-C: 130. A closed pipe (`ossnet … | head`): 0.
     With OSSNET_DEBUG=1 in the environment the traceback is shown as well.
     """
     try:
@@ -115,6 +115,13 @@ def told() -> Iterator[None]:
         if os.environ.get("OSSNET_DEBUG"):
             raise
         say(str(error), "error")
+        raise typer.Exit(REFUSED) from None
+    except OSError as error:
+        # What a disk or a permission says is for the user as well: a missing folder, a full disk.
+        if os.environ.get("OSSNET_DEBUG") or error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"{where}{error.strerror}.", "error")
         raise typer.Exit(REFUSED) from None
     except MemoryError:
         if os.environ.get("OSSNET_DEBUG"):

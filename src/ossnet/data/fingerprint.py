@@ -170,8 +170,8 @@ def fingerprint(
     """
     facts: list[CaseFacts] = []
     problems = list(dataset.problems)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", VolumeWarning)  # told in `notes`, once for all files
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", VolumeWarning)  # told in `notes`, once for all files
         with ThreadPoolExecutor(max_workers=jobs or _jobs(dataset)) as pool:
             futures = {pool.submit(_look, dataset, case): case for case in dataset.cases}
             try:
@@ -190,9 +190,20 @@ def fingerprint(
         dataset=dataset,
         cases=tuple(facts),
         problems=tuple(problems),
-        notes=tuple(_notes(dataset, facts)),
-        fit=propose_fit([f.shape for f in facts]) if facts else None,
+        notes=(*_replaced(caught), *_notes(dataset, facts)),
+        fit=propose_fit(_alike(facts)) if facts else None,
     )
+
+
+def _alike(facts: Sequence[CaseFacts]) -> list[Shape]:
+    """Shapes as stored, or along right, anterior, superior where scans are stored in different orders."""
+    if len({f.orientation for f in facts}) == 1:
+        return [f.shape for f in facts]
+    shapes = []
+    for fact in facts:
+        x, y, z = sorted(range(3), key=lambda axis: "LRPAIS".index(fact.orientation[axis]) // 2)
+        shapes.append((fact.shape[x], fact.shape[y], fact.shape[z]))
+    return shapes
 
 
 def propose_fit(shapes: Sequence[Shape]) -> FitProposal:
@@ -346,6 +357,15 @@ def _tilt(affine: Affine) -> float:
     columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = [abs(columns[world, voxel]) for world, voxel in enumerate(orientation.axes)]
     return float(np.degrees(np.arccos(np.clip(min(cosines), 0.0, 1.0))))
+
+
+def _replaced(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """What was replaced on request, which no header says."""
+    found = sorted({str(w.message).rstrip(".") for w in caught if "they are replaced" in str(w.message)})
+    if not found:
+        return []
+    more = f" (and {len(found) - 1} more {'file' if len(found) == 2 else 'files'})" if len(found) > 1 else ""
+    return [found[0] + more]
 
 
 def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from ossnet.data.splits import Split, read_splits
 from ossnet.errors import DatasetError, InputError, OssnetError, VolumeError
 from ossnet.files.containers import is_image, stem
-from ossnet.files.nifti import read_header, read_labels, read_volume
+from ossnet.files.nifti import Nonfinite, read_header, read_labels, read_volume
 from ossnet.volume import LabelMap, Volume, same_place
 
 NII = r"\.nii(?:\.gz)?"
@@ -47,7 +47,7 @@ class Case:
         name: Unique in its data set; results are named after it.
         images: One file with all channels, or one file for each channel.
         label: The reference segmentation.
-        group: Cases of one group (a patient) belong on the same side of a split; None: a group of its own.
+        group: The patient. Their cases belong on the same side of a split; None: a patient of its own.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Dataset:
         label_map: Value in the file → class, for the values that differ (BraTS stores class 3 as 4).
         splits: Folds of `splits_final.json`, or None.
         problems: What keeps other cases from being used.
+        nonfinite: Whether NaN and infinite voxels of images are refused or replaced (see `read_volume`).
     """
 
     root: Path
@@ -79,6 +80,7 @@ class Dataset:
     label_map: Mapping[int, int] = field(default_factory=dict)
     splits: tuple[Split, ...] | None = None
     problems: tuple[Problem, ...] = ()
+    nonfinite: Nonfinite = "refuse"
 
     def __getitem__(self, name: str) -> Case:
         """The case of this name."""
@@ -122,7 +124,7 @@ class Dataset:
         Raises:
             VolumeError: A file cannot be trusted, or the number of channels is another.
         """
-        volume = read_volume(case.images)
+        volume = read_volume(case.images, nonfinite=self.nonfinite)
         if volume.channels != len(self.channel_names):
             raise VolumeError(
                 case.images[0],
@@ -419,13 +421,14 @@ _GROUPS = (
 )
 
 
-def open_dataset(path: Path | str, layout: str | None = None) -> Dataset:
+def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonfinite = "refuse") -> Dataset:
     """List the cases of a folder.
 
     Args:
         path: The folder of the data set.
         layout: Name of a layout in `LAYOUTS`; found by itself otherwise: by `dataset.json` where there is
             one, else the layout that explains most cases.
+        nonfinite: "replace" reads images with NaN or infinite voxels instead of refusing them.
 
     Returns:
         The complete cases. Cases with missing or contradicting files are not among them and are named in
@@ -454,7 +457,7 @@ def open_dataset(path: Path | str, layout: str | None = None) -> Dataset:
             "Name them images/CASE.nii.gz and labels/CASE.nii.gz, or as another layout that "
             "ossnet check --help shows",
         )
-    return _assemble(root, chosen, files, description)
+    return replace(_assemble(root, chosen, files, description), nonfinite=nonfinite)
 
 
 def images_in(path: Path | str) -> tuple[Case, ...]:
@@ -561,6 +564,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         raise DatasetError(
             root, f"no cases of the layout {layout.name} are in it", f"It has {layout.example}"
         )
+    cases = _grouped(cases, root / "cases.json")
     names, mapping = dict(description.label_names), dict(layout.label_map)
     if not names:
         names, mapping, more = _found_labels(cases)
@@ -657,6 +661,25 @@ def _listed_cases(
         else:
             cases[name] = Case(name, tuple(paths[:-1]), paths[-1], _group(name))
     return tuple(cases[name] for name in sorted(cases)), problems
+
+
+def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
+    """Patients from a `cases.json` (case → facts, of which `patient`, `subject` or `group` is used)."""
+    if not path.exists():
+        return cases
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(path, f"cannot be read ({error})", "Correct or remove it") from error
+
+    def patient(case: Case) -> str | None:
+        known = facts.get(case.name) if isinstance(facts, Mapping) else None
+        for key in ("patient", "subject", "group"):
+            if isinstance(known, Mapping) and known.get(key) is not None:
+                return str(known[key])
+        return case.group
+
+    return tuple(replace(case, group=patient(case)) for case in cases)
 
 
 def _group(name: str) -> str | None:

@@ -259,7 +259,7 @@ def _finite(
             share,
             "There is nothing to see in it"
             if bad == data.size
-            else "If they lie outside of the patient, let them be replaced: nonfinite='replace'",
+            else "Write finite values there, or let them be replaced: --replace-nan, nonfinite='replace'",
         )
     warnings.warn(f"{header.path}: {share}; they are replaced.", VolumeWarning, stacklevel=4)
     for channel in data:
