@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -111,7 +111,7 @@ class Model:
         write_text(folder / "MODEL_CARD.md", self.card())
 
     @classmethod
-    def load(cls, folder: Path | str) -> Self:
+    def load(cls, folder: Path | str) -> "Model":
         """Read a model folder, or the best model of a run folder.
 
         Raises:

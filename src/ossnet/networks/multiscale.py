@@ -19,7 +19,7 @@ accumulated stride S covers S voxels; its centre lies at voxel `S * (cell + 0.5)
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, prod, sqrt
-from typing import Any, Literal, Self, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,10 @@ from ossnet.errors import SettingsError
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
-Norm = Literal["none", "voxel", "group", "batch"]
+
+
+RELU_GAIN = sqrt(2)
+"""Restores the second moment that a ReLU halves."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,6 @@ class MultiscaleSpec:
     decoder_blocks: int = 3
     top_down: bool = True
     """Coarser maps feed finer ones."""
-    norm: Norm = "none"
-    """Normalisation after convolutions. `none`: learned gains."""
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.classes < 1 or not self.stages:
@@ -106,11 +107,11 @@ class MultiscaleSpec:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> "MultiscaleSpec":
         """The inverse of `to_dict`; lists stand for tuples."""
         known = dict(values)
         stages = tuple(
-            Stage(**{k: _triple(v) if k in ("stride", "kernel") else v for k, v in stage.items()})
+            Stage(**{**stage, "stride": _triple(stage["stride"]), "kernel": _triple(stage["kernel"])})
             for stage in known.pop("stages")
         )
         x, y, z = (float(s) for s in known.pop("spacing"))
@@ -127,66 +128,25 @@ def _product(one: Triple, other: Triple) -> Triple:
     return one[0] * other[0], one[1] * other[1], one[2] * other[2]
 
 
-class Norm3d(nn.Module):
-    """Gain and bias per channel, after one of four normalisations (see `MultiscaleSpec.norm`)."""
-
-    def __init__(self, channels: int, kind: Norm, gain: float) -> None:
-        super().__init__()
-        self.kind = kind
-        self.gain = nn.Parameter(torch.full((channels,), gain))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.groups = max(1, channels // 8)
-        self.momentum, self.frozen = 0.02, False
-        if kind == "batch":
-            self.register_buffer("mean", torch.zeros(channels))
-            self.register_buffer("variance", torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "group":
-            return F.group_norm(x, self.groups, self.gain.to(x.dtype), self.bias.to(x.dtype))
-        if self.kind == "batch":
-            return F.batch_norm(
-                x,
-                self.mean,
-                self.variance,
-                self.gain,
-                self.bias,
-                self.training and not self.frozen,
-                self.momentum,
-            )
-        shape = (-1, 1, 1, 1)
-        if self.kind == "voxel":
-            x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-2)
-        return x * self.gain.to(x.dtype).view(shape) + self.bias.to(x.dtype).view(shape)
-
-
 class Convolution(nn.Conv3d):
-    """A convolution followed by gain and bias (and a normalisation, if any).
+    """A convolution with a learned gain per output channel, in place of a normalisation.
 
-    Without normalisation, gain and bias are part of the convolution: its weight keeps the meaning
-    "directions", which is what Muon steps on, and the gain carries the scale.
+    Its weight holds directions: rows start with unit length, which keeps the variance of white input, and
+    Muon turns them at constant norm; the gain carries the scale. An `nn.Conv3d`, so that optimisers find it.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: Triple,
-        stride: Triple,
-        padding: Triple,
-        norm: Norm,
-        gain: float,
+        self, inputs: int, outputs: int, kernel: Triple, stride: Triple, padding: Triple, gain: float
     ) -> None:
-        super().__init__(inputs, outputs, kernel, stride, padding, bias=False)
-        # Rows of unit length keep the variance of white input.
+        super().__init__(inputs, outputs, kernel, stride, padding)
         nn.init.normal_(self.weight, std=1 / sqrt(inputs * prod(kernel)))
-        self.norm = Norm3d(outputs, norm, gain)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        self.gain = nn.Parameter(torch.full((outputs,), gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.norm.kind == "none":
-            weight = self.weight * self.norm.gain.view(-1, 1, 1, 1, 1)
-            return self._conv_forward(x, weight, self.norm.bias)
-        return cast(Tensor, self.norm(self._conv_forward(x, self.weight, None)))
+        weight = self.weight * self.gain.view(-1, 1, 1, 1, 1)
+        return F.conv3d(x, weight, self.bias, self.stride, _triple(self.padding))
 
 
 class Pointwise(nn.Module):
@@ -206,19 +166,14 @@ class Pointwise(nn.Module):
         return F.conv3d(x, self.weight, self.bias)
 
 
-def _same(inputs: int, outputs: int, kernel: Triple, norm: Norm, gain: float) -> Convolution:
-    padding = _triple([k // 2 for k in kernel])
-    return Convolution(inputs, outputs, kernel, (1, 1, 1), padding, norm, gain)
-
-
 class Residual(nn.Module):
-    """`relu(x + conv(relu(conv(x))))`; the second gain starts small, so that a deep stack starts near
-    identity."""
+    """`relu(x + conv(relu(conv(x))))`; the last gain starts small: a stack starts near the identity."""
 
-    def __init__(self, width: int, kernel: Triple, norm: Norm) -> None:
+    def __init__(self, width: int, kernel: Triple) -> None:
         super().__init__()
-        self.one = _same(width, width, kernel, norm, 1.0 if norm != "none" else sqrt(2))
-        self.two = _same(width, width, kernel, norm, 0.2)
+        padding = _triple([k // 2 for k in kernel])
+        self.one = Convolution(width, width, kernel, (1, 1, 1), padding, RELU_GAIN)
+        self.two = Convolution(width, width, kernel, (1, 1, 1), padding, 0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.two(F.relu(self.one(x))))
@@ -240,18 +195,13 @@ class StageModule(nn.Module):
             for s, k in zip(stage.stride, stage.kernel, strict=True)
         ]
         padding = _triple([(e - s) // 2 for e, s in zip(extent, stage.stride, strict=True)])
-        gain = 1.0 if spec.norm != "none" else sqrt(2)
-        self.down = Convolution(inputs, stage.width, _triple(extent), stage.stride, padding, spec.norm, gain)
-        self.trunk = nn.Sequential(
-            *(Residual(stage.width, stage.kernel, spec.norm) for _ in range(stage.trunk))
-        )
+        self.down = Convolution(inputs, stage.width, _triple(extent), stage.stride, padding, RELU_GAIN)
+        self.trunk = nn.Sequential(*(Residual(stage.width, stage.kernel) for _ in range(stage.trunk)))
         self.above: Pointwise | None = None
         if spec.top_down and index + 1 < len(spec.stages):
             coarser = spec.stages[index + 1].features
             self.above = Pointwise(coarser, stage.width, 0.5 / sqrt(coarser))
-        self.lateral = nn.Sequential(
-            *(Residual(stage.width, stage.kernel, spec.norm) for _ in range(stage.lateral))
-        )
+        self.lateral = nn.Sequential(*(Residual(stage.width, stage.kernel) for _ in range(stage.lateral)))
         self.features: nn.Module = nn.Identity()
         if stage.features != stage.width:
             self.features = Pointwise(stage.width, stage.features, 1 / sqrt(stage.width))
@@ -286,6 +236,13 @@ def repeat(x: Float[Tensor, "B C X Y Z"], stride: Triple) -> Tensor:
     return F.interpolate(x, scale_factor=[float(s) for s in stride], mode="nearest")
 
 
+def _decoder_block(width: int) -> nn.Sequential:
+    last = nn.Linear(width, width)
+    # The block starts as the identity.
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
+
+
 class LocationDecoder(nn.Module):
     """Residual MLP from sampled features, raw patch and offsets to logits."""
 
@@ -297,14 +254,7 @@ class LocationDecoder(nn.Module):
             nn.Linear(spec.channels * prod(spec.patch), spec.patch_features) if spec.patch_features else None
         )
         self.first = nn.Linear(sampled + spec.patch_features + 6, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(spec.decoder_blocks)
-        )
-        for block in self.blocks:
-            last = block[3]
-            assert isinstance(last, nn.Linear)
-            nn.init.zeros_(last.weight)
+        self.blocks = nn.ModuleList(_decoder_block(width) for _ in range(spec.decoder_blocks))
         self.last = nn.Linear(width, spec.classes)
 
     def forward(self, sampled: Tensor, patches: Tensor, offsets: Tensor) -> Tensor:

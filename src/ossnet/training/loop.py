@@ -48,9 +48,9 @@ class State:
         epoch, position: The next step is number `position` of this epoch.
         step: Steps done.
         seconds: Wall-clock time spent, over all resumed parts.
-        best: Highest mean IoU so far, and its step.
-        rows: The log, one row a validation.
-        losses: Loss of every step.
+        best, best_step: Highest mean IoU so far, and its step.
+        validation_seconds: Time that the last validation took.
+          losses: Loss of every step.
     """
 
     epoch: int = 0
@@ -59,7 +59,7 @@ class State:
     seconds: float = 0.0
     best: float = -1.0
     best_step: int = -1
-    validations: int = 0
+    validation_seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -155,7 +155,7 @@ class Trainer:
                 if fraction >= 1:
                     return
                 self._step(examples, fraction)
-                if schedule.minutes is not None and fraction * 10 >= self.state.validations + 1:
+                if schedule.minutes is not None and self.state.seconds >= self._next_validation():
                     self._validate()
                 if self._due():
                     self._save()
@@ -212,11 +212,14 @@ class Trainer:
         self.state.losses.append(value)
         self.state.position += 1
         self.state.step += 1
-        self.state.seconds = self._over_processes(
-            torch.tensor(time.monotonic() - self._started, device=self.fabric.device, dtype=torch.float64)
-        )
+        self.state.seconds = self._clock()
         if self.listener is not None and self.fabric.is_global_zero:
             self.listener.step(self.state, value, fraction)
+
+    def _clock(self) -> float:
+        """Seconds of training so far, the same on all processes."""
+        now = time.monotonic() - self._started
+        return self._over_processes(torch.tensor(now, device=self.fabric.device, dtype=torch.float32))
 
     def _over_processes(self, value: Tensor) -> float:
         """The mean over processes, the same number on each."""
@@ -230,6 +233,13 @@ class Trainer:
         if schedule.minutes is not None:
             return self.state.seconds / (60 * schedule.minutes)
         return (self.state.epoch + self.state.position / max(batches, 1)) / schedule.epochs
+
+    def _next_validation(self) -> float:
+        """Seconds at which the next validation is due, with a time limit: ten in all, a tenth of the time at most."""
+        tenth = 6 * (self.settings.schedule.minutes or 0)
+        if not self.state.rows:
+            return tenth
+        return float(self.state.rows[-1]["seconds"]) + max(tenth, 10 * self.state.validation_seconds)
 
     def _set_rates(self, fraction: float) -> None:
         schedule = self.settings.schedule
@@ -247,7 +257,7 @@ class Trainer:
     # Judging and writing ------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
-        self.state.validations += 1
+        started = time.monotonic()
         since = self.state.rows[-1]["step"] if self.state.rows else 0
         with self._averaged():
             scores = validate(self.model, self.validation, self.settings, self.fabric) if self.validation else []
@@ -265,7 +275,9 @@ class Trainer:
                     self.listener.validated(row)
         self.network.train()
         self.network.requires_grad_(True)
-        self.state.seconds = time.monotonic() - self._started
+        spent = torch.tensor(time.monotonic() - started, device=self.fabric.device)
+        self.state.validation_seconds = self._over_processes(spent)
+        self.state.seconds = self._clock()
 
     def _row(self, scores: Sequence[SampledScores], loss: float) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ossnet.data.preparation import as_float
 from ossnet.data.sampling import labels_at, sample_locations
 from ossnet.field.engine import prepare
 from ossnet.field.model import Model
+from ossnet.networks.variants import OFFERED
 from ossnet.training.losses import sampled_scores
 from ossnet.training.settings import Settings
 
@@ -49,6 +51,8 @@ def validate(
     model: Model, cases: Sequence[CachedCase], settings: Settings, fabric: Fabric
 ) -> list[SampledScores]:
     """Scores of every case; several processes share the cases and all get all scores."""
+    # Judged as it is used; the paper's variants in full precision, so that epochs compare to the last digit.
+    precision: Literal["auto", "fp32"] = "fp32" if settings.variant in OFFERED else "auto"
     structures = max(len(model.label_names), 1)
     # Each process fills its rows; the sum over processes is the whole table.
     table = torch.zeros(len(cases), 2, structures, dtype=torch.float64)
@@ -56,7 +60,7 @@ def validate(
         case = cases[index]
         image = as_float(case.image, fabric.device)
         image = case.fit.volume(model.preparation.normalised(image, case.statistics))
-        answer = prepare(model.network, image, device=fabric.device)
+        answer = prepare(model.network, image, device=fabric.device, precision=precision)
         locations = validation_locations(case, settings)
         logits = answer(torch.from_numpy(locations).to(fabric.device)).cpu()
         labels = torch.from_numpy(labels_at(case.labels, case.fit, locations).astype(np.int64))
