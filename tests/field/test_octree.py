@@ -297,9 +297,9 @@ def test_progress_counts_what_is_asked() -> None:
 
 
 def test_paths() -> None:
-    assert choose_path((256, 256, 160)) == ((8, 8, 8), (4, 4, 4), (1, 1, 1))
+    assert choose_path((200, 150, 90)) == ((8, 8, 8), (4, 4, 4), (1, 1, 1))
+    assert choose_path((256, 256, 160))[0] == (16, 16, 16)
     assert choose_path((512, 512, 512))[0] == (16, 16, 16)
-    assert choose_path((512, 512, 512), predicted=True)[0] == (8, 8, 8)
     assert choose_path((256, 256, 10)) == ((8, 8, 2), (4, 4, 2), (1, 1, 1))
     assert choose_path((5, 4, 3)) == ((1, 1, 1),)
 

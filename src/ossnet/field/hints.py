@@ -11,6 +11,9 @@ from jaxtyping import Float, Int
 
 from ossnet.field.lattice import Lattice, Triple
 
+# Share of the largest |logit| next to it that a minimum must fall below.
+_DEPTH = 0.9
+
 
 def unsaturated_children(lattice: Lattice, stride: Triple, margin: float) -> Int[np.ndarray, "N 3"]:
     """Voxels of the next lattice in the cells that have a corner with a margin below `margin`.
@@ -54,8 +57,8 @@ def island_seeds(lattice: Lattice, stride: Triple, margin: float | None) -> Int[
         lowest &= here <= values[part]
         alike &= label == labels[part]
         np.maximum(highest, values[part], out=highest)
-    # A saturated field is level: every site of it is a minimum, and none is a hint.
-    found = np.argwhere(lowest & alike & (highest > here)) + 1
+    # A saturated field is level but for the ripples of interpolation: none of its minima is a hint.
+    found = np.argwhere(lowest & alike & (here < _DEPTH * highest)) + 1
     voxels = np.empty((len(found), 3), dtype=np.int64)
     for axis in range(3):
         step = np.eye(3, dtype=np.int64)[axis]

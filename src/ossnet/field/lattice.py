@@ -288,16 +288,20 @@ def refine_lattice(
     found: list[Indices] = []
     for chunk in chunks:
         # A pair of different labels always has one end in a mixed cell: unmixed neighbours share corners.
-        flat, _ = places(chunk)
+        flat, within = places(chunk)
         own = fine.cells[flat]
         touched = np.zeros(len(flat), dtype=bool)
         ends = []
-        for step in fine.steps:
-            for signed in (-step, step):
+        for axis, step in enumerate(fine.steps):
+            for signed, face in ((-step, 0), (step, ratio[axis] - 1)):
                 other = fine.cells[flat + signed]
                 differ = ((other ^ own) & fine.label_bits != 0) & (other != fine.outside)
                 touched |= differ
+                # Within the cell the other end is touched itself; beyond its faces it may lie in an unmixed
+                # one.
+                on_face = np.broadcast_to(children[:, axis] == face, (len(chunk), len(children)))
+                differ &= on_face.reshape(-1) if within is None else on_face[within]
                 ends.append(flat[differ & (other < fine.known)] + signed)
         ends.append(flat[touched & (own < fine.known)])
-        found.append(sorted_unique(np.concatenate(ends)))
+        found.append(np.concatenate(ends))
     return fine, sorted_unique(np.concatenate(found)) if found else np.empty(0, dtype=np.int64)

@@ -100,11 +100,11 @@ class Octree:
             differ on a face of the box. So the faces are asked too, at most one voxel deep; where they
             differ, a larger box is taken. Without, a piece of a structure that enters the box can be missing
             where the whole volume has it: a cap or a strand thinner than the last stride but one.
-        margin: With logits: also evaluate the children of cells of stride 8 and more that have a corner with
+        margin: With logits: also evaluate the children, of stride 4, of cells that have a corner with
             a logit closer to the decision than this. Finds small islands nearly as a lattice of stride 4
             would.
         seeds: With logits: also evaluate the one voxel where a quadratic fit puts the minimum of |logit|
-            around local minima at the last stride of 4 or more (below `margin`, if given).
+            around local minima at strides of 4 and more (below `margin`, if given).
         trust: With logits: on the last lattice, evaluate a voxel of a crossing pair only if the linear root
             lies within this many voxels of it. Below 1, the result is no longer certain.
 
@@ -131,7 +131,7 @@ class Octree:
         if not 2 <= classes <= 32767:
             raise SettingsError("classes", f"is {classes}", "Give 2 to 32767, background included")
         self.shape, self.classes = shape, classes
-        self.path = check_path(path, shape, predicted=start is not None)
+        self.path = check_path(path, shape)
         self.margin, self.seeds, self.trust = margin, seeds, trust
         self.evaluated = 0
         """Locations asked so far."""
@@ -349,8 +349,8 @@ class Octree:
         voxels = np.empty((0, 3), dtype=np.int64)
         if not self._values:
             return voxels
-        if self.margin is not None and max(coarse.stride) >= 8:
+        if self.margin is not None and 4 <= max(stride) < 8:
             voxels = np.concatenate((voxels, unsaturated_children(coarse, stride, self.margin)))
-        if self.seeds and max(coarse.stride) >= 4 > max(stride):
+        if self.seeds and max(coarse.stride) >= 4:
             voxels = np.concatenate((voxels, island_seeds(coarse, stride, self.margin)))
         return voxels

@@ -13,26 +13,26 @@ from ossnet.field.lattice import Triple, Window, lattice_size
 Box = tuple[Triple, Triple]
 Path = Sequence[int | Triple] | Literal["auto"]
 
-# Voxels from which on a stride of 16 pays at the start: at 2^25 a whole stride-8 lattice is 65,536 locations,
-# as many as half the surface of a large organ.
-_LARGE = 2**25
+# Voxels from which on a stride of 16 pays at the start. At 256×256×160 the whole stride-8 lattice is 20,480
+# locations, more than the surface of most tumours has voxels; a left atrium's scan has 2 million voxels.
+_LARGE = 2**22
 
 
-def choose_path(shape: Triple, *, predicted: bool = False) -> tuple[Triple, ...]:
+def choose_path(shape: Triple) -> tuple[Triple, ...]:
     """The strides of `path="auto"`, from the shape alone.
 
-    16, 8, 4, 1 for volumes of 2^25 voxels (320³) and more unless a start array predicts, otherwise 8, 4, 1.
+    16, 8, 4, 1 for volumes of 2^22 voxels (161³) and more, otherwise 8, 4, 1.
     Along an axis of fewer than 4 strides the stride is halved until there are 4: a stack of ten thick slices
     is not sampled at its first and ninth only.
     """
-    strides = (16, 8, 4, 1) if np.prod(shape, dtype=np.int64) >= _LARGE and not predicted else (8, 4, 1)
+    strides = (16, 8, 4, 1) if np.prod(shape, dtype=np.int64) >= _LARGE else (8, 4, 1)
     limits = [max(1, 2 ** int(np.log2(max(1, n / 4)))) for n in shape]
     path = [tuple(min(s, limit) for limit in limits) for s in strides]
     unique = [p for i, p in enumerate(path) if i == 0 or p != path[i - 1]]
     return tuple((a, b, c) for a, b, c in unique)
 
 
-def check_path(path: Path, shape: Triple, *, predicted: bool = False) -> tuple[Triple, ...]:
+def check_path(path: Path, shape: Triple) -> tuple[Triple, ...]:
     """The strides along each axis, coarse to fine, ending at 1.
 
     Raises:
@@ -41,7 +41,7 @@ def check_path(path: Path, shape: Triple, *, predicted: bool = False) -> tuple[T
     if isinstance(path, str):
         if path != "auto":
             raise SettingsError("path", f"{path!r} is not known", "Give strides such as (8, 4, 1), or 'auto'")
-        return choose_path(shape, predicted=predicted)
+        return choose_path(shape)
     steps = [(s, s, s) if isinstance(s, int) else s for s in path]
     good = bool(steps) and steps[-1] == (1, 1, 1) and all(s >= 1 for step in steps for s in step)
     for coarse, fine in pairwise(steps):
