@@ -327,7 +327,7 @@ def test_descriptions_that_make_no_sense(tmp_path: Path) -> None:
 
 
 def test_what_is_no_data_set(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no NIfTI files")):
+    for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no NIfTI images")):
         with pytest.raises(DatasetError, match=reason):
             open_dataset(path)
         with pytest.raises(DatasetError, match=r"no such file or folder|no NIfTI images"):
@@ -341,6 +341,15 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
         open_dataset(tmp_path, "x")
     with pytest.raises(DatasetError, match="needs it"):
         open_dataset(tmp_path, "nnunet")
+
+
+@pytest.mark.parametrize(("name", "what"), [("1.dcm", "DICOM files"), ("a.mgz", "[.]mgz files")])
+def test_other_images_are_named(tmp_path: Path, name: str, what: str) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / name).write_bytes(b"")
+    for read in (open_dataset, images_in):
+        with pytest.raises(DatasetError, match=f"but {what}.*Convert"):
+            read(tmp_path)
 
 
 def test_images_of_plain_folders(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def command(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="How files are named (see below); found out by itself otherwise.", show_default=False
+            help="How files are named (see above); found out by itself otherwise.", show_default=False
         ),
     ] = None,
     jobs: Annotated[

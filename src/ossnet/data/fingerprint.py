@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Integer, Num
 
-from ossnet.data.layouts import Case, Dataset, Problem
+from ossnet.data.cases import Case, Dataset, Problem
 from ossnet.data.splits import shared_patients
 from ossnet.errors import InputError
 from ossnet.files.memory import available_memory

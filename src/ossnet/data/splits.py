@@ -14,7 +14,7 @@ import numpy as np
 from ossnet.errors import DatasetError, SettingsError
 
 if TYPE_CHECKING:
-    from ossnet.data.layouts import Dataset
+    from ossnet.data.cases import Dataset
 
 SEED = 12345
 """nnU-Net's seed."""

@@ -1,0 +1,174 @@
+"""A data set: its cases, what their channels and labels mean, and reading them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ossnet.data.splits import Split
+from ossnet.errors import DatasetError, InputError, VolumeError
+from ossnet.files.nifti import Nonfinite, read_labels, read_volume
+from ossnet.volume import LabelMap, Volume, same_place
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that keeps a case from being used: which file, why, and what to do."""
+
+    where: str
+    reason: str
+    fix: str
+
+    @classmethod
+    def of(cls, error: InputError) -> "Problem":
+        """The same, from an error."""
+        return cls(error.where, error.reason, error.fix)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan and what is known of it.
+
+    Attributes:
+        name: Unique in its data set; results are named after it.
+        images: One file with all channels, or one file for each channel.
+        label: The reference segmentation.
+        group: The patient. Their cases belong on the same side of a split; None: a patient of its own.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases with labels, ready to be read.
+
+    Attributes:
+        root: The folder.
+        layout: Name of the layout.
+        cases: Complete cases, sorted by name.
+        channel_names: Channels in the order in which networks get them.
+        label_names: Class → name, background 0 included; classes are 0 … K-1.
+        label_map: Value in the file → class, for the values that differ (BraTS stores class 3 as 4).
+        splits: Folds of `splits_final.json`, or None.
+        problems: What keeps other cases from being used.
+        nonfinite: Whether NaN and infinite voxels of images are refused or replaced (see `read_volume`).
+    """
+
+    root: Path
+    layout: str
+    cases: tuple[Case, ...]
+    channel_names: tuple[str, ...]
+    label_names: Mapping[int, str]
+    label_map: Mapping[int, int] = field(default_factory=dict)
+    splits: tuple[Split, ...] | None = None
+    problems: tuple[Problem, ...] = ()
+    nonfinite: Nonfinite = "refuse"
+
+    def __getitem__(self, name: str) -> Case:
+        """The case of this name."""
+        for case in self.cases:
+            if case.name == name:
+                return case
+        raise DatasetError(
+            self.root, f"there is no case {name}", "Check the name, or the split that names it"
+        )
+
+    def __len__(self) -> int:
+        """Number of complete cases."""
+        return len(self.cases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the cases, sorted."""
+        return tuple(case.name for case in self.cases)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K, background included."""
+        return max(self.label_names, default=0) + 1
+
+    def require_complete(self) -> None:
+        """Refuse a data set with problems.
+
+        Raises:
+            DatasetError: The first problem, and how many there are.
+        """
+        if self.problems:
+            first, more = self.problems[0], len(self.problems) - 1
+            reason = first.reason + (
+                f" (and {more} more problems: run ossnet check {self.root})" if more else ""
+            )
+            raise DatasetError(first.where, reason, first.fix)
+
+    def image(self, case: Case) -> Volume:
+        """Read the scan of a case: (C, X, Y, Z), channels in the order of `channel_names`.
+
+        Raises:
+            VolumeError: A file cannot be trusted, or the number of channels is another.
+        """
+        volume = read_volume(case.images, nonfinite=self.nonfinite)
+        if volume.channels != len(self.channel_names):
+            raise VolumeError(
+                case.images[0],
+                f"has {volume.channels} channels, the data set has {len(self.channel_names)}",
+                "Correct the file, or the channel names in dataset.json",
+            )
+        return volume
+
+    def labels(self, case: Case) -> LabelMap:
+        """Read the labels of a case (X, Y, Z) as classes 0 … K-1.
+
+        Raises:
+            VolumeError: The case has no label, the file cannot be trusted, or holds a value that is no class.
+        """
+        if case.label is None:
+            raise DatasetError(case.images[0], "has no label", "Add its label file")
+        labels = read_labels(case.label)
+        return LabelMap(
+            data=self._classes(labels.data, case.label),
+            affine=labels.affine,
+            source=labels.source,
+            header=labels.header,
+            names=dict(self.label_names),
+        )
+
+    def read(self, case: Case) -> tuple[Volume, LabelMap]:
+        """Read the scan and the labels of a case.
+
+        Raises:
+            VolumeError: As `image` and `labels`, or the two do not lie on each other.
+        """
+        volume, labels = self.image(case), self.labels(case)
+        if reason := same_place(volume, labels):
+            raise VolumeError(
+                str(case.label), f"does not lie on its image: {reason}", "Resample the label onto the image"
+            )
+        return volume, labels
+
+    def _classes(self, data: np.ndarray, where: Path) -> np.ndarray:
+        values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
+        found = [int(v) for v in values]
+        unknown = [v for v in found if self.label_map.get(v, v) not in self.label_names]
+        if unknown:
+            raise VolumeError(
+                where,
+                f"holds label {unknown[0]}, which the data set does not declare",
+                f"Declare it, or correct the file; declared are {', '.join(map(str, self._values()))}",
+            )
+        if not any(v in self.label_map for v in found):
+            return data
+        table = np.arange(max(found) + 1)
+        for value, target in self.label_map.items():
+            if value < len(table):
+                table[value] = target
+        return np.asarray(table.astype(np.min_scalar_type(self.classes - 1))[data])
+
+    def _values(self) -> list[int]:
+        """All values that label files may hold."""
+        hidden = {target for value, target in self.label_map.items() if value != target}
+        return sorted(set(self.label_map) | {v for v in self.label_names if v not in hidden} | hidden)

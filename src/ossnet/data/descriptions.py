@@ -1,0 +1,94 @@
+"""What a `dataset.json` says: channels, labels and, in some layouts, which files there are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ossnet.errors import DatasetError
+from ossnet.files.containers import stem
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a `dataset.json` says."""
+
+    channel_names: tuple[str, ...] = ()
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    listed: tuple[tuple[str, tuple[str, ...], str], ...] | None = None
+    """(case, image files, label file), relative to the folder, where the description lists them."""
+
+
+def read_description(root: Path) -> Mapping[str, Any] | None:
+    path = root / "dataset.json"
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DatasetError(path, f"cannot be read ({error.strerror})", "Check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(path, f"is not valid JSON ({error})", "Correct it") from error
+    if not isinstance(value, Mapping):
+        raise DatasetError(path, "is not a JSON object", "See nnU-Net's or the Decathlon's dataset.json")
+    return value
+
+
+def nnunet(value: Mapping[str, Any], path: Path) -> Description:
+    """nnU-Net raw, version 2: `channel_names`, `labels` name → value, optionally `dataset` case → files."""
+    ending = str(value.get("file_ending", ".nii.gz"))
+    if ending not in (".nii.gz", ".nii"):
+        raise DatasetError(
+            path, f"images are {ending} files, and only NIfTI is read", "Convert them to .nii.gz"
+        )
+    listed = None
+    if isinstance(value.get("dataset"), Mapping):
+        listed = tuple(
+            (str(name), tuple(str(i) for i in entry["images"]), str(entry["label"]))
+            for name, entry in value["dataset"].items()
+        )
+    return Description(_channels(value["channel_names"]), _named(value["labels"], path), listed)
+
+
+def decathlon(value: Mapping[str, Any], path: Path) -> Description:
+    """Decathlon (and nnU-Net version 1): `modality`, `labels` value → name, `training` pairs."""
+    listed = []
+    for entry in value["training"]:
+        image, label = str(entry["image"]), str(entry["label"])
+        files = [image]
+        if not (path.parent / image).exists():
+            # nnU-Net version 1 lists case.nii.gz and stores case_0000.nii.gz, case_0001.nii.gz, …
+            base = path.parent / image
+            found = sorted(base.parent.glob(f"{stem(base)}_[0-9][0-9][0-9][0-9].nii*"))
+            files = [str(f.relative_to(path.parent)) for f in found] or files
+        listed.append((stem(label), tuple(files), label))
+    return Description(
+        _channels(value.get("modality") or value.get("channel_names") or {}),
+        _named(value["labels"], path),
+        tuple(listed),
+    )
+
+
+def _channels(value: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(value[key]) for key in sorted(value, key=int))
+
+
+def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
+    """Value → name, from either direction in which `labels` is written."""
+    if all(str(key).isdigit() for key in value):
+        return {int(key): str(name) for key, name in value.items()}
+    names: dict[int, str] = {}
+    parts: set[int] = set()
+    for name, number in value.items():
+        if name == "ignore":
+            raise DatasetError(
+                path,
+                "declares an 'ignore' label, which is not supported",
+                "Give these voxels a class, or remove it",
+            )
+        if isinstance(number, list):  # regions: several labels together
+            parts |= {int(n) for n in number}
+        else:
+            names[int(number)] = str(name)
+    return {n: names.get(n, f"label {n}") for n in sorted(parts | set(names))}

@@ -1,0 +1,229 @@
+"""How data sets name their files: a layout is a declaration.
+
+Patterns are matched against names only; no file is opened here.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ossnet.data import descriptions
+from ossnet.data.descriptions import Description
+from ossnet.files.containers import is_image
+
+NII = r"\.nii(?:\.gz)?"
+_DEPTH = 4  # folders below the given one that are searched
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of data set names its files.
+
+    Patterns are regular expressions for the whole path, `/` between folders, beginning with the name of the
+    data set's own folder; upper and lower case are the same. The group `case` is the name of the case.
+
+    Attributes:
+        name: As `--layout` takes it.
+        example: An image and its label, for people.
+        images: One pattern a channel; or a single one, whose group `channel` (if any) numbers the channels.
+        label: Patterns of the label files.
+        unlabelled: Patterns of images without labels, where they are named or kept otherwise.
+        case_name: The name of a case made from what `case` caught.
+        channel_names, label_names: Where the layout fixes them.
+        label_map: Value in the file → class.
+        describe: Reads `dataset.json`; layouts with it need the file.
+    """
+
+    name: str
+    example: str
+    images: tuple[str, ...]
+    label: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
+    case_name: str = "{}"
+    channel_names: tuple[str, ...] = ()
+    label_names: Mapping[int, str] = field(default_factory=dict)
+    label_map: Mapping[int, int] = field(default_factory=dict)
+    describe: Callable[[Mapping[str, Any], Path], Description] | None = None
+
+    def find(self, files: "Files", *, labelled: bool = True) -> "Found":
+        """The images and labels among `files`."""
+        patterns = self.images if labelled else (self.unlabelled or self.images)
+        images: dict[str, dict[int, list[Path]]] = {}
+        for number, pattern in enumerate(patterns):
+            for match, path in files.matching(pattern):
+                channel = int(match.groupdict().get("channel") or number)
+                name = self.case_name.format(match["case"])
+                images.setdefault(name, {}).setdefault(channel, []).append(path)
+        labels: dict[str, list[Path]] = {}
+        for pattern in self.label:
+            for match, path in files.matching(pattern):
+                labels.setdefault(self.case_name.format(match["case"]), []).append(path)
+        return Found(images, labels)
+
+
+class Files:
+    """The image files in a folder, some folders deep; hidden ones are left out."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._files: list[tuple[str, Path]] = []
+        self._others: Counter[str] = Counter()
+        for folder, names, files in os.walk(root, followlinks=True):
+            place = Path(folder)
+            depth = len(place.relative_to(root).parts)
+            names[:] = sorted(n for n in names if not n.startswith(".")) if depth < _DEPTH else []
+            for name in sorted(files):
+                if is_image(place / name):
+                    relative = (place / name).relative_to(root)
+                    self._files.append((f"{self.root.name}/{relative.as_posix()}", root / relative))
+                elif suffix := (place / name).suffix.lower():
+                    self._others[suffix] += 1
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def none(self) -> tuple[str, str]:
+        """Reason and fix where there are no images, from what is there instead."""
+        reason = "there are no NIfTI images in it"
+        if self._others[".dcm"] or self._others[".ima"]:
+            return f"{reason}, but DICOM files", "Convert them first, for example with dcm2niix"
+        kinds = (".mha", ".mhd", ".nrrd", ".mgz", ".mgh", ".mnc")
+        if other := [ending for ending in kinds if self._others[ending]]:
+            return f"{reason}, but {' and '.join(other)} files", "Convert them to .nii.gz first"
+        return reason, "Name a folder with .nii or .nii.gz files"
+
+    def matching(self, pattern: str) -> Iterator[tuple[re.Match[str], Path]]:
+        """Files whose whole path, from the name of the folder on, fits the pattern."""
+        compiled = re.compile(pattern, re.IGNORECASE)
+        for name, path in self._files:
+            if match := compiled.fullmatch(name):
+                yield match, path
+
+    def all(self) -> list[Path]:
+        """All of them."""
+        return [path for _, path in self._files]
+
+    def flat(self) -> list[Path]:
+        """Those directly in the folder."""
+        return [path for name, path in self._files if name.count("/") == 1]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files of a folder, sorted into cases: case → channel → files, and case → label files."""
+
+    images: dict[str, dict[int, list[Path]]]
+    labels: dict[str, list[Path]]
+
+    @property
+    def pairs(self) -> int:
+        """Cases with an image and a label."""
+        return len(self.images.keys() & self.labels.keys())
+
+
+_GLIOMA = {0: "background", 1: "necrotic core", 2: "edema", 3: "enhancing tumour"}
+_FOUR = ("flair", "t1", "t1ce", "t2")
+_FOUR_2023 = ("t2f", "t1n", "t1c", "t2w")  # the same sequences in the same order
+# BraTS 2020 gave out the label of training case 355 under another name.
+_CASE_355 = rf"(?:.*/)?(?P<case>[^/]+)/W39_1998\.09\.19_Segm{NII}"
+
+
+_FIRST = r"(?:(?:img|image|volume|scan|label|mask|seg|segmentation)[_-]?)?"
+_LAST = r"(?:[_-](?:img|image|ct|mri?|volume|scan|labels?|mask|seg|segmentation|gt))?"
+_CHANNEL = r"(?:_(?P<channel>\d{4}))?"
+_IMAGE_WORDS = r"(?:images?|imgs?|ct|mri?|scans?|volumes?)"
+LABEL_WORDS = r"(?:labels?|masks?|segs?|segmentations?|annotations?|gt|ground_?truth)"
+
+LAYOUTS = (
+    Layout(
+        name="nnunet",
+        example="dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz",
+        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+)_(?P<channel>\d{{4}}){NII}",),
+        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+)_(?P<channel>\d{{4}}){NII}",),
+        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){NII}",),
+        describe=descriptions.nnunet,
+    ),
+    Layout(
+        name="decathlon",
+        example="dataset.json with training pairs, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz",
+        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+){NII}",),
+        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+){NII}",),
+        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){NII}",),
+        describe=descriptions.decathlon,
+    ),
+    Layout(
+        name="brats2020",
+        example="CASE/CASE_flair.nii.gz (and _t1, _t1ce, _t2), CASE/CASE_seg.nii.gz",
+        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)_{c}{NII}" for c in _FOUR),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)_seg{NII}", _CASE_355),
+        channel_names=_FOUR,
+        label_names=_GLIOMA,
+        label_map={4: 3},
+    ),
+    Layout(
+        name="brats2023",
+        example="CASE/CASE-t2f.nii.gz (and -t1n, -t1c, -t2w), CASE/CASE-seg.nii.gz",
+        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)-{c}{NII}" for c in _FOUR_2023),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)-seg{NII}",),
+        channel_names=_FOUR,
+        label_names=_GLIOMA,
+    ),
+    Layout(
+        name="brats",
+        example="BraTS cases of 2020, 2021 and 2023 together",
+        images=tuple(
+            rf"(?:.*/)?(?P<case>[^/]+)(?:_{old}|-{new}){NII}"
+            for old, new in zip(_FOUR, _FOUR_2023, strict=True)
+        ),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)[_-]seg{NII}", _CASE_355),
+        channel_names=_FOUR,
+        label_names=_GLIOMA,
+        label_map={4: 3},
+    ),
+    Layout(
+        name="lits",
+        example="volume-N.nii, segmentation-N.nii",
+        images=(rf"(?:.*/)?volume-(?P<case>\d+){NII}",),
+        unlabelled=(rf"(?:.*/)?(?:test-)?volume-(?P<case>\d+){NII}",),
+        label=(rf"(?:.*/)?segmentation-(?P<case>\d+){NII}",),
+        case_name="volume-{}",
+        channel_names=("CT",),
+        label_names={0: "background", 1: "liver", 2: "tumour"},
+    ),
+    Layout(
+        name="folders",
+        example="images/CASE.nii.gz, labels/CASE.nii.gz",
+        images=(rf"[^/]+/{_IMAGE_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{_CHANNEL}{NII}",),
+        label=(rf"[^/]+/{LABEL_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{NII}",),
+    ),
+    Layout(
+        name="case-folders",
+        example="CASE/image.nii.gz, CASE/label.nii.gz",
+        images=(rf"(?:.*/)?(?P<case>[^/]+)/{_IMAGE_WORDS}{_CHANNEL}{NII}",),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)/{LABEL_WORDS}{NII}",),
+    ),
+    Layout(
+        name="suffix",
+        example="CASE.nii.gz, CASE_seg.nii.gz (or _label, _mask)",
+        images=(rf"(?:.*/)?(?P<case>(?!{LABEL_WORDS}\.)(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_CHANNEL}{NII}",),
+        label=(rf"(?:.*/)?(?P<case>[^/]+?)_{LABEL_WORDS}{NII}",),
+    ),
+)
+"""Known layouts. Of those that explain equally many cases, the first is taken."""
+
+_GROUPS = (
+    re.compile(r"(patient\d+)_(?:frame\d+|ED|ES)", re.IGNORECASE),  # ACDC: two phases of one heart
+    re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+", re.IGNORECASE),  # BraTS 2023: time points of one patient
+)
+
+
+def patient_of(name: str) -> str | None:
+    """The patient that a case name tells, or None."""
+    for pattern in _GROUPS:
+        if match := pattern.fullmatch(name):
+            return match[1]
+    return None
