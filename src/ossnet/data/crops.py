@@ -131,17 +131,17 @@ class SpatialMap:
 
     def __call__(self, locations: Points) -> Points:
         """Crop coordinates (N, 3) to grid coordinates (N, 3)."""
-        return (locations - self.middle) @ self.matrix.T + self.centre + self.displacement(locations)
+        affine = (locations - self.middle) @ self.matrix.T + self.centre
+        return np.asarray(affine + self.displacement(locations))
 
     def inverse(self, points: Points, steps: int = 4) -> Points:
         """Grid to crop coordinates, by fixed-point iteration: the elastic part is a contraction."""
         back = np.linalg.inv(self.matrix).T
-        out = (points - self.centre) @ back + self.middle
-        if self.elastic is None:
-            return out
-        affine = out
-        for _ in range(steps):
-            out = affine - self.displacement(out) @ back
+        affine: np.ndarray = (points - self.centre) @ back + self.middle
+        out = affine
+        if self.elastic is not None:
+            for _ in range(steps):
+                out = affine - self.displacement(out) @ back
         return out
 
 
@@ -209,8 +209,7 @@ def to_grid(points: Points, zoom: Sequence[float]) -> Points:
 
 def inside(points: Points, shape: Triple) -> Bool[np.ndarray, " N"]:
     """Whether scan coordinates lie in a voxel of the scan."""
-    out: np.ndarray = ((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1)
-    return out
+    return np.asarray(((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1))
 
 
 def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generator) -> SpatialMap:
@@ -380,9 +379,9 @@ def targets_at(
             [fractions[0][i] * fractions[1][j] * fractions[2][k] for i, j, k in corners], axis=1
         )
     if source.classes == 1:
-        return ((found > 0) * weights).sum(axis=1).astype(np.float32)
-    out = np.stack([((found == k) * weights).sum(axis=1) for k in range(source.classes)], axis=1)
-    return out.astype(np.float32)
+        return np.asarray(((found > 0) * weights).sum(axis=1), np.float32)
+    shares = [((found == k) * weights).sum(axis=1) for k in range(source.classes)]
+    return np.stack(shares, axis=1).astype(np.float32)
 
 
 def change_intensities(

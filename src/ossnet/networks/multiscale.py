@@ -139,6 +139,7 @@ class Convolution(nn.Conv3d):
         self, inputs: int, outputs: int, kernel: Triple, stride: Triple, padding: Triple, gain: float
     ) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding)
+        self.steps, self.margins = stride, padding
         nn.init.normal_(self.weight, std=1 / sqrt(inputs * prod(kernel)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -146,7 +147,7 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.gain.view(-1, 1, 1, 1, 1)
-        return F.conv3d(x, weight, self.bias, self.stride, _triple(self.padding))
+        return F.conv3d(x, weight, self.bias, self.steps, self.margins)
 
 
 class Pointwise(nn.Module):

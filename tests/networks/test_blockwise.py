@@ -1,0 +1,155 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ossnet.errors import ResourceError, SettingsError
+from ossnet.networks.blockwise import BlockwiseEncoder, receptive_halo
+from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage
+
+STAGES = (
+    Stage((2, 2, 2), (3, 3, 3), 4, 0, 1, 4),
+    Stage((2, 2, 1), (3, 3, 1), 8, 0, 1, 8),
+    Stage((2, 2, 2), (3, 3, 3), 8, 1, 0, 6),
+    Stage((2, 2, 2), (3, 3, 3), 8, 1, 1, 6),
+)
+SPEC = MultiscaleSpec(1, 1, (1.0, 1.0, 2.0), STAGES, (3, 3, 1), decoder_width=16, decoder_blocks=1)
+
+
+def trained(spec: MultiscaleSpec = SPEC) -> MultiscaleNetwork:
+    """Random weights without zeros or small gains, so that errors at borders show."""
+    torch.manual_seed(1)
+    network = MultiscaleNetwork(spec).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+        for block in network.decoder.blocks:
+            torch.nn.init.normal_(block[3].weight, std=0.1)
+    return network
+
+
+def whole(network: MultiscaleNetwork, volume: torch.Tensor, locations: torch.Tensor) -> torch.Tensor:
+    """The training-time module on the whole padded volume."""
+    padding: list[int] = []
+    for n, s in zip(reversed(volume.shape[1:]), reversed(network.spec.strides[-1]), strict=True):
+        padding += [0, -n % s]
+    with torch.inference_mode():
+        logits, _ = network(F.pad(volume[None], padding, mode="replicate"), locations[None])
+    return logits[0, :, 0] if network.spec.classes == 1 else logits[0]
+
+
+def random_locations(shape: tuple[int, ...], count: int = 400) -> torch.Tensor:
+    return torch.rand(count, 3) * (torch.tensor(shape) - 1.0)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    shape=st.tuples(st.integers(1, 70), st.integers(9, 50), st.integers(1, 30)),
+    block=st.sampled_from([8, 16, 24]),
+    options=st.sampled_from(
+        [
+            {},
+            {"classes": 3},
+            {"top_down": False},
+            {"channels": 2},
+            {"stages": STAGES[:2]},
+            {"stages": STAGES[:1]},
+        ]
+    ),
+    work=st.sampled_from([1 << 14, 1 << 20]),
+)
+def test_blocks_equal_the_whole(
+    shape: tuple[int, int, int], block: int, options: dict[str, Any], work: int
+) -> None:
+    network = trained(replace(SPEC, **options))
+    volume, locations = torch.randn(network.spec.channels, *shape), random_locations(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ossnet.networks.blockwise.WORK_BYTES", work)
+        answer = BlockwiseEncoder(network, volume, block=block)
+    expected = whole(network, volume, locations)
+    assert torch.allclose(answer(locations), expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked() -> None:
+    volume = torch.randn(1, 40, 30, 20)
+    answer = BlockwiseEncoder(trained(), volume, block=16, chunk=100)
+    locations = random_locations((40, 30, 20))
+    together = answer(locations)
+    for some in (torch.arange(1), torch.arange(13, 50), torch.randperm(400)[:99]):
+        fresh = BlockwiseEncoder(trained(), volume, block=16)
+        assert torch.equal(fresh(locations[some]), together[some])
+
+
+def test_only_asked_blocks_are_computed() -> None:
+    answer = BlockwiseEncoder(trained(), torch.randn(1, 64, 64, 16), block=16)
+    answer(torch.tensor([[3, 3, 3], [10, 10, 12], [60, 60, 3]]))
+    assert answer.computed == 2
+    answer(torch.tensor([[4, 3, 3]]))
+    assert answer.computed == 2
+
+
+def test_a_region_with_its_halo_answers_as_the_whole() -> None:
+    network, volume = trained(), torch.randn(1, 320, 24, 16)
+    halo = receptive_halo(network.spec)
+    start, stop = (128 - halo[0]), 144 + halo[0]
+    assert start > 0
+    assert stop < 320
+    locations = random_locations((16, 24, 16)) + torch.tensor([128.0, 0.0, 0.0])
+    part = BlockwiseEncoder(network, volume[:, start:stop])(
+        locations - torch.tensor([float(start), 0.0, 0.0])
+    )
+    assert torch.allclose(part, BlockwiseEncoder(network, volume)(locations), atol=1e-5)
+
+
+def test_memory_is_bounded_by_the_budget() -> None:
+    network, volume = trained(), torch.randn(1, 96, 96, 32)
+    free = BlockwiseEncoder(network, volume, block=16)
+    locations = random_locations((96, 96, 32), 2000)
+    expected = free(locations)
+    base = sum(m.bytes for m in free._coarse)
+    tight = BlockwiseEncoder(network, volume, block=16, budget=(16 << 20) + base + (300 << 10))
+    assert torch.equal(tight(locations), expected)
+    assert tight.fixed_bytes + tight.work <= (16 << 20) + base + (300 << 10)
+    assert tight.fixed_bytes < free.fixed_bytes
+    with pytest.raises(ResourceError, match="Grant more"):
+        BlockwiseEncoder(network, volume, budget=1 << 20)
+
+
+def test_bfloat16_is_close() -> None:
+    volume, locations = torch.randn(1, 32, 32, 16), random_locations((32, 32, 16))
+    exact = BlockwiseEncoder(trained(), volume)(locations)
+    rough = BlockwiseEncoder(trained(), volume, precision="bf16")(locations)
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).abs().mean()) < 0.05 * float(exact.std())
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_coarse_logits_cover_the_scan(classes: int) -> None:
+    network = trained(replace(SPEC, classes=classes))
+    answer = BlockwiseEncoder(network, torch.randn(1, 33, 16, 9))
+    assert answer.coarse is not None
+    assert answer.coarse.shape == ((5, 2, 3) if classes == 1 else (3, 5, 2, 3))
+    # Where the scan needs no padding, cells are those of the network.
+    volume = torch.randn(1, 32, 16, 16)
+    with torch.inference_mode():
+        _, expected = network(volume[None], torch.zeros(1, 1, 3))
+    coarse = BlockwiseEncoder(network, volume).coarse
+    assert coarse is not None
+    assert torch.allclose(coarse, expected[0, 0] if classes == 1 else expected[0], atol=1e-5)
+
+
+def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:
+    answer = BlockwiseEncoder(trained(), torch.randn(1, 20, 20, 10))
+    outside = torch.tensor([[-5.0, 3.0, 40.0]])
+    assert torch.equal(answer(outside), answer(torch.tensor([[0, 3, 9]])))
+    assert answer(torch.zeros(0, 3)).shape == (0,)
+
+
+def test_wrong_channels_are_refused() -> None:
+    with pytest.raises(SettingsError, match="2 channels"):
+        BlockwiseEncoder(trained(), torch.randn(2, 16, 16, 16))
