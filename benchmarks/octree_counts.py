@@ -135,7 +135,7 @@ def cases(data: Path) -> dict[str, np.ndarray]:
 
 
 def region_rows(truth: np.ndarray, values: np.ndarray, seed: int = 0) -> list[dict[str, Any]]:
-    """Ten random boxes about the surface: equality with the whole answer and cost against the size of the box."""
+    """Ten random boxes about the surface: equality with the whole answer, cost against their size."""
     rng = np.random.default_rng(seed)
     whole = Octree(truth.shape)
     run(whole, values, truth)

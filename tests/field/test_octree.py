@@ -68,7 +68,7 @@ def answered(octree: Octree, answer: Callable[[Any], Any]) -> np.ndarray:
     return hit > 0
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.tuples(*[st.integers(1, 40)] * 3),
@@ -232,15 +232,15 @@ def test_hints_find_balls_as_often_as_promised() -> None:
     # %.
     rng = np.random.default_rng(1)
     shape = (40, 40, 40)
-    for radius, hinted_at_least in ((1.0, 0.5), (1.5, 0.75), (2.0, 0.9)):
+    for radius, hinted_at_least in ((1.0, 0.5), (2.0, 0.9)):
         plain = found = 0
-        for _ in range(40):
+        for _ in range(25):
             values = np.clip(ball(shape, tuple(rng.uniform(14, 26, 3)), radius), -4, 4)
             truth = values > 0
             plain += bool((refine(look_up(values), shape).labels == truth).all())
             found += bool((refine(look_up(values), shape, margin=4.0, seeds=True).labels == truth).all())
-        assert plain <= 0.25 * 40
-        assert found >= hinted_at_least * 40
+        assert plain <= 0.25 * 25
+        assert found >= hinted_at_least * 25
 
 
 def test_trust_is_cheaper_and_nearly_right() -> None:
@@ -375,7 +375,7 @@ def asked_for(octree: Octree, answer: Callable[[Any], Any]) -> np.ndarray:
     return octree.labels()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     blur=st.floats(0.6, 5),
