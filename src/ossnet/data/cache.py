@@ -46,7 +46,7 @@ class CachedCase:
     header: FileHeader = field(default_factory=FileHeader)
 
     @cached_property
-    def border(self) -> list[Integer[np.ndarray, " M"]]:
+    def border(self) -> list[Integer[np.ndarray, " _"]]:
         """Flat indices of the border band of each structure; found on first use, then kept."""
         return border_voxels(self.labels, self.spacing, self.classes, self.border_kernel, self.border_width_mm)
 

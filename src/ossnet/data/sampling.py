@@ -62,7 +62,7 @@ def border_voxels(
     classes: int,
     kernel: int = 13,
     width_mm: float | None = None,
-) -> list[Integer[np.ndarray, " M"]]:
+) -> list[Integer[np.ndarray, " _"]]:
     """Flat indices of the border band, one list for each structure (one in all for binary networks).
 
     Args:
@@ -123,7 +123,7 @@ def sample_locations(
     rng: np.random.Generator,
     fit: Fit,
     count: int,
-    border: Sequence[Integer[np.ndarray, " M"]] = (),
+    border: Sequence[Integer[np.ndarray, " _"]] = (),
     border_share: float = 0.5,
     include_last: bool = True,
     flips: Flips = NO_FLIPS,

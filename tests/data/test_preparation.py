@@ -1,0 +1,114 @@
+"""The released data path against the reference cases, and locations against voxels (SPEC §1, §2)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ossnet.data.patches import PatchSource
+from ossnet.data.preparation import Fit, FitWarning, Preparation, prepare_scan, reduce_by_two
+from ossnet.volume import Volume
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
+SHAPES = st.tuples(*[st.integers(3, 20)] * 3)
+
+
+@pytest.fixture(scope="module")
+def brats() -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / "data_brats.npz"))
+
+
+@pytest.fixture(scope="module")
+def lits() -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / "data_lits.npz"))
+
+
+def test_brats_is_normalised_then_padded(brats: dict[str, np.ndarray]) -> None:
+    raw = np.stack([brats[f"raw_{name}"] for name in ("flair", "t1", "t1ce", "t2")])
+    preparation = Preparation(orientation="file", fit="pad", shape=(48, 32, 32))
+    scan = prepare_scan(Volume(raw, np.eye(4)), preparation)
+    assert scan.fit.offset == (2, 1, 3)
+    np.testing.assert_allclose(scan.image.numpy(), brats["padded_volume"], atol=1e-5)
+    np.testing.assert_allclose(reduce_by_two(scan.image).numpy(), brats["encoder_volume"], atol=1e-5)
+    label = scan.fit.labels(torch.from_numpy((brats["raw_label"] > 0).astype(np.uint8)))
+    assert (label.numpy() == brats["padded_label"]).all()
+
+
+def test_lits_is_normalised_then_resized(lits: dict[str, np.ndarray]) -> None:
+    preparation = Preparation(orientation="file", fit="resize", shape=(64, 64, 32))
+    scan = prepare_scan(Volume(lits["raw_ct"][None], np.eye(4)), preparation)
+    np.testing.assert_allclose(scan.image[0, 20].numpy(), lits["resized_slice_axis0_20"], atol=1e-5)
+    np.testing.assert_allclose(scan.image[0, :, :, 16].numpy(), lits["resized_slice_axis2_16"], atol=1e-5)
+    np.testing.assert_allclose(reduce_by_two(scan.image).numpy(), lits["encoder_volume"], atol=1e-5)
+    label = scan.fit.labels(torch.from_numpy((lits["raw_label"] > 0).astype(np.uint8)))
+    assert (label.numpy() == lits["resized_label"]).all()
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_patches(brats: dict[str, np.ndarray], pool: str) -> None:
+    source = PatchSource(torch.from_numpy(brats["padded_volume"]), "small+large", pool)  # type: ignore[arg-type]
+    patches = source(torch.from_numpy(brats["locations"][:16]))
+    assert patches is not None
+    np.testing.assert_allclose(patches[:, :4].numpy(), brats["patches_small"], atol=1e-6)
+    np.testing.assert_allclose(patches[:, 4:].numpy(), brats[f"patches_large_{pool}"], atol=1e-6)
+
+
+def test_patches_between_voxels_interpolate() -> None:
+    # A linear volume is reproduced exactly by trilinear interpolation, away from the zero padding.
+    axes = torch.meshgrid(*[torch.arange(24.0)] * 3, indexing="ij")
+    volume = (2 * axes[0] - axes[1] + 0.5 * axes[2])[None]
+    place = torch.tensor([[11.25, 10.5, 12.75]])
+    patches = PatchSource(volume, "small+large")(place)
+    assert patches is not None
+    base = 2 * 11.25 - 10.5 + 0.5 * 12.75
+    assert patches[0, 0, 3, 3, 3].item() == pytest.approx(base, abs=1e-4)
+    assert patches[0, 0, 4, 3, 3].item() == pytest.approx(base + 2, abs=1e-4)
+    # The centre cell of the large patch covers p-1 and p: half a voxel before p on each axis (SPEC §2).
+    assert patches[0, 1, 3, 3, 3].item() == pytest.approx(base - 0.5 * (2 - 1 + 0.5), abs=1e-4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(source=SHAPES, extra=st.tuples(*[st.integers(0, 5)] * 3), resize=st.booleans())
+def test_locations_map_there_and_back(
+    source: tuple[int, int, int], extra: tuple[int, int, int], resize: bool
+) -> None:
+    x, y, z = (n + e for n, e in zip(source, extra, strict=True))
+    fit = Fit.resize(source, (x, y, z)) if resize else Fit.pad(source, (x, y, z))
+    points = torch.rand(20, 3) * 10
+    torch.testing.assert_close(fit.to_scan(fit.to_fitted(points)), points, atol=1e-4, rtol=1e-4)
+    homogeneous = np.concatenate([points.numpy(), np.ones((20, 1))], axis=1)
+    mapped = (homogeneous @ fit.matrix().T)[:, :3]
+    np.testing.assert_allclose(mapped, fit.to_fitted(points).numpy(), atol=1e-4)
+
+
+def test_a_voxel_and_its_location_move_together() -> None:
+    volume = torch.zeros(1, 9, 8, 7)
+    volume[0, 4, 3, 2] = 1
+    fit = Fit.pad((9, 8, 7), (16, 16, 8))
+    x, y, z = fit.to_fitted(torch.tensor([[4.0, 3.0, 2.0]]))[0].long().tolist()
+    assert fit.volume(volume)[0, x, y, z] == 1
+
+
+def test_a_constant_channel_becomes_zero() -> None:
+    data = np.stack([np.full((5, 5, 5), 7, np.int16), np.arange(125, dtype=np.int16).reshape(5, 5, 5)])
+    scan = prepare_scan(Volume(data, np.eye(4)), Preparation())
+    assert (scan.image[0] == 0).all()
+    assert scan.image[1].std().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_scan_larger_than_the_network_is_resized_with_a_warning() -> None:
+    preparation = Preparation(fit="pad", shape=(16, 16, 16))
+    with pytest.warns(FitWarning, match="do not fit"):
+        fit = preparation.fit_for((20, 16, 16), (1.0, 1.0, 1.0))
+    assert fit.resizes
+    assert fit.target == (16, 16, 16)
+
+
+def test_resampling_to_a_spacing_leaves_matching_axes_alone() -> None:
+    preparation = Preparation(fit="spacing", spacing=(1.0, 1.0, 5.0))
+    fit = preparation.fit_for((30, 40, 10), (2.0, 1.02, 5.0))
+    assert fit.target == (60, 40, 10)
+    assert fit.scale[1:] == (1.0, 1.0)
