@@ -1,13 +1,21 @@
 """The engine's answers are the network's, whatever else is asked with them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import reduce_by_two
-from ossnet.errors import SettingsError
+from ossnet.errors import ResourceError, SettingsError
+from ossnet.field import gather, products
 from ossnet.field.answer import Answer
+from ossnet.field.encoding import encode
 from ossnet.field.engine import prepare
+from ossnet.field.fused import MARGIN, FusedAnswer, close_calls
+from ossnet.field.memory import MemoryNotice
+from ossnet.field.products import Products
+from ossnet.networks import kernels, native
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.variants import spec_for
 
@@ -18,6 +26,10 @@ def trained(variant: str, channels: int = 2, classes: int = 1) -> OSSNet:
     """A network whose weights and running statistics are all away from their initial values."""
     torch.manual_seed(0)
     network = OSSNet(spec_for(variant, channels, classes, SHAPE, blocks=(4, 8)))
+    return with_noise(network)
+
+
+def with_noise(network: OSSNet) -> OSSNet:
     with torch.no_grad():
         for name, value in network.state_dict().items():
             if name.endswith("running_var"):
@@ -57,3 +69,119 @@ def test_unknown_family_is_refused() -> None:
 def test_an_image_of_another_shape_is_refused() -> None:
     with pytest.raises(SettingsError, match="image"):
         prepare(trained("C"), torch.zeros(2, 32, 32, 32))
+
+
+@pytest.fixture(params=["native", "tensor operations"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the compiled loops, and as on a machine without a compiler."""
+    if request.param == "native" and native.library() is None:
+        pytest.skip("no C compiler here")
+    if request.param != "native":
+        for module in (kernels, gather, products):
+            monkeypatch.setattr(module, "library", lambda: None)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("variant", ["O-Net", "B", "C", "D1"])
+@pytest.mark.parametrize("spectral", [True, False])
+def test_fused_equals_the_module(way: str, variant: str, spectral: bool) -> None:
+    network, image = trained(variant, channels=3, classes=4), torch.randn(3, *SHAPE)
+    with torch.no_grad():
+        encoding = network.encode(reduce_by_two(image)[None])
+    between = torch.rand(100, 3) * (torch.tensor(SHAPE) - 1)
+    for locations in (some_locations(100), between):
+        answer = FusedAnswer(network, image, encoding, chunk=48, spectral=spectral)
+        expected = direct(network, image, locations)
+        torch.testing.assert_close(answer(locations), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change", [{"cbn_statistics": "feature"}, {"normalise_coordinates": True}, {"width": 40}]
+)
+def test_every_declaration(way: str, change: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    spec = replace(spec_for("A", 1, 1, SHAPE, blocks=(4, 8)), **change)
+    network, image, locations = with_noise(OSSNet(spec)), torch.randn(1, *SHAPE), some_locations(60)
+    expected = direct(network, image, locations)
+    torch.testing.assert_close(prepare(network, image)(locations), expected, rtol=1e-4, atol=1e-4)
+    half = prepare(network, image, precision="bf16")(locations)
+    assert float((half - expected).abs().max()) < 0.2
+
+
+def test_an_input_as_wide_as_the_block() -> None:
+    # 3 coordinates, 343 local features and 32 latent values: the first block's shortcut is the identity.
+    spec = replace(spec_for("A", 1, 1, SHAPE, blocks=(4, 8)), width=3 + 343 + 32)
+    network, image, locations = with_noise(OSSNet(spec)), torch.randn(1, *SHAPE), some_locations(60)
+    assert isinstance(network.decoder.blocks[0].residual_mapping, torch.nn.Identity)
+    expected = direct(network, image, locations)
+    torch.testing.assert_close(prepare(network, image)(locations), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_answer_does_not_depend_on_what_else_is_asked(way: str, precision: str) -> None:
+    network, image, locations = trained("C"), torch.randn(2, *SHAPE), some_locations(400)
+    whole = prepare(network, image, precision=precision)(locations)  # type: ignore[arg-type]
+    answer = prepare(network, image, precision=precision, chunk=64)  # type: ignore[arg-type]
+    order = torch.randperm(400)
+    for part in order.split([1, 2, 30, 100, 267]):
+        assert torch.equal(answer(locations[part]), whole[part])
+
+
+def test_bf16_labels_are_those_of_fp32() -> None:
+    network, image, locations = trained("C", classes=3), torch.randn(2, *SHAPE), some_locations(3000)
+    exact = prepare(network, image)(locations)
+    fast = prepare(network, image, precision="bf16")(locations)
+    assert torch.equal(fast.argmax(1), exact.argmax(1))
+    # What is close to a decision is answered in float32.
+    close = close_calls(exact, MARGIN / 2)
+    torch.testing.assert_close(fast[close], exact[close])
+
+
+def test_outside_counts_as_the_border() -> None:
+    network, image = trained("C"), torch.randn(2, *SHAPE)
+    answer = prepare(network, image)
+    outside = torch.tensor([[-3.0, 2.0, 40.0], [31.0, 2.0, 15.0]])
+    inside = torch.tensor([[0, 2, 15], [31, 2, 15]])
+    assert torch.equal(answer(outside), answer(inside))
+
+
+def test_nothing_asked() -> None:
+    answer = prepare(trained("C", classes=3), torch.randn(2, *SHAPE))
+    assert answer(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_a_grant_makes_chunks_smaller_and_is_kept() -> None:
+    network, image = trained("C"), torch.randn(2, *SHAPE)
+    free, bound = prepare(network, image), prepare(network, image, memory="24MB")
+    assert bound.chunk < free.chunk
+    assert bound.fixed_bytes + bound.chunk * bound.bytes_per_location <= 24e6
+    locations = some_locations(50)
+    assert torch.equal(bound(locations), free(locations))
+    with pytest.raises(ResourceError, match="at least"):
+        prepare(network, image, memory="5MB")
+
+
+def test_refused_memory_halves_the_chunk_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = Products.allocate
+
+    def refuse(self: Products, rows: int) -> None:
+        if rows > 600:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        allocate(self, rows)
+
+    monkeypatch.setattr(Products, "allocate", refuse)
+    with pytest.warns(MemoryNotice, match="going on with 512"):
+        answer = prepare(trained("C"), torch.randn(2, *SHAPE), chunk=1024)
+    assert answer.chunk == 512
+
+
+@pytest.mark.parametrize("memory", [1, 200_000, None])
+@pytest.mark.parametrize("variant", ["A", "C"])
+def test_the_encoder_in_slabs_is_the_encoder(way: str, variant: str, memory: int | None) -> None:
+    network, image = trained(variant), torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        expected = network.encode(reduce_by_two(image)[None])
+    found = encode(network.encoder, image, memory)
+    torch.testing.assert_close(found.latent, expected.latent)
+    if variant == "C":
+        torch.testing.assert_close(found.segmentation, expected.segmentation)

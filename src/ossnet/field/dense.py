@@ -36,7 +36,7 @@ class DenseAnswer:
         self.bytes_per_location = 8 * (3 + 3 + 1) + 4 * self.classes * 2
         self.fixed_bytes = logits.numel() * logits.element_size()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
         """Logits at locations; see `Answer`."""
         locations = clamped(locations.to(self.logits.device), self.shape)
@@ -97,7 +97,7 @@ def prepare_unet(
             "Grant more, or use a variant that answers location by location",
         )
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
-    with torch.inference_mode(), torch.autocast(image.device.type, torch.bfloat16, enabled=lower):
+    with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=lower):
         return DenseAnswer(_logits(network, image[None], window)[0])
 
 

@@ -14,6 +14,8 @@ from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import SettingsError
 from ossnet.field.answer import Answer
 from ossnet.field.dense import prepare_unet
+from ossnet.field.encoding import SLAB_BYTES, encode, encoding_bytes
+from ossnet.field.fused import FusedAnswer
 from ossnet.field.memory import chunk_for, parse_size
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.networks.blockwise import BlockwiseEncoder
@@ -88,9 +90,11 @@ def prepare_ossnet(
     network: OSSNet,
     image: Float[Tensor, "C X Y Z"],
     *,
+    precision: Precision = "fp32",
     chunk: int | None = None,
     memory: int | None = None,
     large_pool: Pool = "avg",
+    engine: Engine = "fused",
     **_: Any,
 ) -> Answer:
     """The paper's variants: the encoder runs once, the decoder answers."""
@@ -99,11 +103,18 @@ def prepare_ossnet(
         raise SettingsError(
             "image", f"is {tuple(image.shape)}, the network works on {expected}", "Fit it with `Preparation`"
         )
-    with torch.inference_mode():
-        encoding = network.encode(reduce_by_two(image)[None])
-    fixed = 4 * padded_voxels(network, image)
-    size = chunk or chunk_for(memory, fixed, plain_bytes_per_location(network), 4096)
-    return PlainAnswer(network, image, encoding, size, large_pool)
+    if engine == "plain":
+        with torch.no_grad():
+            encoding = network.encode(reduce_by_two(image)[None])
+        fixed = 4 * padded_voxels(network, image)
+        size = chunk or chunk_for(memory, fixed, plain_bytes_per_location(network), 4096)
+        return PlainAnswer(network, image, encoding, size, large_pool)
+    slab = None
+    if memory is not None:
+        slab = max(min(memory - encoding_bytes(network.encoder, network.spec.shape), SLAB_BYTES), 0)
+    encoding = encode(network.encoder, image, slab)
+    half = precision == "bf16" or (precision == "auto" and fast_bf16(image.device))
+    return FusedAnswer(network, image, encoding, chunk, memory, large_pool, half)
 
 
 def prepare_multiscale(

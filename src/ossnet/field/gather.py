@@ -61,19 +61,16 @@ class PatchRows:
             raise MemoryError("out of memory while gathering patches")
 
     def spectra(
-        self, locations: Float[Tensor, "N 3"], transform: Float[Tensor, "14 7"], out: Float[Tensor, "N 14 K"]
+        self, locations: Float[Tensor, "N 3"], transform: Float[Tensor, "14 7"], out: Float[Tensor, "14 N K"]
     ) -> None:
-        """`transform` of each patch along its first axis, as (14, P · 49) into the first columns of `out`."""
+        """`transform` of each patch along its first axis; `out` is contiguous, K = P · 49."""
         loaded = library() if self._native() else None
-        columns = self.channels * PATCH_SIZE**2
         if loaded is None:
-            planes = (
-                self._patches(locations).flatten(3).transpose(1, 2).reshape(len(locations), PATCH_SIZE, -1)
-            )
-            torch.matmul(transform, planes, out=out[:, :, :columns] if out.shape[2] != columns else out)
+            planes = self._patches(locations).permute(2, 0, 1, 3, 4).reshape(PATCH_SIZE, -1)
+            torch.mm(transform, planes, out=out.view(len(out), -1))
             return
         failed = loaded.ossnet_patch_spectra(
-            *self._arguments(locations), transform.data_ptr(), out.data_ptr(), out.stride(1), out.stride(0),
+            *self._arguments(locations), transform.data_ptr(), out.data_ptr(), out.stride(0), out.stride(1),
             torch.get_num_threads(),
         )  # fmt: skip
         if failed:

@@ -43,7 +43,7 @@ class PlainAnswer:
         self.bytes_per_location = plain_bytes_per_location(network)
         self.fixed_bytes = 4 * (self.latent.numel() + padded_voxels(network, image))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
         """Logits at locations; see `Answer`."""
         locations = clamped(locations.to(self.latent.device), self.shape)

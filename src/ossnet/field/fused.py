@@ -1,0 +1,144 @@
+"""The trained decoder specialised for one volume (DESIGN §6): the answers of `OSSNet.decode`, times faster.
+
+Letters: C channels, N locations, K classes.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Num
+from torch import Tensor
+
+from ossnet.data.patches import Pool
+from ossnet.field.answer import clamped, coarse_logits
+from ossnet.field.folding import fold
+from ossnet.field.gather import PatchRows
+from ossnet.field.memory import chunk_for, halving
+from ossnet.field.products import ROWS, Products
+from ossnet.field.replay import Replay
+from ossnet.networks.encoder import Encoding
+from ossnet.networks.ossnet import OSSNet
+from ossnet.volume import Shape
+
+MARGIN = 0.25
+"""Logits this close to a decision are asked again in float32: several times the error seen in bfloat16."""
+
+_CPU_EXACT, _CPU_FAST, _GPU = 1024, 4096, 16384
+"""Rows at once: float32 stays in the cache with few, bfloat16 repacks the weights each time."""
+
+
+class FusedAnswer:
+    """An `OSSNet` bound to one scan, as an `Answer` (see there). Several threads may ask; they take turns.
+
+    An answer does not depend on what else is asked, or on the chunk: rows are worked on alike.
+
+    Args:
+        network: In evaluation mode, on the device of the image.
+        image: (C, *S) float32, normalised and fitted; kept.
+        encoding: What the encoder says about it, batch of one.
+        chunk: Locations at once, at most; None chooses.
+        memory: Bytes granted for weights and buffers; None for no limit.
+        large_pool: See `PatchSource`.
+        half: Compute in bfloat16 and ask again in float32 what is close to a decision.
+        spectral: Take the first patch convolution apart in float32 (`networks.toeplitz`); None where faster.
+
+    Raises:
+        ResourceError: If the grant is too small.
+    """
+
+    def __init__(
+        self,
+        network: OSSNet,
+        image: Float[Tensor, "C X Y Z"],
+        encoding: Encoding,
+        chunk: int | None = None,
+        memory: int | None = None,
+        large_pool: Pool = "avg",
+        half: bool = False,
+        spectral: bool | None = None,
+    ) -> None:
+        self.shape: Shape = network.spec.shape
+        self.classes = network.spec.classes
+        self.coarse = coarse_logits(encoding.segmentation, self.classes)
+        self._device = image.device
+        self._coordinates = network.decoder.coordinates
+        self._turn = threading.Lock()
+        cpu = image.device.type == "cpu"
+        kind = network.spec.patches
+        patches = None if kind == "none" else PatchRows(image, kind, large_pool)
+        with torch.no_grad():
+            folded = fold(network.decoder, encoding.latent[0])
+            # One dense product keeps a GPU busier than fourteen small ones.
+            apart = cpu if spectral is None else spectral
+            self._exact = Products(folded, patches, torch.float32, apart, image.device)
+            self._fast = Products(folded, patches, torch.bfloat16, False, image.device) if half else None
+            self._allocate(chunk, memory, (_CPU_EXACT, _CPU_FAST) if cpu else (_GPU, _GPU))
+            self._run_exact = _captured(self._exact)
+            self._run_fast = None if self._fast is None else _captured(self._fast)
+
+    def _allocate(self, chunk: int | None, memory: int | None, best: tuple[int, int]) -> None:
+        """Rows of both precisions, within the grant; halved when the machine has less."""
+        main = self._exact if self._fast is None else self._fast
+        weights = sum(p.weight_bytes for p in (self._exact, self._fast) if p is not None)
+        each = sum(p.bytes_per_row for p in {self._exact, main})
+        wanted = chunk or chunk_for(memory, weights, each, best[0 if self._fast is None else 1])
+        wanted = max(-(-wanted // ROWS) * ROWS, ROWS)
+
+        def take(rows: int) -> None:
+            self._exact.allocate(min(rows, best[0]))
+            if self._fast is not None:
+                self._fast.allocate(min(rows, best[1]))
+
+        halving(take, wanted, ROWS)
+        self.chunk = main.rows
+        self.bytes_per_location = main.bytes_per_row
+        self.fixed_bytes = weights
+        if main is not self._exact:
+            self.fixed_bytes += self._exact.rows * self._exact.bytes_per_row
+
+    @torch.no_grad()
+    def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
+        """Logits at locations; see `Answer`."""
+        places = clamped(locations.to(self._device), self.shape).float()
+        with self._turn:
+            if self._fast is None or self._run_fast is None:
+                logits = self._ask(self._run_exact, self._exact.rows, places)
+            else:
+                logits = self._ask(self._run_fast, self._fast.rows, places)
+                again = close_calls(logits, MARGIN).nonzero()[:, 0]
+                if len(again):
+                    logits[again] = self._ask(self._run_exact, self._exact.rows, places[again])
+        return logits[:, 0] if self.classes == 1 else logits
+
+    def _ask(self, run: Callable[[Tensor, Tensor], Tensor], rows: int, places: Tensor) -> Tensor:
+        out = torch.empty(len(places), self.classes, device=self._device)
+        for start in range(0, len(places), rows):
+            part = places[start : start + rows]
+            count = len(part)
+            missing = -count % ROWS
+            if missing:
+                part = torch.cat([part, part[-1:].expand(missing, 3)])
+            part = part.contiguous()
+            out[start : start + count] = run(part, self._coordinates(part))[:count]
+        return out
+
+
+def close_calls(logits: Float[Tensor, "N K"], margin: float) -> Bool[Tensor, " N"]:
+    """Where another label is less than `margin` away."""
+    if logits.shape[1] == 1:
+        return logits[:, 0].abs() < margin
+    best = logits.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1] < margin
+
+
+def _captured(products: Products) -> Callable[[Tensor, Tensor], Tensor]:
+    """The products as a CUDA graph where that works."""
+    if products.device.type != "cuda":
+        return products
+    try:
+        return Replay(products)
+    except RuntimeError as error:  # capturing is a matter of speed only
+        warnings.warn(f"no CUDA graph, launching one by one: {error}", stacklevel=2)
+        return products
