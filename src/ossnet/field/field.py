@@ -87,7 +87,6 @@ class Field:
         oriented = volume.reoriented(scan.orientation)
         self.grid = Grid(oriented.shape, oriented.affine)
         """The scan's grid in the axis order that the network sees."""
-        options = model.metadata.get("settings", {}).get("network", {})
         self._answer: Answer = prepare(
             model.network,
             scan.image,
@@ -95,7 +94,7 @@ class Field:
             precision=precision,
             chunk=chunk,
             memory=memory,
-            large_pool="max" if options.get("large_pool") == "released" else "avg",
+            **model.engine_options(),
         )
         self.encoder_seconds = time.perf_counter() - started
         """Wall-clock time of preparing and encoding the scan."""

@@ -61,6 +61,7 @@ def forecast(
         device="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
         precision="auto",
         memory=memory,
+        **model.engine_options(),
     )
     encoder = time.perf_counter() - started
     if getattr(answer, "dense", False):

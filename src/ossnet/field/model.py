@@ -78,6 +78,15 @@ class Model:
         """Channels of a scan."""
         return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
 
+    def engine_options(self) -> dict[str, Any]:
+        """What the training decided about answering: pooling of large patches, window of patch-trained U-Nets."""
+        chosen = self.metadata.get("settings", {}).get("network", {})
+        window = chosen.get("patch_shape")
+        return {
+            "large_pool": "max" if chosen.get("large_pool") == "released" else "avg",
+            "window": tuple(window) if window else None,
+        }
+
     def field(self, volume: Volume, **options: Any) -> "Field":
         """Bind the model to one scan: everything that can be asked is asked of the result (see `Field`)."""
         from ossnet.field.field import Field

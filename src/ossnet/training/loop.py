@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ossnet.training.validation import SampledScores, validate
 STATE = "state.safetensors"
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Who is told how a training goes; called by rank 0 only."""
 

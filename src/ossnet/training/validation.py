@@ -60,7 +60,9 @@ def validate(
         case = cases[index]
         image = as_float(case.image, fabric.device)
         image = case.fit.volume(model.preparation.normalised(image, case.statistics))
-        answer = prepare(model.network, image, device=fabric.device, precision=precision)
+        answer = prepare(
+            model.network, image, device=fabric.device, precision=precision, **model.engine_options()
+        )
         locations = validation_locations(case, settings)
         logits = answer(torch.from_numpy(locations).to(fabric.device)).cpu()
         labels = torch.from_numpy(labels_at(case.labels, case.fit, locations).astype(np.int64))

@@ -1,0 +1,125 @@
+"""From a data set to a run folder (slow machines: about a minute)."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ossnet
+from ossnet.errors import SettingsError
+from ossnet.training.loop import State
+from ossnet.training.settings import make_settings
+from ossnet.training.train import train
+
+from tests.training.conftest import SMALL
+
+
+class Stop:
+    """A listener that interrupts after some steps, as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def step(self, state: State, loss: float, fraction: float) -> None:
+        if state.step == self.after:
+            raise KeyboardInterrupt
+
+    def validated(self, row: dict[str, Any]) -> None:
+        pass
+
+
+def run(data: Path, out: Path, variant: str = "C", changes: Sequence[str] = (), **options: Any) -> Path:
+    return train(data, out, make_settings(variant, None, None, [*SMALL, *changes]), **options)
+
+
+def losses(folder: Path) -> list[str]:
+    return (folder / "losses.csv").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(balls, tmp_path_factory.mktemp("runs") / "c")
+
+
+def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
+    for name in ("model/model.json", "model/weights.safetensors", "model/MODEL_CARD.md", "last/model.json"):
+        assert (finished / name).is_file(), name
+    assert not (finished / "cache").exists()
+    rows = list(csv.DictReader((finished / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert len(losses(finished)) == 1 + 3 * 2  # 8 training cases, batches of 4
+    splits = json.loads((finished / "splits.json").read_text())
+    assert len(splits["train"]) == 8
+    assert not set(splits["train"]) & set(splits["val"])
+    assert len(json.loads((finished / "validation.json").read_text())["cases"]) == 2  # one case, two structures
+
+
+def test_the_model_segments_a_scan(finished: Path, balls: Path, tmp_path: Path) -> None:
+    model = ossnet.load(finished)
+    scan = ossnet.read(balls / "imagesTr" / "ball_00_0000.nii.gz")
+    labels = model.field(scan).segment()
+    assert labels.shape == scan.shape
+    assert labels.names == {1: "shell", 2: "core"}
+    labels.save(tmp_path / "labels.nii.gz")
+    assert (ossnet.read_labels(tmp_path / "labels.nii.gz").affine == scan.affine).all()
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(finished: Path, balls: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(balls, tmp_path / "c", listener=Stop(3))
+    run(balls, tmp_path / "c", resume=True)
+    assert losses(tmp_path / "c") == losses(finished)
+    one, other = load_file(tmp_path / "c/last/weights.safetensors"), load_file(finished / "last/weights.safetensors")
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_the_number_of_workers_changes_nothing(finished: Path, balls: Path, tmp_path: Path, workers: int) -> None:
+    run(balls, tmp_path / "c", changes=[f"runtime.workers={workers}", "validation.dense=false"])
+    assert losses(tmp_path / "c") == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("O-Net", []),
+        ("B", ["data.target=foreground", "sampling.strategy=border", "data.fit=resize"]),
+        ("unet3d", ["schedule.epochs=1"]),
+        ("unet3d", ["schedule.epochs=1", "network.patch_shape=16,16,16", "augmentation.spatial=false"]),
+        ("unet2d", ["schedule.steps_per_epoch=1", "schedule.epochs=1", "schedule.batch_size=2"]),
+        ("multiscale", ["schedule.minutes=0.05", "schedule.batch_size=1"]),
+    ],
+)
+def test_every_variant_trains_and_answers(balls: Path, tmp_path: Path, variant: str, changes: list[str]) -> None:
+    if variant.startswith("unet"):
+        pytest.importorskip("monai")
+    out = run(balls, tmp_path / "run", variant, changes)
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert rows
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert (out / "validation.csv").is_file()
+
+
+def test_a_run_is_not_overwritten(finished: Path, balls: Path) -> None:
+    with pytest.raises(SettingsError, match="resume"):
+        run(balls, finished)
+
+
+def test_resuming_nothing_is_refused(balls: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no run to resume"):
+        run(balls, tmp_path / "nothing", resume=True)
+
+
+def test_a_damaged_state_is_refused(finished: Path, balls: Path, tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/settings.json").write_bytes((finished / "settings.json").read_bytes())
+    content = (finished / "state.safetensors").read_bytes()
+    (tmp_path / "r/state.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ossnet.OssnetError, match="damaged"):
+        run(balls, tmp_path / "r", resume=True)
