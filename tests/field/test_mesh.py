@@ -16,7 +16,7 @@ from scipy import ndimage, special
 import ossnet.field.isosurface
 import ossnet.field.mesh
 from ossnet.errors import InputError, SettingsError
-from ossnet.field.mesh import drop_small_parts, extract_mesh, save_mesh
+from ossnet.field.mesh import drop_small_parts, extract_mesh, save_mesh, split_pinched_edges
 
 SHAPE = (56, 48, 44)
 CENTRE = np.array([27.3, 23.6, 21.8])
@@ -187,6 +187,21 @@ def test_small_parts_are_dropped_on_request() -> None:
 def test_an_absent_structure_gives_an_empty_mesh() -> None:
     mesh = extract_mesh(lambda p: -np.ones(len(p)), (9, 9, 9), np.eye(4), smooth=2, faces=10)
     assert mesh.is_empty
+
+
+def test_two_sheets_joined_along_an_edge_are_parted() -> None:
+    one = trimesh.creation.box()
+    other = trimesh.creation.box()
+    other.apply_translation([1, 1, 0])
+    both = trimesh.util.concatenate([one, other])
+    both.merge_vertices()
+    assert not both.is_watertight
+    points, triangles = split_pinched_edges(both.vertices, both.faces)
+    parted = trimesh.Trimesh(points, triangles, process=False)
+    assert parted.is_watertight
+    assert parted.volume == pytest.approx(2)
+    again = split_pinched_edges(one.vertices, one.faces)
+    assert (again[1] == one.faces).all()
 
 
 @pytest.mark.parametrize("ending", ["stl", "ply", "obj", "glb"])
