@@ -14,7 +14,7 @@ from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
-from ossnet.networks.multiscale import MultiscaleNetwork, plan
+from ossnet.networks.multiscale import CROP_VOXELS, MultiscaleNetwork, plan
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
@@ -226,6 +226,7 @@ def _multiscale(
         grids.median_shape_at(spacing),
         channels,
         classes,
+        crop_voxels=settings.sampling.crop_voxels or CROP_VOXELS,
         locations=settings.sampling.locations,
     )
     reasons.extend(chosen.reasons)

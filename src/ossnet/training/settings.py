@@ -65,6 +65,9 @@ class SamplingSettings(_Group):
     border_kernel: int = Field(13, ge=1, description="max pool in voxels that widens the border (SPEC §7.8)")
     border_width_mm: float | None = Field(None, gt=0, description="Euclidean band in mm instead of the released one")
     include_last_voxel: bool = Field(True, description="SPEC §7.6; false as released")
+    crop_voxels: int | None = Field(
+        None, ge=4096, description="default variant: most voxels of a training crop; fewer make more, cheaper steps"
+    )
 
 
 class AugmentationSettings(_Group):
