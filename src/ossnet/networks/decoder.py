@@ -7,6 +7,7 @@ Letters: B volumes, N locations, F features, R latent rows, L latent length, K c
 """
 
 import math
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -78,6 +79,8 @@ class Decoder(nn.Module):
     """Five residual blocks over [coordinates | local features | latent row 0], then one linear map."""
 
     b: Tensor
+    formulation: "Callable[[Decoder, Tensor, Tensor | None, Tensor], Tensor] | None" = None
+    """Another way to compute the same features of the last block (`networks.lean`)."""
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
@@ -115,6 +118,20 @@ class Decoder(nn.Module):
             raise ValueError(
                 "this network takes patches" if patches is None else "this network takes no patches"
             )
+        if self.formulation is not None:
+            x = self.formulation(self, locations, patches, latent)
+        else:
+            x = self.features(locations, patches, latent)
+        logits: Tensor = self.final_mapping(x)
+        return logits.squeeze(-1) if self.binary else logits
+
+    def features(
+        self,
+        locations: Float[Tensor, "B N 3"],
+        patches: Float[Tensor, "B N C 7 7 7"] | None,
+        latent: Float[Tensor, "B R L"],
+    ) -> Float[Tensor, "B N W"]:
+        """What the last block says about each location; arguments as of `forward`."""
         local = None if self.patch_mapping is None else self.patch_mapping(patches)
         coordinates = self.coordinates(locations)
         first, *others = cast(list[DecoderBlock], list(self.blocks))
@@ -126,8 +143,7 @@ class Decoder(nn.Module):
         )
         for block, conditions in zip(others, row[1:], strict=True):
             x = block(x, conditions)
-        logits: Tensor = self.final_mapping(x)
-        return logits.squeeze(-1) if self.binary else logits
+        return x
 
     def coordinates(self, locations: Float[Tensor, "*N 3"]) -> Float[Tensor, "*N W"]:
         """What the first block is told about the location: W = 3, or more with Fourier features."""

@@ -31,7 +31,7 @@ def coefficients(numerator: Float[Tensor, "6"], denominator: Float[Tensor, "4"])
 
 
 def pade_(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "*shape"]:
-    """P of each value, in place; `c` from `coefficients`. Contiguous in any memory format."""
+    """P of each value, in place; `c` from `coefficients`."""
     function = _function("ossnet_pade", x)
     if function is not None and _dense(x):
         function(x.data_ptr(), x.data_ptr(), x.numel(), c.data_ptr(), torch.get_num_threads())
@@ -45,6 +45,16 @@ def pade_(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "
         piece = flat[start : start + (1 << 17)]
         _horner(piece if piece.dtype == torch.float32 else piece.float(), c, piece)
     return x
+
+
+def pade_of(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "*shape"]:
+    """P of each value as a new tensor."""
+    function = _function("ossnet_pade", x)
+    if function is None or not _dense(x):
+        return pade_(x.clone(), c)
+    out = torch.empty_like(x)
+    function(x.data_ptr(), out.data_ptr(), x.numel(), c.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def affine_pade(

@@ -1,5 +1,7 @@
 """The Padé Activation Unit of the paper: a learnt ratio of two polynomials (SPEC §2)."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,6 +51,9 @@ def magnitude(coefficients: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 class Pade(nn.Module):
     """A Padé unit with its own ten coefficients, shared by all elements of its input."""
 
+    evaluate: "Callable[[Tensor, Tensor, Tensor], Tensor]" = staticmethod(pade)
+    """Another way to compute `pade` (`networks.lean`)."""
+
     def __init__(self) -> None:
         super().__init__()
         self.weight_numerator = nn.Parameter(torch.tensor(INITIAL_NUMERATOR))
@@ -56,4 +61,4 @@ class Pade(nn.Module):
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Elementwise; shape and dtype are kept."""
-        return pade(x, self.weight_numerator, self.weight_denominator)
+        return self.evaluate(x, self.weight_numerator, self.weight_denominator)
