@@ -334,7 +334,7 @@ def draw_locations(
     return np.concatenate(parts)
 
 
-def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Points:
+def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Float[np.ndarray, "V 3"]:
     crop = np.array(mapping.crop, np.float32)
     here = ((locations >= -0.5) & (locations <= crop - 0.5)).all(axis=1)
     here &= inside(to_scan(mapping(locations), source.zoom), source.shape)
@@ -347,7 +347,7 @@ def _surface_in_crop(
     mapping: SpatialMap,
     rng: np.random.Generator,
     limit: int,
-) -> Points:
+) -> Float[np.ndarray, "V 3"]:
     """At most about `limit` surface voxels that the crop shows, in crop coordinates."""
     if len(surface) > 4 * limit:
         surface = surface[rng.integers(len(surface), size=4 * limit)]
