@@ -1,6 +1,7 @@
 """Meshes of analytic fields: area, volume, distance of every vertex, closedness, orientation, files."""
 
 import doctest
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,12 @@ def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
         extract_mesh(lambda p: (ellipsoid(p) > 0).astype(int), SHAPE, np.eye(4))
     with pytest.raises(InputError, match=r"\.glb"):
         save_mesh(trimesh.creation.box(), tmp_path / "box.vtk")
+
+
+def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fast_simplification", None)
+    with pytest.raises(SettingsError, match=r"ossnet\[mesh\]"):
+        extract_mesh(torus, SHAPE, np.eye(4))
 
 
 def test_the_example_runs() -> None:

@@ -227,9 +227,7 @@ class Octree:
             # once.
             self._close()
             return
-        # With trust the place of a root moves with the values, whether or not the label changed.
-        moved = asked if self._trusting else changed
-        self._list(sorted_unique(np.concatenate((self._rest, lattice.neighbours(moved)))))
+        self._continue(changed)
 
     def labels(self) -> Integer[np.ndarray, "X Y Z"]:
         """The label map of the volume, or of the region; uint8, uint16 for more than 127 classes.
@@ -246,8 +244,9 @@ class Octree:
         return np.asarray(self._lattice.box(self._lattice.cells)[part] & self._lattice.label_bits)
 
     @property
-    def _trusting(self) -> bool:
-        return self.trust is not None and bool(self._values) and self._level + 1 == len(self.path)
+    def _trust(self) -> float | None:
+        """The margin of trust on the lattice in work."""
+        return self.trust if self._values and self._level + 1 == len(self.path) else None
 
     def _begin_coarsest(self) -> None:
         """Set up the coarsest lattice: all of it asked, or predicted with a safety lattice asked."""
@@ -316,14 +315,14 @@ class Octree:
         if not len(self._next):
             self._next, self._rest = self._rest, self._next
 
-    def _list(self, candidates: Indices) -> None:
-        """Continue the closure: everything that the rule lists among the candidates."""
+    def _continue(self, changed: Indices) -> None:
+        """Continue the closure with what was put off and the neighbours of sites that changed."""
+        # A changed label refutes the prediction around it: there nothing is taken on trust.
+        around = self._lattice.unsettled(self._lattice.neighbours(changed))
+        put_off = self._lattice.unsettled(self._rest, self._trust)
         self._round += 1
-        self._next = self._unsettled(candidates)
-        self._rest = np.empty(0, dtype=np.int64)
-
-    def _unsettled(self, flat: Indices) -> Indices:
-        return self._lattice.unsettled(flat, self.trust if self._trusting else None)
+        self._next = sorted_unique(np.concatenate((put_off, around)))
+        self._rest = put_off[:0]
 
     def _refine(self) -> None:
         """Go on to the next finer lattice."""
@@ -340,8 +339,8 @@ class Octree:
         self._lattice, listed = refine_lattice(
             coarse, stride, self.shape, self._parts[self._level].kept, self.classes, keep
         )
-        if self._trusting:
-            listed = self._unsettled(listed)
+        if self._trust is not None:
+            listed = self._lattice.unsettled(listed, self._trust)
         self._begin(listed, self._lattice.unknown(hinted))
 
     def _hints(self, coarse: Lattice, stride: Triple) -> Int[np.ndarray, "N 3"]:
