@@ -49,6 +49,7 @@ class State:
         epoch, position: The next step is number `position` of this epoch.
         step: Steps done.
         seconds: Wall-clock time spent, over all resumed parts.
+        skipped: Steps without effect, because a gradient was not finite.
         best, best_step: Highest mean IoU so far, and its step.
         validation_seconds: Time that the last validation took.
           losses: Loss of every step.
@@ -58,6 +59,7 @@ class State:
     position: int = 0
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0
     best: float = -1.0
     best_step: int = -1
     validation_seconds: float = 0.0
@@ -195,14 +197,18 @@ class Trainer:
         self.recipe.progress(fraction)
         loss = self.recipe.loss(self.forward, examples, self.fabric.device)
         self.fabric.backward(loss.total)
-        clip = self.settings.optimiser.clip_norm
-        if clip is not None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimiser.clip_norm or math.inf)
+        if bool(norm.isfinite()):
+            for optimiser in self.optimisers:
+                optimiser.step()
+            if self.average is not None:
+                self.average.update(self.network)
+        else:
+            # Half-precision convolutions of some CPU libraries return garbage for tiny maps now and then: such a
+            # step must not reach the weights. A training that diverged is caught by its loss below.
+            self.state.skipped += 1
         for optimiser in self.optimisers:
-            optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        if self.average is not None:
-            self.average.update(self.network)
         value = self._over_processes(loss.total.detach())
         if not math.isfinite(value):
             raise SettingsError(
@@ -286,6 +292,7 @@ class Trainer:
             "epoch": self.state.epoch,
             "seconds": round(self.state.seconds, 2),
             "loss": loss,
+            "skipped": self.state.skipped,
             "lr": self.optimisers[0].param_groups[0]["lr"],
         }
         if scores:
@@ -361,5 +368,5 @@ class Trainer:
 
 
 def _scores_only(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in row.items() if k not in ("loss", "lr", "seconds")}
+    kept = {k: v for k, v in row.items() if k not in ("loss", "lr", "seconds", "skipped")}
     return {"validation, sampled locations": kept}
