@@ -11,11 +11,19 @@ from torch import Tensor
 from ossnet.data.augment import Augmentation, draw, flipped
 from ossnet.data.cache import CachedCase
 from ossnet.data.patches import PatchSource
-from ossnet.data.preparation import reduce_by_two
+from ossnet.data.preparation import Preparation, reduce_by_two
 from ossnet.data.sampling import labels_at, low_res_labels, sample_locations
+from ossnet.networks.lean import lean
 from ossnet.networks.ossnet import OSSNet
 from ossnet.training.losses import oss_net_loss
 from ossnet.training.recipes.base import Recipe, StepLoss, augmented
+from ossnet.training.settings import Settings
+
+
+LEAN_BYTES = 80_000
+"""Kept for the backward pass for each location of a full-width decoder (`benchmarks/training_step.py`)."""
+KEPT_BYTES = 4_000_000_000
+"""Beyond this blocks are computed again: a fifth slower, a fifth of the memory."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,18 @@ class OccupancyRecipe(Recipe):
     """Equation 2 over sampled locations of whole volumes."""
 
     network: OSSNet
+
+    def __init__(self, network: OSSNet, preparation: Preparation, settings: Settings) -> None:
+        super().__init__(network, preparation, settings)
+        lean(network, recompute=self._recomputes())
+
+    def _recomputes(self) -> bool:
+        """Whether decoder blocks are computed again in the backward pass instead of being kept."""
+        chosen, runtime = self.settings, self.settings.runtime
+        if runtime.checkpoint_blocks != "auto":
+            return runtime.checkpoint_blocks
+        share = chosen.schedule.batch_size // (runtime.devices * runtime.nodes)
+        return chosen.sampling.locations * max(share, 1) * LEAN_BYTES > KEPT_BYTES
 
     def example(self, case: CachedCase, rng: np.random.Generator) -> OccupancyExample:
         """Draw the augmentation and the locations; voxels are touched only where labels are looked up."""
