@@ -35,7 +35,7 @@ _BOX = (slice(20, 177), slice(0, 160))
 _MARKER = "demo.json"
 TOLERANCE_MM = 1.0
 _SLAB = 8
-"""Coronal slices that are also asked everywhere, for comparison: all of them would take longer than the rest."""
+"""Coronal slices that are also asked everywhere, for comparison: all would take longer than the demo."""
 _SETTINGS = (
     # All parts come from one image, so fixed grey values suit them better than each part's own statistics,
     # which follow how much background it has.
@@ -242,7 +242,7 @@ def write_dataset(parts: dict[str, Part], folder: Path) -> None:
         "labels": {"background": 0, **{name: label for label, name in NAMES.items()}},
         "numTraining": 2,
         "file_ending": ".nii.gz",
-        "reference": "MNI152 2009a symmetric (Fonov et al.), as nilearn ships it; tissue maps cut at one half",
+        "reference": "MNI152 2009a symmetric (Fonov et al.), shipped by nilearn; tissue maps cut at one half",
     }
     write_json(folder / "dataset.json", description)
     write_json(folder / "splits_final.json", [{"train": ["back"], "val": ["middle"]}])

@@ -94,10 +94,11 @@ def _quality(result: DemoResult) -> tuple[Table | Text, ...]:
         Table(_COLUMNS, (*rows, *simple), DISTANCE_RULE, strong=tuple(range(len(rows)))),
         Text(
             (
-                f"For comparison, what two grey values give ({low} and {high} of 255, fitted on the training "
-                f"part): {_mean_dice(result.threshold_scores):.3f} on average. The template is so clean that "
-                "brightness alone says nearly everything about tissue, so a high figure here is no feat, and a "
-                "minute of training need not beat it. Organs and tumours cannot be found this way.",
+                f"For comparison, what two grey values give ({low} and {high} of 255, fitted on the "
+                f"training part): {_mean_dice(result.threshold_scores):.3f} on average. The template is so "
+                "clean that brightness alone says nearly everything about tissue, so a high figure here is "
+                "no feat, and a minute of training need not beat it. Organs and tumours cannot be found "
+                "this way.",
             )
         ),
     )
@@ -131,8 +132,8 @@ def _honesty(result: DemoResult) -> Text:
             "It shows that everything works on this machine, from files over training to a segmentation and "
             "its surface, and that the network learned a rule that carries over to anatomy it had not seen.",
             "It does not show how well any of this works on other people, scanners or diseases: the scan is "
-            "one smooth average of 152 healthy adults, all parts come from that same image, and the reference "
-            "was computed from it by a program. One scan gives no confidence interval.",
+            "one smooth average of 152 healthy adults, all parts come from that same image, and the "
+            "reference was computed from it by a program. One scan gives no confidence interval.",
         ),
         emphasis=True,
     )
@@ -189,8 +190,8 @@ def _asking(result: DemoResult) -> tuple[Table | Text, ...]:
                 ),
             ),
             f"Asking everywhere was done in one slab, its time scaled up: {result.differing:,} of "
-            f"{result.checked:,} voxels differ there. The folded cortex is nearly all surface, a hard case for "
-            "this idea; compact organs need far less.",
+            f"{result.checked:,} voxels differ there. The folded cortex is nearly all surface, a hard case "
+            "for this idea; compact organs need far less.",
             strong=(0,),
         ),
     )

@@ -29,12 +29,15 @@ for (const figure of document.querySelectorAll("figure.slices")) (async () => {
   } catch { return; } /* the picture stays */
 
   const inks = data.classes.map((c) => [1, 3, 5].map((i) => parseInt(c.colour.slice(i, i + 2), 16)));
-  const middle = [0, 0, 0];
-  let count = 0;
-  for (let i = 0; i < labels.length; i += 7) if (labels[i]) {
-    middle[0] += i % X; middle[1] += Math.floor(i / X) % Y; middle[2] += Math.floor(i / (X * Y)); count++;
+  /* Start where each plane shows most. */
+  const areas = [new Uint32Array(X), new Uint32Array(Y), new Uint32Array(Z)];
+  for (let i = 0; i < labels.length; i++) if (labels[i]) {
+    areas[0][i % X]++; areas[1][Math.floor(i / X) % Y]++; areas[2][Math.floor(i / (X * Y))]++;
   }
-  const at = count ? middle.map((v) => Math.round(v / count)) : [X >> 1, Y >> 1, Z >> 1];
+  const at = areas.map((area) => {
+    const best = area.indexOf(Math.max(...area));
+    return area[best] ? best : area.length >> 1;
+  });
   let mode = "prediction";
 
   const index = (x, y, z) => x + X * (y + Y * z);

@@ -80,7 +80,7 @@ for (const figure of document.querySelectorAll("figure.surfaces")) (() => {
                 towards[0] * right[1] - towards[1] * right[0]];
     gl.uniformMatrix3fv(uniform("turn"), false, [0, 1, 2].flatMap((k) => [right[k], up[k], towards[k]]));
     gl.uniform3fv(uniform("centre"), centre);
-    const side = 2.05 * zoom / reach, aspect = canvas.width / canvas.height;
+    const side = 2.7 * zoom / reach, aspect = canvas.width / canvas.height;
     gl.uniform2f(uniform("zoom"), side / Math.max(aspect, 1), side * Math.min(aspect, 1));
     for (const mesh of meshes) if (mesh.shown) {
       gl.bindVertexArray(mesh.array);
