@@ -1,0 +1,60 @@
+"""Shared by the benchmarks: fair timing on a machine that others use too."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ossnet.files.atomic import write_text
+
+
+def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each piece of work, taking turns; the first turn of each does not count.
+
+    CPU time of this thread: with one thread it is what the work takes, without the time that others had the
+    core. Their use of memory and caches still shows; taking turns gives each candidate its share of it.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(rounds + 1):
+        for name, do in work.items():
+            started = time.thread_time()
+            do()
+            if turn:
+                taken[name].append(time.thread_time() - started)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], object]:
+    """A square matrix product, the machine's peak: 2 · size³ operations."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    processor = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(file: Path | None, results: Mapping[str, Any]) -> None:
+    """To the terminal, and into a file if one is named."""
+    text = json.dumps(results, indent=1)
+    print(text)
+    if file is not None:
+        write_text(file, text + "\n")
