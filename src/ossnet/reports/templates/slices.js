@@ -29,14 +29,15 @@ for (const figure of document.querySelectorAll("figure.slices")) (async () => {
   } catch { return; } /* the picture stays */
 
   const inks = data.classes.map((c) => [1, 3, 5].map((i) => parseInt(c.colour.slice(i, i + 2), 16)));
-  /* Start where each plane shows most. */
+  /* Start inside of what is labelled, a little off its middle: there brains have a gap. */
   const areas = [new Uint32Array(X), new Uint32Array(Y), new Uint32Array(Z)];
+  let count = 0;
   for (let i = 0; i < labels.length; i++) if (labels[i]) {
-    areas[0][i % X]++; areas[1][Math.floor(i / X) % Y]++; areas[2][Math.floor(i / (X * Y))]++;
+    areas[0][i % X]++; areas[1][Math.floor(i / X) % Y]++; areas[2][Math.floor(i / (X * Y))]++; count++;
   }
   const at = areas.map((area) => {
-    const best = area.indexOf(Math.max(...area));
-    return area[best] ? best : area.length >> 1;
+    let sum = 0;
+    return count ? area.findIndex((n) => (sum += n) >= 0.4 * count) : area.length >> 1;
   });
   let mode = "prediction";
 
