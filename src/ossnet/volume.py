@@ -35,6 +35,13 @@ class FileHeader:
     version: int = 1
 
 
+def flipped(array: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
+    """Mirror the last three axes; a view."""
+    axes = [array.ndim - 3 + axis for axis, flip in enumerate(flips) if flip]
+    mirrored: np.ndarray = np.flip(array, tuple(axes))
+    return mirrored
+
+
 @dataclass(frozen=True)
 class Orientation:
     """A permutation of the voxel axes followed by flips: how one voxel order becomes another.
@@ -54,12 +61,12 @@ class Orientation:
         """Reorder the last three axes of `array` (..., X, Y, Z); a view, no copy."""
         lead = array.ndim - 3
         moved = array.transpose(*range(lead), *(lead + a for a in self.axes))
-        return moved[(..., *(slice(None, None, -1 if f else 1) for f in self.flips))]
+        return flipped(moved, self.flips)
 
     def undo(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `apply`; a view, no copy."""
         lead = array.ndim - 3
-        unflipped = array[(..., *(slice(None, None, -1 if f else 1) for f in self.flips))]
+        unflipped = flipped(array, self.flips)
         return unflipped.transpose(*range(lead), *(lead + a for a in np.argsort(self.axes)))
 
     def matrix(self, stored_shape: Shape) -> Affine:
@@ -96,7 +103,8 @@ def spacing_of(affine: Affine) -> tuple[float, float, float]:
 
 def transform(points: Float[np.ndarray, "N 3"], affine: Affine) -> Float[np.ndarray, "N 3"]:
     """Map points by a 4×4 affine, in float64."""
-    return points @ affine[:3, :3].T.astype(np.float64) + affine[:3, 3]
+    moved: np.ndarray = points @ affine[:3, :3].T.astype(np.float64) + affine[:3, 3]
+    return moved
 
 
 def largest_corner_gap(one: Affine, other: Affine, shape: Shape) -> float:

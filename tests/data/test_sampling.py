@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ossnet.data.augment import apply_intensity, draw, flipped
+from ossnet.data.augment import apply_intensity, draw
 from ossnet.data.preparation import Fit
 from ossnet.data.sampling import (
     border_locations,
@@ -20,6 +20,7 @@ from ossnet.data.sampling import (
     sample_locations,
     uniform_locations,
 )
+from ossnet.volume import flipped
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
 CASES = {"brats": (48, 32, 32), "lits": (64, 64, 32)}

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.training.conftest import SMALL
 
 import ossnet
 from ossnet.errors import SettingsError
 from ossnet.training.loop import State
 from ossnet.training.settings import make_settings
 from ossnet.training.train import train
-
-from tests.training.conftest import SMALL
 
 
 class Stop:
@@ -57,7 +56,9 @@ def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     splits = json.loads((finished / "splits.json").read_text())
     assert len(splits["train"]) == 8
     assert not set(splits["train"]) & set(splits["val"])
-    assert len(json.loads((finished / "validation.json").read_text())["cases"]) == 2  # one case, two structures
+    assert (
+        len(json.loads((finished / "validation.json").read_text())["cases"]) == 2
+    )  # one case, two structures
 
 
 def test_the_model_segments_a_scan(finished: Path, balls: Path, tmp_path: Path) -> None:
@@ -75,12 +76,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(finished: Path, balls: P
         run(balls, tmp_path / "c", listener=Stop(3))
     run(balls, tmp_path / "c", resume=True)
     assert losses(tmp_path / "c") == losses(finished)
-    one, other = load_file(tmp_path / "c/last/weights.safetensors"), load_file(finished / "last/weights.safetensors")
+    one, other = (
+        load_file(tmp_path / "c/last/weights.safetensors"),
+        load_file(finished / "last/weights.safetensors"),
+    )
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_the_number_of_workers_changes_nothing(finished: Path, balls: Path, tmp_path: Path, workers: int) -> None:
+def test_the_number_of_workers_changes_nothing(
+    finished: Path, balls: Path, tmp_path: Path, workers: int
+) -> None:
     run(balls, tmp_path / "c", changes=[f"runtime.workers={workers}", "validation.dense=false"])
     assert losses(tmp_path / "c") == losses(finished)
 
@@ -96,7 +102,9 @@ def test_the_number_of_workers_changes_nothing(finished: Path, balls: Path, tmp_
         ("multiscale", ["schedule.minutes=0.05", "schedule.batch_size=1"]),
     ],
 )
-def test_every_variant_trains_and_answers(balls: Path, tmp_path: Path, variant: str, changes: list[str]) -> None:
+def test_every_variant_trains_and_answers(
+    balls: Path, tmp_path: Path, variant: str, changes: list[str]
+) -> None:
     if variant.startswith("unet"):
         pytest.importorskip("monai")
     out = run(balls, tmp_path / "run", variant, changes)

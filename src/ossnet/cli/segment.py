@@ -15,7 +15,9 @@ def command(
     channels: Annotated[
         bool, typer.Option("--channels", help="The files given are the channels of one scan, in order.")
     ] = False,
-    spacing: Annotated[float | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's.")] = None,
+    spacing: Annotated[
+        float | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's.")
+    ] = None,
     region: Annotated[
         str | None, typer.Option(help="Only this box of voxels: x0,y0,z0,x1,y1,z1 (ends excluded).")
     ] = None,
@@ -52,7 +54,9 @@ def command(
         try:
             x0, y0, z0, x1, y1, z1 = (int(n) for n in region.split(","))
         except ValueError:
-            raise SettingsError("--region", f"{region!r} is not six numbers", "Write x0,y0,z0,x1,y1,z1") from None
+            raise SettingsError(
+                "--region", f"{region!r} is not six numbers", "Write x0,y0,z0,x1,y1,z1"
+            ) from None
     options = Options(
         strategy=strategy,
         spacing=spacing,

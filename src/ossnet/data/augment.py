@@ -58,11 +58,6 @@ def draw(
     return Augmentation((flips[0], flips[1], flips[2]), factors, std, seed)
 
 
-def flipped(array: np.ndarray, flips: Flips) -> np.ndarray:
-    """Mirror the last three axes; a view."""
-    return array[(..., *(slice(None, None, -1 if f else 1) for f in flips))]
-
-
 def apply_intensity(
     image: Float[Tensor, "C X Y Z"], plan: Augmentation, top: Float[np.ndarray, " C"]
 ) -> Float[Tensor, "C X Y Z"]:

@@ -48,7 +48,9 @@ class CachedCase:
     @cached_property
     def border(self) -> list[Integer[np.ndarray, " _"]]:
         """Flat indices of the border band of each structure; found on first use, then kept."""
-        return border_voxels(self.labels, self.spacing, self.classes, self.border_kernel, self.border_width_mm)
+        return border_voxels(
+            self.labels, self.spacing, self.classes, self.border_kernel, self.border_width_mm
+        )
 
     def volume(self) -> Volume:
         """The (oriented) scan."""

@@ -34,7 +34,7 @@ class CropSource:
         image: (C, X, Y, Z), in the file's type.
         labels: (X, Y, Z); binary: any label above 0 is the structure.
         classes: Logits a location: 1 for binary, otherwise classes including background.
-        surfaces: Per structure, voxel indices on its surface (`surface_voxels`).
+        surfaces: Per structure, voxel indices on both sides of its surface (`surface_voxels`).
         normalise: Stored voxels of any part of the image to network input; elementwise.
         zoom: Voxels of the network's grid per voxel of the scan, per axis.
     """
@@ -146,22 +146,24 @@ class SpatialMap:
 
 
 def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "M 3"]]:
-    """Per structure (1, or classes - 1), the indices (M, 3) of its voxels with a 6-neighbour outside it.
+    """Per structure (1, or classes - 1), the indices (M, 3) of the voxels on both sides of its surface.
 
-    The border of the scan counts as outside only where the structure does not run into it. Structures that
-    are absent have M = 0.
+    These are voxels with a 6-neighbour on the other side. Both sides, because locations drawn around the inner one
+    alone are inside more often than a location near the surface is, and a network trained on them draws
+    structures too large. Structures that are absent have M = 0.
     """
     out = []
     for k in range(1, max(classes, 2)):
         mask = labels > 0 if classes == 1 else labels == k
-        inner = mask.copy()
+        surface = np.zeros(mask.shape, dtype=bool)
         for axis in range(3):
             lead: list[Any] = [slice(None)] * 3
             trail: list[Any] = [slice(None)] * 3
             lead[axis], trail[axis] = slice(1, None), slice(None, -1)
-            inner[tuple(lead)] &= mask[tuple(trail)]
-            inner[tuple(trail)] &= mask[tuple(lead)]
-        out.append(np.argwhere(mask & ~inner).astype(np.int32))
+            differs = mask[tuple(lead)] != mask[tuple(trail)]
+            surface[tuple(lead)] |= differs
+            surface[tuple(trail)] |= differs
+        out.append(np.argwhere(surface).astype(np.int32))
     return out
 
 
@@ -351,7 +353,6 @@ def _surface_in_crop(
     """At most about `limit` surface voxels that the crop shows, in crop coordinates."""
     if len(surface) > 4 * limit:
         surface = surface[rng.integers(len(surface), size=4 * limit)]
-    # Half a voxel outwards would be exact; the jitter is larger than that.
     points = mapping.inverse(to_grid(surface.astype(np.float32), source.zoom))
     crop = np.array(mapping.crop, np.float32)
     return points[((points >= -0.5) & (points <= crop - 0.5)).all(axis=1)]

@@ -46,7 +46,9 @@ class _Rows:
     def __call__(self, locations: Tensor) -> Tensor:
         """(N, C, 7, 7, 7) patches around locations; between voxels by trilinear interpolation (SPEC §7.34)."""
         if locations.is_floating_point():
-            low = torch.stack([axis.clamp(0, last) for axis, last in zip(locations.unbind(1), self.last, strict=True)], 1)
+            low = torch.stack(
+                [axis.clamp(0, last) for axis, last in zip(locations.unbind(1), self.last, strict=True)], 1
+            )
             base = low.floor()
             fraction = low - base
             if bool((fraction != 0).any()):

@@ -126,11 +126,13 @@ class Preparation(BaseModel):
         description="axis order inside: nearest to RAS+, or as stored (needed for the released weights, SPEC §1)",
     )
     normalise: Literal["zscore", "window", "none"] = Field(
-        "zscore", description="zscore: per scan and channel over all voxels, unbiased std; window: fixed for CT"
+        "zscore",
+        description="zscore: per scan and channel over all voxels, unbiased std; window: fixed for CT",
     )
     windows: tuple[ChannelWindow, ...] = Field((), description="one a channel, for normalise=window")
     fit: Literal["none", "pad", "resize", "spacing"] = Field(
-        "none", description="onto `shape` by zero padding or resizing, onto `spacing` by resampling, or as it is"
+        "none",
+        description="onto `shape` by zero padding or resizing, onto `spacing` by resampling, or as it is",
     )
     shape: Annotated[Shape | None, Field(description="network grid in voxels, for pad and resize")] = None
     spacing: Annotated[Spacing | None, Field(description="network grid in mm, for fit=spacing")] = None
@@ -230,7 +232,9 @@ def _unbiased_std(values: Num[np.ndarray, " N"], mean: float) -> float:
     return std if std > 1e-8 * max(abs(mean), 1.0) else 1.0
 
 
-def as_float(image: Num[np.ndarray, "C X Y Z"], device: torch.device | str = "cpu") -> Float[Tensor, "C X Y Z"]:
+def as_float(
+    image: Num[np.ndarray, "C X Y Z"], device: torch.device | str = "cpu"
+) -> Float[Tensor, "C X Y Z"]:
     """Voxels of any real type as a float32 tensor; moved to the device in their own type where torch has it."""
     native = image.astype(image.dtype.newbyteorder("="), copy=False)
     if native.dtype in (np.uint16, np.uint32, np.uint64):

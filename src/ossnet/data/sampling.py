@@ -26,7 +26,8 @@ def uniform_locations(
         include_last: False draws floor(u * (S - 1)) as released, which never reaches the last voxel (SPEC §7.6).
     """
     top = np.array(shape) - (0 if include_last else 1)
-    return np.floor(rng.random((count, 3)) * np.maximum(top, 1)).astype(np.int64)
+    drawn: Int64[np.ndarray, "N 3"] = np.floor(rng.random((count, 3)) * np.maximum(top, 1)).astype(np.int64)
+    return drawn
 
 
 def released_border(mask: Bool[np.ndarray, "X Y Z"], kernel: int = 13) -> Bool[np.ndarray, "X Y Z"]:
@@ -40,7 +41,7 @@ def released_border(mask: Bool[np.ndarray, "X Y Z"], kernel: int = 13) -> Bool[n
     edge = np.zeros(mask.shape, dtype=bool)
     for axis in range(3):
         edge |= ndi.sobel(grown, axis=axis, mode="reflect") != 0
-    return ndi.maximum_filter(edge, size=kernel, mode="constant", cval=0)
+    return np.asarray(ndi.maximum_filter(edge, size=kernel, mode="constant", cval=0))
 
 
 def euclidean_border(
@@ -96,7 +97,7 @@ def border_locations(
     if not fit.resizes:
         if len(voxels) > count:
             voxels = voxels[rng.choice(len(voxels), count, replace=False, shuffle=False)]
-        return _unravel(voxels, fit.source, flips) + np.array(fit.offset)
+        return np.asarray(_unravel(voxels, fit.source, flips) + np.array(fit.offset))
     first, many = zip(*(_preimages(n, s) for n, s in zip(fit.source, fit.target, strict=True)), strict=True)
     most = np.array([int(m.max()) for m in many])
     if len(voxels) * most.prod() <= 2 * count:
@@ -152,7 +153,7 @@ def labels_at(
     """Labels at locations of the network's grid: nearest voxel as released, background in the padding."""
     if fit.resizes:
         index = np.stack([table[locations[:, a]] for a, table in enumerate(fit.nearest())])
-        return labels[tuple(index)]
+        return np.asarray(labels[tuple(index)])
     index = locations - np.array(fit.offset)
     inside = ((index >= 0) & (index < np.array(fit.source))).all(axis=1)
     out = np.zeros(len(locations), dtype=labels.dtype)
@@ -160,9 +161,7 @@ def labels_at(
     return out
 
 
-def low_res_labels(
-    labels: Integer[np.ndarray, "X Y Z"], fit: Fit, grid: Shape, classes: int
-) -> np.ndarray:
+def low_res_labels(labels: Integer[np.ndarray, "X Y Z"], fit: Fit, grid: Shape, classes: int) -> np.ndarray:
     """Adaptive max pool to the encoder's low-resolution grid: which structures a cell holds (SPEC §3).
 
     Returns:
@@ -185,8 +184,7 @@ def _cell(mask: np.ndarray, fit: Fit, axis: int, cell: int, cells: int) -> np.nd
         low, high = start * source // size, (stop - 1) * source // size + 1
     else:
         low, high = start - fit.offset[axis], stop - fit.offset[axis]
-    found: np.ndarray = mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis)
-    return found
+    return np.asarray(mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis))
 
 
 def _unravel(flat: np.ndarray, shape: Shape, flips: Flips) -> np.ndarray:
@@ -207,7 +205,9 @@ def _preimages(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
 def _all_preimages(index: np.ndarray, first: Sequence[np.ndarray], many: Sequence[np.ndarray]) -> np.ndarray:
     parts = [
         np.stack(
-            np.meshgrid(*(np.arange(f[i], f[i] + m[i]) for i, f, m in zip(v, first, many, strict=True)), indexing="ij"),
+            np.meshgrid(
+                *(np.arange(f[i], f[i] + m[i]) for i, f, m in zip(v, first, many, strict=True)), indexing="ij"
+            ),
             axis=-1,
         ).reshape(-1, 3)
         for v in index

@@ -13,8 +13,8 @@ from ossnet.data.layouts import Dataset, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row
-from ossnet.files.nifti import read_labels
 from ossnet.files.containers import is_image, stem
+from ossnet.files.nifti import read_labels
 from ossnet.volume import LabelMap, same_place
 
 SUFFIXES = ("", "_seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")

@@ -17,8 +17,8 @@ from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
 from ossnet.files.atomic import write_json
-from ossnet.files.nifti import read_volume
 from ossnet.files.containers import stem
+from ossnet.files.nifti import read_volume
 from ossnet.files.validate import read_header
 from ossnet.volume import Volume
 
@@ -222,7 +222,9 @@ def _write_report(
     """`report.json`; entries of scans finished earlier are kept."""
     folder = jobs[0].target.parent if jobs else Path()
     single = len(jobs) == 1 and jobs[0].target.name != f"{jobs[0].name}.nii.gz"
-    name = f"{stem(jobs[0].target)}.json" if single else "report.json" if world == 1 else f"report.{rank}.json"
+    name = (
+        f"{stem(jobs[0].target)}.json" if single else "report.json" if world == 1 else f"report.{rank}.json"
+    )
     file = folder / name
     earlier: dict[str, Any] = {}
     with suppress(OSError, ValueError, AttributeError):

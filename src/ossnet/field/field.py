@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ossnet.data.preparation import prepare_scan
 from ossnet.errors import SettingsError, VolumeError
-from ossnet.field.engine import Answer, prepare
+from ossnet.field.answer import Answer
+from ossnet.field.engine import prepare
 from ossnet.field.grid import Box, Grid, check_box, moved_box
 from ossnet.field.model import Model
 from ossnet.field.refinement import refine
@@ -169,7 +170,7 @@ class Field:
             if box is not None:
                 shift = np.eye(4)
                 shift[:3, 3] = box[0]
-                grid = Grid(labels.shape, grid.affine @ shift)  # type: ignore[arg-type]
+                grid = Grid(labels.shape, grid.affine @ shift)
         stored = orientation.undo(labels)
         x, y, z = stored.shape
         return Segmentation(
@@ -250,7 +251,12 @@ class Field:
         return "dense" if getattr(self._answer, "dense", False) else "octree"
 
     def _fill(
-        self, grid: Grid, region: Box | None, strategy: Strategy, progress: Progress | None, options: dict[str, Any]
+        self,
+        grid: Grid,
+        region: Box | None,
+        strategy: Strategy,
+        progress: Progress | None,
+        options: dict[str, Any],
     ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
         classes = max(self.model.classes, 2)
         ask = self.asker(grid)
@@ -355,7 +361,11 @@ class _Slabs(Sequence[tuple[Box, np.ndarray]]):
 
 
 def _everywhere(
-    ask: Callable[[np.ndarray], Tensor], shape: Shape, region: Box | None, classes: int, progress: Progress | None
+    ask: Callable[[np.ndarray], Tensor],
+    shape: Shape,
+    region: Box | None,
+    classes: int,
+    progress: Progress | None,
 ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
     low, high = region or ((0, 0, 0), shape)
     size = tuple(h - lo for lo, h in zip(low, high, strict=True))

@@ -34,7 +34,7 @@ def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
         # A structure that fills a tenth of the scan, shaped between ball and twig.
         volume = 0.1 * float(np.prod(shape)) * sx * sy * sz
         surface = 1.5 * 4.836 * volume ** (2 / 3)
-    return float(surface) / face
+    return float(surface) / float(face)
 
 
 def forecast(

@@ -58,7 +58,8 @@ class Grid:
         out = np.linalg.inv(other.affine) @ self.affine
         # Grids that differ by whole voxels must map integers to integers.
         near = np.round(out)
-        return np.where(np.abs(out - near) < 1e-9, near, out)
+        exact: np.ndarray = np.where(np.abs(out - near) < 1e-9, near, out)
+        return exact
 
 
 def check_box(box: Box, shape: Shape) -> Box:

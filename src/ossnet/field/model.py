@@ -17,9 +17,9 @@ from torch import nn
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError
 from ossnet.files.atomic import atomic_write, write_json, write_text
+from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
 from ossnet.networks.released import read_released
-from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import Shape, Volume
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ossnet.data.cache import CachedCase
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model
-from ossnet.files.atomic import write_text
+from ossnet.files.atomic import write_bytes, write_text
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
+from ossnet.training.illustration import Events, illustrate
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.settings import Settings
 from ossnet.training.validation import SampledScores, validate
@@ -97,6 +98,8 @@ class Trainer:
         self._setup()
         if resume:
             self._restore(load_state(self.out / STATE))
+        write = self.settings.runtime.tensorboard and self.fabric.is_global_zero
+        self.events = Events(self.out / "events" if write else None, self.state.step)
         self._started = time.monotonic() - self.state.seconds
         self._saved = time.monotonic()
         with ThreadPoolExecutor(max(self.settings.runtime.workers, 1)) as pool:
@@ -108,6 +111,7 @@ class Trainer:
         if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
             self._validate()
         self._finish_last()
+        self.events.close()
         return self.state
 
     # Setting up ---------------------------------------------------------------------------------------------------
@@ -142,7 +146,9 @@ class Trainer:
         wanted = count if schedule.steps_per_epoch is None else schedule.steps_per_epoch * schedule.batch_size
         # Fewer cases than a batch holds: they come more than once, each time with another draw.
         wanted = max(wanted, schedule.batch_size)
-        cases = np.concatenate([order.permutation(len(self.train)) for _ in range(-(-wanted // len(self.train)))])
+        cases = np.concatenate(
+            [order.permutation(len(self.train)) for _ in range(-(-wanted // len(self.train)))]
+        )
         places = list(enumerate(cases[:wanted].tolist()))
         size, rank, world = schedule.batch_size, self.fabric.global_rank, self.fabric.world_size
         return [places[i : i + size][rank::world] for i in range(0, wanted - size + 1, size)]
@@ -164,7 +170,9 @@ class Trainer:
                     self._save()
             self.state.epoch += 1
             self.state.position = 0
-            if schedule.minutes is None and (self.state.epoch % every == 0 or self.state.epoch == schedule.epochs):
+            if schedule.minutes is None and (
+                self.state.epoch % every == 0 or self.state.epoch == schedule.epochs
+            ):
                 self._validate()
                 self._save()
 
@@ -197,7 +205,9 @@ class Trainer:
         self.recipe.progress(fraction)
         loss = self.recipe.loss(self.forward, examples, self.fabric.device)
         self.fabric.backward(loss.total)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimiser.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(
+            self.network.parameters(), self.settings.optimiser.clip_norm or math.inf
+        )
         if bool(norm.isfinite()):
             for optimiser in self.optimisers:
                 optimiser.step()
@@ -217,6 +227,8 @@ class Trainer:
                 "Lower the learning rate (optimiser.pade_lr=released helps the paper's variants) and --resume",
             )
         self.state.losses.append(value)
+        if self.state.step % 10 == 0:
+            self.events.scalars({"train/loss": value}, self.state.step)
         self.state.position += 1
         self.state.step += 1
         self.state.seconds = self._clock()
@@ -267,7 +279,9 @@ class Trainer:
         started = time.monotonic()
         since = self.state.rows[-1]["step"] if self.state.rows else 0
         with self._averaged():
-            scores = validate(self.model, self.validation, self.settings, self.fabric) if self.validation else []
+            scores = (
+                validate(self.model, self.validation, self.settings, self.fabric) if self.validation else []
+            )
             row = self._row(scores, mean(self.state.losses[since:]))
             self.state.rows.append(row)
             better = row.get("iou", self.state.step) > self.state.best
@@ -278,6 +292,8 @@ class Trainer:
                     self.model.metadata["metrics"] = _scores_only(row)
                     self.model.save(self.out / "model")
                 self._write_log()
+                self._illustrate()
+                self.events.scalars(row, self.state.step)
                 if self.listener is not None:
                     self.listener.validated(row)
         self.network.train()
@@ -285,6 +301,12 @@ class Trainer:
         spent = torch.tensor(time.monotonic() - started, device=self.fabric.device)
         self.state.validation_seconds = self._over_processes(spent)
         self.state.seconds = self._clock()
+
+    def _illustrate(self) -> None:
+        """A picture of the first validation case as the network sees it now."""
+        if self.settings.validation.picture and self.validation:
+            picture = illustrate(self.model, self.validation[0], f"step {self.state.step}")
+            write_bytes(self.out / "pictures" / f"step_{self.state.step:07d}.png", picture)
 
     def _row(self, scores: Sequence[SampledScores], loss: float) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
-from ossnet.networks.multiscale import CROP_VOXELS, MultiscaleNetwork, plan
+from ossnet.networks.multiscale import MultiscaleNetwork, plan
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
@@ -83,7 +83,9 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         names = {1: " and ".join(structures.values()) or "foreground"}
     else:
         classes, names = len(structures) + 1, structures
-    reasons.append(f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else ""))
+    reasons.append(
+        f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
+    )
 
     windows = _windows(dataset, train, settings, reasons)
     base = Preparation(
@@ -93,31 +95,21 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     )
     grids = read_grids(train, base)
     channels = len(dataset.channel_names)
+    reason: tuple[str, ...] = ()
+    recipe: Recipe
     if settings.variant == "multiscale":
         preparation = _spaced(base, grids, settings)
-        model, recipe = _multiscale(preparation, grids, channels, classes, names, settings, reasons)
-    elif settings.variant == "unet3d" and settings.network.patch_shape is not None:
-        preparation = _spaced(base, grids, settings)
-        network: UNet | OSSNet = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes))
-        model = Model(network, preparation, names)
-        recipe = CropUNetRecipe(network, preparation, settings, settings.network.patch_shape)
-        reasons.append(f"patches of {settings.network.patch_shape} voxels, sliding window in use")
-    else:
+        recipe, reason = _multiscale(preparation, grids, channels, classes, settings)
+    elif settings.variant in OFFERED:
         preparation, blocks = _fitted(base, grids, settings, reasons)
-        if settings.variant in OFFERED:
-            network = _oss_net(preparation, blocks, channels, classes, settings)
-            recipe = OccupancyRecipe(network, preparation, settings)
-            reasons.append(
-                f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}, "
-                f"{sum(p.numel() for p in network.parameters()):,} parameters"
-            )
-        else:
-            axis = settings.network.slice_axis
-            spec = UNetSpec(variant=settings.variant, channels=channels, classes=classes, slice_axis=axis)
-            network = UNet(spec)
-            kind = SliceUNetRecipe if settings.variant == "unet2d" else WholeUNetRecipe
-            recipe = kind(network, preparation, settings)
-        model = Model(network, preparation, names)
+        network = _oss_net(preparation, blocks, channels, classes, settings)
+        recipe = OccupancyRecipe(network, preparation, settings)
+        reason = (f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}",)
+    else:
+        recipe = _unet(base, grids, channels, classes, settings, reasons)
+    reasons.extend(reason)
+    reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
+    model = Model(recipe.network, recipe.preparation, names)
     model.channel_names = tuple(dataset.channel_names)
     model.metadata = {
         "variant": settings.variant,
@@ -152,7 +144,9 @@ def _windows(
     for parts in kept:
         values = np.concatenate(parts)
         if not len(values):
-            raise SettingsError("data.normalise", "no training case has foreground", "Use data.normalise=zscore")
+            raise SettingsError(
+                "data.normalise", "no training case has foreground", "Use data.normalise=zscore"
+            )
         low, high = (float(v) for v in np.percentile(values, [0.5, 99.5]))
         clipped = values.clip(low, high)
         windows.append(
@@ -176,7 +170,9 @@ def _fitted(
     kind = proposal.kind if settings.data.fit == "auto" else settings.data.fit
     if kind in ("none", "spacing"):
         raise SettingsError(
-            "data.fit", f"{kind!r} leaves scans of different shapes", f"Variant {settings.variant} needs pad or resize"
+            "data.fit",
+            f"{kind!r} leaves scans of different shapes",
+            f"Variant {settings.variant} needs pad or resize",
         )
     blocks = settings.network.blocks
     shape = settings.data.shape
@@ -212,23 +208,34 @@ def _oss_net(
 
 
 def _multiscale(
-    preparation: Preparation,
-    grids: Grids,
-    channels: int,
-    classes: int,
-    names: dict[int, str],
-    settings: Settings,
-    reasons: list[str],
-) -> tuple[Model, Recipe]:
+    preparation: Preparation, grids: Grids, channels: int, classes: int, settings: Settings
+) -> tuple[Recipe, tuple[str, ...]]:
     spacing = preparation.spacing or grids.median_spacing
     chosen = plan(
         spacing,
         grids.median_shape_at(spacing),
         channels,
         classes,
-        crop_voxels=settings.sampling.crop_voxels or CROP_VOXELS,
         locations=settings.sampling.locations,
+        **({"crop_voxels": settings.sampling.crop_voxels} if settings.sampling.crop_voxels else {}),
     )
-    reasons.extend(chosen.reasons)
     network = MultiscaleNetwork(chosen.spec)
-    return Model(network, preparation, names), MultiscaleRecipe(network, preparation, settings, chosen)
+    return MultiscaleRecipe(network, preparation, settings, chosen), chosen.reasons
+
+
+def _unet(
+    base: Preparation, grids: Grids, channels: int, classes: int, settings: Settings, reasons: list[str]
+) -> Recipe:
+    """A voxel baseline: slices, patches, or whole volumes."""
+    axis, patch = settings.network.slice_axis, settings.network.patch_shape
+    if settings.variant == "unet2d":
+        network = UNet(UNetSpec(variant="unet2d", channels=channels, classes=classes, slice_axis=axis))
+        preparation, _ = _fitted(base, grids, settings, reasons)
+        return SliceUNetRecipe(network, preparation, settings)
+    network = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes))
+    if patch is None:
+        preparation, _ = _fitted(base, grids, settings, reasons)
+        return WholeUNetRecipe(network, preparation, settings)
+    reasons.append(f"patches of {patch} voxels, sliding window in use")
+    preparation = _spaced(base, grids, settings)
+    return CropUNetRecipe(network, preparation, settings, patch)

@@ -25,7 +25,8 @@ class DataSettings(_Group):
 
     layout: str | None = Field(None, description="name of the data set's layout; found out when not given")
     fold: int | Literal["all", "paper"] = Field(
-        0, description="fold of the cross-validation (splits_final.json or 5 folds), all cases, or the paper's split"
+        0,
+        description="fold of the cross-validation (splits_final.json or 5 folds), all cases, or the paper's split",
     )
     target: Literal["classes", "foreground"] = Field(
         "classes", description="every structure of the data set, or any label above 0 as one structure"
@@ -35,10 +36,15 @@ class DataSettings(_Group):
         "auto", description="auto: window for CT in the default variant, zscore otherwise"
     )
     fit: Literal["auto", "none", "pad", "resize", "spacing"] = Field(
-        "auto", description="auto: pad where all scans are about one size, otherwise resize (the paper's variants)"
+        "auto",
+        description="auto: pad where all scans are about one size, otherwise resize (the paper's variants)",
     )
-    shape: Shape | None = Field(None, description="network grid S in voxels; proposed from the data when not given")
-    spacing: tuple[float, float, float] | None = Field(None, description="network grid in mm, for fit=spacing")
+    shape: Shape | None = Field(
+        None, description="network grid S in voxels; proposed from the data when not given"
+    )
+    spacing: tuple[float, float, float] | None = Field(
+        None, description="network grid in mm, for fit=spacing"
+    )
     cache_gb: float = Field(8.0, gt=0, description="cases beyond this are mapped from disk, in GB")
 
 
@@ -53,20 +59,28 @@ class NetworkSettings(_Group):
         "avg", description="how 14³ patches are pooled; released: max in dense inference (SPEC §7.3)"
     )
     slice_axis: Literal[0, 1, 2] = Field(2, description="unet2d: the axis that slices are cut across")
-    patch_shape: Shape | None = Field(None, description="unet3d: voxels of a training patch; none: whole volumes")
+    patch_shape: Shape | None = Field(
+        None, description="unet3d: voxels of a training patch; none: whole volumes"
+    )
 
 
 class SamplingSettings(_Group):
     """Locations that a training step asks."""
 
-    strategy: Literal["uniform", "border"] = Field("uniform", description="SPEC §3; BraTS uniform, LiTS border")
+    strategy: Literal["uniform", "border"] = Field(
+        "uniform", description="SPEC §3; BraTS uniform, LiTS border"
+    )
     locations: int = Field(2**14, ge=1, description="locations a volume")
     border_share: float = Field(0.5, ge=0, le=1, description="part of them from the border band")
     border_kernel: int = Field(13, ge=1, description="max pool in voxels that widens the border (SPEC §7.8)")
-    border_width_mm: float | None = Field(None, gt=0, description="Euclidean band in mm instead of the released one")
+    border_width_mm: float | None = Field(
+        None, gt=0, description="Euclidean band in mm instead of the released one"
+    )
     include_last_voxel: bool = Field(True, description="SPEC §7.6; false as released")
     crop_voxels: int | None = Field(
-        None, ge=4096, description="default variant: most voxels of a training crop; fewer make more, cheaper steps"
+        None,
+        ge=4096,
+        description="default variant: most voxels of a training crop; fewer make more, cheaper steps",
     )
 
 
@@ -87,31 +101,42 @@ class OptimiserSettings(_Group):
     lr: float = Field(3e-4, gt=0, description="learning rate; with muon that of AdamW")
     muon_lr: float = Field(0.015, gt=0, description="relative step of Muon")
     pade_lr: float | Literal["released"] = Field(
-        1e-2, description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)"
+        1e-2,
+        description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)",
     )
     weight_decay: float = Field(0.0, ge=0)
     lookahead_k: int = Field(5, ge=1)
     lookahead_alpha: float = Field(0.8, gt=0, le=1)
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights; the average is the model")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of averaged weights; the average is the model"
+    )
 
 
 class ScheduleSettings(_Group):
     """How long, and how the learning rates move."""
 
-    kind: Literal["steps", "cosine"] = Field("steps", description="steps: x0.1 at milestones; cosine with warm-up")
+    kind: Literal["steps", "cosine"] = Field(
+        "steps", description="steps: x0.1 at milestones; cosine with warm-up"
+    )
     epochs: int = Field(50, ge=1)
-    minutes: float | None = Field(None, gt=0, description="train for this wall-clock time; the schedule is stretched")
+    minutes: float | None = Field(
+        None, gt=0, description="train for this wall-clock time; the schedule is stretched"
+    )
     milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
     warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")
     batch_size: int = Field(8, ge=1, description="volumes a step, over all devices")
-    steps_per_epoch: int | None = Field(None, ge=1, description="none: every case once, incomplete batch dropped")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="none: every case once, incomplete batch dropped"
+    )
 
 
 class LossSettings(_Group):
     """What is minimised."""
 
-    kind: Literal["paper", "dice"] = Field("paper", description="cross-entropy of equation 2, or with soft Dice added")
+    kind: Literal["paper", "dice"] = Field(
+        "paper", description="cross-entropy of equation 2, or with soft Dice added"
+    )
     aux: float = Field(0.1, ge=0, description="weight of the encoder's segmentation (equation 2's alpha)")
 
 
@@ -123,7 +148,9 @@ class ValidationSettings(_Group):
     scheme: Literal["uniform", "released_lits"] = Field(
         "uniform", description="released_lits: 2^14 locations, 40 % from the border (SPEC §7.9)"
     )
-    empty_score: float = Field(0.0, ge=0, le=1, description="score when label and prediction are empty (SPEC §7.26)")
+    empty_score: float = Field(
+        0.0, ge=0, le=1, description="score when label and prediction are empty (SPEC §7.26)"
+    )
     dense: bool = Field(True, description="segment the validation cases at the end")
     dense_cases: int | None = Field(None, ge=1, description="at most this many")
     picture: bool = True
@@ -138,7 +165,9 @@ class RuntimeSettings(_Group):
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
         "auto", description="auto: bf16 where the machine computes in it and the variant was tried with it"
     )
-    threads: int | None = Field(None, ge=1, description="torch threads; the same number for a bit-exact resume")
+    threads: int | None = Field(
+        None, ge=1, description="torch threads; the same number for a bit-exact resume"
+    )
     workers: int = Field(2, ge=0, description="threads that prepare examples ahead")
     checkpoint_blocks: bool | Literal["auto"] = Field(
         "auto", description="recompute decoder blocks in the backward pass: less memory, a fifth more time"
@@ -242,7 +271,9 @@ def make_settings(
     layers += [_parse_change(change) for change in changes]
     if variant is not None:
         layers.append(("--variant", {"variant": variant}))
-    chosen = next((str(values["variant"]) for _, values in reversed(layers) if "variant" in values), "multiscale")
+    chosen = next(
+        (str(values["variant"]) for _, values in reversed(layers) if "variant" in values), "multiscale"
+    )
     chosen = canonical_variant(chosen)
     tree: dict[str, Any] = {}
     for where, values in [("recipe", VARIANT_RECIPES.get(chosen, {})), *layers]:
@@ -335,12 +366,18 @@ def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str
         inner = getattr(Settings(), key) if group is Settings else None
         if isinstance(inner, _Group):
             if not isinstance(value, Mapping):
-                raise SettingsError(where, f"{key} is a group of settings", f"Set one of them: {key}.name=value")
+                raise SettingsError(
+                    where, f"{key} is a group of settings", f"Set one of them: {key}.name=value"
+                )
             _check_keys(where, value, type(inner), f"{key}.")
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     out = dict(base)
     for key, value in over.items():
-        out[key] = _merged(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+        out[key] = (
+            _merged(out[key], value)
+            if isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+            else value
+        )
     return out

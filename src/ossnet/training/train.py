@@ -120,7 +120,11 @@ def make_fabric(settings: Settings) -> Fabric:
     precision = runtime.precision
     if precision == "auto":
         # The paper's variants were trained in full precision; the others were tried in bf16.
-        precision = "bf16-mixed" if settings.variant not in OFFERED and fast_bf16(torch.device(accelerator)) else "32-true"
+        precision = (
+            "bf16-mixed"
+            if settings.variant not in OFFERED and fast_bf16(torch.device(accelerator))
+            else "32-true"
+        )
     several = runtime.devices * runtime.nodes > 1
     return Fabric(
         accelerator=accelerator,

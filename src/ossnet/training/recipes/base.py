@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ossnet.data.augment import Augmentation, apply_intensity, flipped
+from ossnet.data.augment import Augmentation, apply_intensity
 from ossnet.data.cache import CachedCase
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.training.optimiser import Muon, paper_optimiser
 from ossnet.training.settings import Settings
+from ossnet.volume import flipped
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Recipe(ABC):
             ]
         if chosen.name == "adamw":
             return [
-                AdamW(self.network.parameters(), chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay)
+                AdamW(
+                    self.network.parameters(), chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay
+                )
             ]
         convolutions, rest = split_convolutions(self.network)
         return [

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ossnet.data.augment import Augmentation, apply_intensity, draw, flipped
+from ossnet.data.augment import Augmentation, apply_intensity, draw
 from ossnet.data.cache import CachedCase
 from ossnet.data.crops import change_intensities, cut, draw_map, targets_at, to_scan
 from ossnet.data.preparation import Preparation, as_float
@@ -18,14 +18,12 @@ from ossnet.training.losses import as_locations, compound_loss, occupancy_loss
 from ossnet.training.recipes.base import Recipe, StepLoss, augmented
 from ossnet.training.recipes.multiscale import CropSources, crop_settings
 from ossnet.training.settings import Settings
-from ossnet.volume import Shape
+from ossnet.volume import Shape, flipped
 
 
 def _plan(case: CachedCase, rng: np.random.Generator, settings: Settings) -> Augmentation:
     chosen = settings.augmentation
-    return draw(
-        rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise
-    )
+    return draw(rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise)
 
 
 class _DenseRecipe(Recipe):
@@ -122,7 +120,10 @@ class SliceUNetRecipe(_DenseRecipe):
             for dim, a in enumerate(others):
                 labels = labels.index_select(dim, torch.from_numpy(case.fit.nearest()[a]))
         else:
-            pads = [(case.fit.offset[a], case.fit.target[a] - case.fit.source[a] - case.fit.offset[a]) for a in others]
+            pads = [
+                (case.fit.offset[a], case.fit.target[a] - case.fit.source[a] - case.fit.offset[a])
+                for a in others
+            ]
             padding = [n for pair in reversed(pads) for n in pair]
             image, labels = F.pad(image, padding), F.pad(labels, padding)
         return Slice(image, labels)

@@ -46,7 +46,10 @@ def _normalised(
 
 
 def crop_settings(
-    settings: Settings, crop: tuple[int, int, int], spacing: tuple[float, float, float], strides: tuple[int, int, int]
+    settings: Settings,
+    crop: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    strides: tuple[int, int, int],
 ) -> CropSettings:
     """Crops with the augmentation that the settings ask for."""
     augmentation = settings.augmentation

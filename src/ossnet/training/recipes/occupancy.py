@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ossnet.data.augment import Augmentation, draw, flipped
+from ossnet.data.augment import Augmentation, draw
 from ossnet.data.cache import CachedCase
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import Preparation, reduce_by_two
@@ -18,7 +18,7 @@ from ossnet.networks.ossnet import OSSNet
 from ossnet.training.losses import oss_net_loss
 from ossnet.training.recipes.base import Recipe, StepLoss, augmented
 from ossnet.training.settings import Settings
-
+from ossnet.volume import flipped
 
 LEAN_BYTES = 80_000
 """Kept for the backward pass for each location of a full-width decoder (`benchmarks/training_step.py`)."""

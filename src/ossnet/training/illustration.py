@@ -1,0 +1,48 @@
+"""What people look at while a network trains: pictures, and TensorBoard events."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ossnet.data.cache import CachedCase
+from ossnet.field.model import Model
+from ossnet.reports.figures import overlay
+from ossnet.volume import LabelMap
+
+
+def illustrate(model: Model, case: CachedCase, title: str) -> bytes:
+    """A PNG: slices of a case with the outlines of the prediction and of the reference."""
+    found = model.field(case.volume(), device=next(model.network.parameters()).device).segment()
+    reference = (case.labels > 0).astype("uint8") if model.classes == 1 else case.labels
+    return overlay(case.volume(), found, LabelMap(reference, case.affine), title=f"{case.name}, {title}")
+
+
+class Events:
+    """TensorBoard events; silent where tensorboard is not installed or no folder is given.
+
+    Args:
+        start: Step at which a resumed training goes on; later events of the stopped one are hidden.
+    """
+
+    def __init__(self, folder: Path | None, start: int) -> None:
+        self._writer: Any = None
+        if folder is None:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=start or None)
+
+    def scalars(self, values: Mapping[str, Any], step: int) -> None:
+        """Write numbers; names without a group are validation scores."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch"):
+                self._writer.add_scalar(name if "/" in name else f"validation/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
