@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,14 @@ from ossnet.errors import SettingsError, VolumeError
 from ossnet.field.answer import Answer
 from ossnet.field.engine import prepare
 from ossnet.field.grid import Box, Grid, check_box, moved_box
+from ossnet.field.mesh import extract_mesh
 from ossnet.field.model import Model
 from ossnet.field.refinement import refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical
+
+if TYPE_CHECKING:
+    import trimesh
 
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
 Progress = Callable[[int, int], None]
@@ -188,15 +192,64 @@ class Field:
         """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
         x, y, z = self.grid.shape
         out = np.empty((max(self.model.classes, 1), x, y, z), dtype=np.float32)
-        for done, (box, locations) in enumerate(_slabs(self.grid.shape)):
+        done = 0
+        for box, locations in _slabs(self.grid.shape):
             found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
             part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
             (x0, y0, z0), (x1, y1, z1) = box
             out[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
+            done += len(locations)
             if progress:
-                progress((done + 1) * len(locations), x * y * z - (done + 1) * len(locations))
+                progress(done, x * y * z - done)
         stored = np.ascontiguousarray(self._orientation.undo(out))
         return replace(self.volume, data=stored)
+
+    def mesh(
+        self,
+        structure: str | int = 1,
+        *,
+        faces: int | None = None,
+        smooth: int = 0,
+        labels: LabelMap | None = None,
+        **options: Any,
+    ) -> "trimesh.Trimesh":
+        """The closed surface of one structure, in world mm.
+
+        Args:
+            structure: Its name or label.
+            faces: Simplify to about this many triangles.
+            smooth: Rounds of Taubin smoothing.
+            labels: What `segment` gave for the scan's own grid, if it was called already.
+            options: Further arguments of `extract_mesh`.
+
+        Raises:
+            SettingsError: No such structure, or the extra `mesh` is not installed.
+        """
+        label = self._label(structure)
+        known = labels if labels is not None else self.segment()
+        oriented = np.ascontiguousarray(self._orientation.apply(known.data))
+        return extract_mesh(
+            self.asker(self.grid),
+            self.grid.shape,
+            self.grid.affine,
+            labels=oriented,
+            label=label,
+            classes=max(self.model.classes, 2),
+            faces=faces,
+            smooth=smooth,
+            **options,
+        )
+
+    def _label(self, structure: str | int) -> int:
+        names = self.model.label_names
+        for value, name in names.items():
+            if structure == value or (isinstance(structure, str) and structure.lower() == name.lower()):
+                return value
+        raise SettingsError(
+            "structure",
+            f"{structure!r} is none of this model's",
+            f"Choose one of {', '.join(f'{k} ({v})' for k, v in names.items())}",
+        )
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -229,7 +282,10 @@ class Field:
         like: Volume | LabelMap | None,
     ) -> tuple[Grid, Orientation]:
         if like is not None:
-            return Grid(like.shape, like.affine), Orientation()
+            # Octrees start at a corner: the same one, whatever order the voxels of `like` are stored in.
+            orientation = closest_canonical(like.affine)
+            oriented = like.reoriented(orientation)
+            return Grid(oriented.shape, oriented.affine), orientation
         if spacing is not None:
             if not isinstance(spacing, int | float):
                 spacing = _moved_triple(spacing, self._orientation)
@@ -276,7 +332,8 @@ class Field:
         if coarse is None or self._fit.offset != (0, 0, 0) or self._fit.source != self._fitted:
             return False
         cells = np.array(grid.shape) / np.array(coarse.shape[-3:])
-        return bool((cells <= 16).all()) and bool(np.allclose(grid.affine, self.grid.affine))
+        same = grid.shape == self.grid.shape and bool((grid.to(self.grid) == np.eye(4)).all())
+        return same and bool((cells <= 16).all())
 
     def _released(
         self, strategy: str, progress: Progress | None, reevaluate: bool

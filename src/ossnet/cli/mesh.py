@@ -1,0 +1,41 @@
+"""`ossnet mesh`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ossnet.cli.common import say
+
+
+def command(
+    image: Annotated[list[Path], typer.Argument(help="One scan: a file, or its channels in order.")],
+    model: Annotated[str, typer.Option(help="Run or model folder, or the name of a model that is shipped.")],
+    out: Annotated[Path, typer.Option(help="Mesh file: .stl, .ply, .obj or .glb.")],
+    structure: Annotated[str, typer.Option(help="Name or label of the structure.")] = "1",
+    faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
+    smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
+) -> None:
+    """Write the surface of a structure, watertight, in world millimetres.
+
+    `ossnet mesh scan.nii.gz --model runs/liver --structure liver --out liver.stl`
+    """
+    from ossnet.errors import SettingsError
+    from ossnet.field.mesh import MESH_FORMATS, save_mesh
+    from ossnet.field.model import Model
+    from ossnet.files.nifti import read_volume
+
+    if out.suffix.lower().lstrip(".") not in MESH_FORMATS:
+        raise SettingsError("--out", f"{out} is no mesh file", f"End it in .{', .'.join(MESH_FORMATS)}")
+    field = Model.load(model).field(read_volume(image), device=device, memory=memory)
+    mesh = field.mesh(int(structure) if structure.isdigit() else structure, faces=faces, smooth=smooth)
+    if len(mesh.faces) == 0:
+        raise SettingsError(
+            "structure", f"{structure} was not found in this scan", "Look at `ossnet segment` first"
+        )
+    save_mesh(mesh, out)
+    say(
+        f"{len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, watertight: {mesh.is_watertight}: {out}"
+    )
