@@ -27,7 +27,11 @@ def reference(name: str) -> tuple[Model, Volume, dict[str, np.ndarray]]:
     case = dict(np.load(FIXTURES / f"{name}_dense.npz"))
     grid = tuple(int(n) for n in np.load(FIXTURES / f"{name}.npz")["output_shape"])
     model = ossnet.import_released(FIXTURES / f"{name}.pt", grid)
-    data = case["padded_volume"] if "padded_volume" in case else np.load(FIXTURES / "data_brats.npz")["padded_volume"]
+    data = (
+        case["padded_volume"]
+        if "padded_volume" in case
+        else np.load(FIXTURES / "data_brats.npz")["padded_volume"]
+    )
     return model, Volume(data.reshape(-1, *case["label"].shape), np.eye(4)), case
 
 
@@ -63,7 +67,7 @@ def test_octree_equals_asking_everywhere(name: str) -> None:
     everywhere, near = field.segment(strategy="dense"), field.segment(strategy="octree")
     assert near.evaluated < everywhere.evaluated
     wrong = near.data != everywhere.data
-    # The synthetic networks draw specks between the lattice's sites: what differs is missing whole (DESIGN §5).
+    # The synthetic networks draw specks between the lattice's sites: what differs is missing whole.
     for value in (0, 1):
         components, count = label(everywhere.data == value)
         sizes = np.bincount(components.ravel(), minlength=count + 1)
@@ -88,4 +92,3 @@ def test_the_answer_does_not_depend_on_the_chunk() -> None:
     other = model.field(volume, preprocessed=True, precision="fp32", device="cpu", chunk=4096).logits(points)
     assert np.abs(one - other).max() < 1e-4
     assert ((one > 0) == (other > 0)).all()
-

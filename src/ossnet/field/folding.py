@@ -1,4 +1,4 @@
-"""A trained decoder with everything that one volume fixes folded into its weights (DESIGN §6).
+"""A trained decoder with everything that one volume fixes folded into its weights.
 
 Once the encoder has run, conditional batch normalisation is an affine map of constants and goes into the
 linear map before it; the latent's part of the first block's input is a constant vector and goes into a bias;

@@ -1,4 +1,4 @@
-"""Where small islands may hide between the sites of a lattice: two cheap guesses from logits (DESIGN §5).
+"""Where small islands may hide between the sites of a lattice: two cheap guesses from logits.
 
 A field that is smooth over a few voxels announces an island some way off: its logits come closer to the
 decision around it. One evaluated voxel recovers the whole island.

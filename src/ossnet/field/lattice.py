@@ -1,7 +1,7 @@
 """One level of the octree: the labels on a lattice, which of them were evaluated, and how the next level
 begins.
 
-Terms (DESIGN §5): a *lattice* holds the voxels whose indices are multiples of a stride. A *cell* lies between
+Terms: a *lattice* holds the voxels whose indices are multiples of a stride. A *cell* lies between
 eight lattice sites; a cell is *mixed* when their labels differ. A *window* is the box of lattice sites that
 is kept, in lattice indices; it is the whole lattice unless only a region is wanted.
 
@@ -164,7 +164,7 @@ class Lattice:
 
     def unsettled(self, flat: Indices, trust: float | None = None) -> Indices:
         """Those of the sites that the rule lists: B2(C) \\ E, not evaluated and with a 6-neighbour of another
-        label (DESIGN §5).
+        label.
 
         Args:
             flat: Sites; sites of the padding count as evaluated.

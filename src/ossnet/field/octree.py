@@ -1,4 +1,4 @@
-"""The octree: the dense label map of a function of position, asking it only near the surfaces (DESIGN §5).
+"""The octree: the dense label map of a function of position, asking it only near the surfaces.
 
 *C* is the current label of every voxel, evaluated or predicted; *E* the voxels evaluated; *B2(C)* the voxels
 with a 6-neighbour of another label. One rule on every lattice, coarse to fine: evaluate B2(C) \\ E, write the

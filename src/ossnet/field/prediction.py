@@ -1,7 +1,7 @@
 """Predictions of labels: of the children of a cell from the sites around it, and of a lattice from a coarse
 array.
 
-A prediction is never trusted, only asked about where it changes (DESIGN §5): it decides how many locations
+A prediction is never trusted, only asked about where it changes: it decides how many locations
 are evaluated.
 """
 

@@ -1,4 +1,4 @@
-"""The same networks, trained in a third of the time and a fraction of the memory (DESIGN §6).
+"""The same networks, trained in a third of the time and a fraction of the memory.
 
 `lean(network)` changes how a network computes, not what: parameters, buffers, state dict, batch statistics
 and gradients stay, up to rounding. Patch convolutions become matrix products; a Padé unit, with the
