@@ -88,9 +88,15 @@ def closest_canonical(affine: Affine) -> Orientation:
     columns = affine[:3, :3]
     cosines = columns / np.linalg.norm(columns, axis=0)
     permutations = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-    # axes[w] = voxel axis that runs along world axis w. Rounding makes ties (45 degrees) fall the same way
-    # whatever the stored order.
-    axes = max(permutations, key=lambda p: round(float(sum(abs(cosines[w, p[w]]) for w in range(3))), 9))
+
+    def rank(axes: tuple[int, int, int]) -> tuple[float, ...]:
+        # axes[w] = voxel axis that runs along world axis w. Where several fit alike (45 degrees), the directions
+        # that would come out decide: they do not depend on the stored order, as the voxel axes' numbers do.
+        chosen = cosines[:, axes]
+        directions = np.where(np.diag(chosen) < 0, -1, 1) * chosen
+        return (round(float(np.trace(directions)), 6), *np.round(directions, 6).ravel().tolist())
+
+    axes = max(permutations, key=rank)
     flips = tuple(bool(cosines[w, axes[w]] < 0) for w in range(3))
     return Orientation(axes, (flips[0], flips[1], flips[2]))
 
