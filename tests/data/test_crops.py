@@ -136,15 +136,28 @@ def test_soft_targets_interpolate_and_hard_ones_do_not() -> None:
     np.testing.assert_allclose(targets_at(several, points, soft=True)[0], [0.75, 0.25])
 
 
-def test_surfaces() -> None:
+def test_surfaces_are_both_sides() -> None:
     labels = np.zeros((7, 7, 7), np.uint8)
     labels[1:6, 1:6, 1:6] = 1
     labels[3, 3, 3] = 2
+    both = (5**3 - 3**3) + 6 * 5**2
     one, two = surface_voxels(labels, 3)
-    assert len(one) == 5**3 - 3**3 + 6
-    assert two.tolist() == [[3, 3, 3]]
-    assert len(surface_voxels(labels, 1)[0]) == 5**3 - 3**3
+    assert len(one) == both + 7
+    assert len(two) == 7
+    assert [3, 3, 3] in two.tolist()
+    assert len(surface_voxels(labels, 1)[0]) == both
     assert [len(s) for s in surface_voxels(np.zeros((3, 3, 3), np.uint8), 3)] == [0, 0]
+
+
+def test_locations_near_a_flat_surface_are_inside_half_of_the_time() -> None:
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[:20] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    plan = replace(
+        without_augmentation(ISO), crop=(32, 32, 32), locations=4000, near_surface=1.0, jitter=(1.0,)
+    )
+    targets = [example(source, plan, np.random.default_rng(s))["targets"].mean() for s in range(5)]
+    assert float(torch.stack(targets).mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_scan_without_the_structure_and_one_of_a_single_slice() -> None:

@@ -245,9 +245,8 @@ class BlockwiseEncoder:
             return _triple(min(ceil(block / u) * u, n) for u, n in zip(unit, self.padded, strict=True))
         cells = [prod(s) for s in self.spec.strides]
         # Bytes a voxel of the widest stage: input, branch, its activation and the output at once.
-        cost = 4 * self.spec.channels + max(
-            4 * 4 * stage.width / c for stage, c in zip(self.spec.stages[: first or 1], cells, strict=False)
-        )
+        stages = zip(self.spec.stages[: first or 1], cells, strict=False)
+        cost = 4 * self.spec.channels + max(4 * self.dtype.itemsize * s.width / c for s, c in stages)
         shape = list(self.padded)
         while prod(n + 2 * h for n, h in zip(shape, halo, strict=True)) * cost > self.work:
             axis = max(range(3), key=lambda a: shape[a] / unit[a])
@@ -335,7 +334,7 @@ class BlockwiseEncoder:
             cost: Values at work per output cell.
         """
         tile = list(shape)
-        itemsize = 4
+        itemsize = self.dtype.itemsize
         while (
             prod(min(n + 2 * h, s) for n, h, s in zip(tile, halo, shape, strict=True)) * cost * itemsize
             > self.work
