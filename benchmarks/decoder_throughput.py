@@ -55,9 +55,9 @@ def shell(count: int) -> torch.Tensor:
 def without_compiler():
     """As on a machine that has none."""
     with (
-        mock.patch.object(kernels, "library", lambda: None),
-        mock.patch.object(gather, "library", lambda: None),
-        mock.patch.object(products, "library", lambda: None),
+        mock.patch.object(kernels, "library", return_value=None),
+        mock.patch.object(gather, "library", return_value=None),
+        mock.patch.object(products, "library", return_value=None),
     ):
         yield
 
@@ -103,7 +103,8 @@ def main() -> None:
 
     def alone(answer: FusedAnswer) -> torch.Tensor:
         """Without asking again what is close: a random network is close to its decision everywhere."""
-        assert answer._fast is not None and answer._run_fast is not None
+        assert answer._fast is not None
+        assert answer._run_fast is not None
         return answer._ask(answer._run_fast, answer._fast.rows, locations.float())
 
     def eager(work):

@@ -103,3 +103,31 @@ def test_no_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert native.library() is None
     finally:
         native.library.cache_clear()
+
+
+def test_a_compiled_function_that_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("no toolchain")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    run = kernels._fallback(lambda x: 2 * x)
+    with pytest.warns(UserWarning, match="no toolchain"):
+        assert run(2) == 4
+    assert run(3) == 6
+
+
+def test_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions that torch compiles for a GPU, here without compiling."""
+    torch.manual_seed(0)
+    _, _, c = unit()
+    x, skip, scale, shift = torch.randn(2, 9, 5), torch.randn(2, 9, 5), torch.rand(2, 5), torch.randn(2, 5)
+    torch.testing.assert_close(
+        kernels._affine_pade(x, scale, shift, skip, c), kernels.affine_pade(x, scale, shift, skip, c)
+    )
+    pull = torch.randn(2, 9, 5)
+    torch.testing.assert_close(
+        kernels._affine_pade_backward(pull, x, scale, shift, skip, c),
+        kernels.affine_pade_backward(pull, x, scale, shift, skip, c),
+        rtol=1e-4,
+        atol=1e-5,
+    )

@@ -1,4 +1,4 @@
-"""The trained decoder specialised for one volume (DESIGN §6): the answers of `OSSNet.decode`, times faster.
+"""The trained decoder specialised for one volume: the answers of `OSSNet.decode`, times faster.
 
 Letters: C channels, N locations, K classes.
 """
@@ -23,7 +23,10 @@ from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import Shape
 
 MARGIN = 0.25
-"""Logits this close to a decision are asked again in float32: several times the error seen in bfloat16."""
+"""Logits this close to a decision are asked again in float32: several times the error of bfloat16 on trained
+networks. Where a sample of the volume shows larger errors, the margin grows with them."""
+SAMPLE = 256
+"""Locations in the sample."""
 
 _CPU_EXACT, _CPU_FAST, _GPU = 1024, 4096, 16384
 """Rows at once: float32 stays in the cache with few, bfloat16 repacks the weights each time."""
@@ -77,6 +80,7 @@ class FusedAnswer:
             self._allocate(chunk, memory, (_CPU_EXACT, _CPU_FAST) if cpu else (_GPU, _GPU))
             self._run_exact = _captured(self._exact)
             self._run_fast = None if self._fast is None else _captured(self._fast)
+            self.margin = self._measured_margin()
 
     def _allocate(self, chunk: int | None, memory: int | None, best: tuple[int, int]) -> None:
         """Rows of both precisions, within the grant; halved when the machine has less."""
@@ -98,6 +102,17 @@ class FusedAnswer:
         if main is not self._exact:
             self.fixed_bytes += self._exact.rows * self._exact.bytes_per_row
 
+    def _measured_margin(self) -> float:
+        """Three times the largest error of bfloat16 in a fixed sample of the volume, at least `MARGIN`."""
+        if self._fast is None or self._run_fast is None:
+            return 0.0
+        generator = torch.Generator().manual_seed(0)
+        scale = torch.tensor(self.shape) - 1
+        places = (torch.rand(SAMPLE, 3, generator=generator) * scale).round().to(self._device)
+        fast = self._ask(self._run_fast, self._fast.rows, places)
+        error = (fast - self._ask(self._run_exact, self._exact.rows, places)).abs()
+        return max(MARGIN, 3 * float(error.max()))
+
     @torch.no_grad()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
         """Logits at locations; see `Answer`."""
@@ -107,7 +122,7 @@ class FusedAnswer:
                 logits = self._ask(self._run_exact, self._exact.rows, places)
             else:
                 logits = self._ask(self._run_fast, self._fast.rows, places)
-                again = close_calls(logits, MARGIN).nonzero()[:, 0]
+                again = close_calls(logits, self.margin).nonzero()[:, 0]
                 if len(again):
                     logits[again] = self._ask(self._run_exact, self._exact.rows, places[again])
         return logits[:, 0] if self.classes == 1 else logits

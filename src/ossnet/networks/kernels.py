@@ -10,7 +10,7 @@ Letters: V volumes, N locations, F features.
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,15 +19,16 @@ from torch import Tensor
 from ossnet.networks.native import library
 from ossnet.networks.pade import magnitude, pade
 
+Result = TypeVar("Result")
+
 _PIECE = 256
 """Rows a tensor operation works on at once: 256 rows of 512 features stay in a core's cache."""
 _NATIVE = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def coefficients(numerator: Float[Tensor, "6"], denominator: Float[Tensor, "4"]) -> Float[Tensor, "10"]:
-    """n_0 … n_5, |d_0| … |d_3| in float32 on the CPU, where kernels take them as numbers."""
-    packed = torch.cat([numerator.detach(), magnitude(denominator.detach())])
-    return packed.to("cpu", torch.float32)
+    """n_0 … n_5, |d_0| … |d_3| in float32, on the device of the unit."""
+    return torch.cat([numerator.detach(), magnitude(denominator.detach())]).float()
 
 
 def pade_(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "*shape"]:
@@ -49,6 +50,8 @@ def pade_(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "
 
 def pade_of(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "*shape"]:
     """P of each value as a new tensor."""
+    if x.device.type != "cpu":
+        return _compiled_pade(x, c.to(x.device))
     function = _function("ossnet_pade", x)
     if function is None or not _dense(x):
         return pade_(x.clone(), c)
@@ -74,6 +77,9 @@ def affine_pade(
         out: Where to write, laid out as `x`, possibly `x` itself; None for a new tensor.
     """
     volumes, rows, features = x.shape
+    if x.device.type != "cpu":
+        fresh = _compiled_affine_pade(x, scale, shift, skip, c.to(x.device))
+        return fresh if out is None else out.copy_(fresh)
     out = torch.empty_like(x) if out is None else out
     function = _function("ossnet_affine_pade", x)
     if function is not None and _alike(x, skip, out):
@@ -82,8 +88,6 @@ def affine_pade(
             volumes * rows, features, x.stride(1), rows, c.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
-    if x.device.type != "cpu":
-        return out.copy_(_compiled_affine_pade(x, scale, shift, skip, c.to(x.device)))
     scratch = torch.empty(2, min(_PIECE, rows), features)
     for v in range(volumes):
         for start in range(0, rows, _PIECE):
@@ -114,10 +118,12 @@ def affine_pade_backward(
         Those of x, scale (V, F), shift (V, F), skip, and of the ten values of `coefficients` (float32). None
         for what is None.
     """
+    if x.device.type != "cpu":
+        return _compiled_affine_pade_backward(gradient, x, scale, shift, skip, c.to(x.device))
     volumes, rows, features = x.shape
     function = _function("ossnet_affine_pade_backward", x)
     if function is None or (skip is not None and scale is None):
-        return _affine_pade_backward(gradient, x, scale, shift, skip, c.to(x.device))
+        return _affine_pade_backward(gradient, x, scale, shift, skip, c)
     gradient, x = gradient.to(x.dtype).contiguous(), x.contiguous()
     skip = None if skip is None else skip.to(x.dtype).contiguous()
     d_x = torch.empty_like(x)
@@ -214,19 +220,19 @@ def _alike(x: Tensor, *others: Tensor | None) -> bool:
     return all(o is None or (o.dtype == x.dtype and o.stride() == x.stride()) for o in others)
 
 
-def _fallback(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _fallback(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function compiled by torch for a GPU; as it is where that does not work."""
-    state: dict[str, Callable[..., Tensor]] = {}
+    state: dict[str, Callable[..., Result]] = {}
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> Tensor:
+    def run(*arguments: Any) -> Result:
         if "chosen" not in state:
             compiled = torch.compile(function, dynamic=True)
             try:
-                answer: Tensor = compiled(*arguments)
+                answer: Result = compiled(*arguments)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a toolchain may say, the tensor operations work
-                if torch.cuda.is_available() and isinstance(error, torch.cuda.OutOfMemoryError):
-                    raise
                 warnings.warn(f"torch cannot compile here, going on without: {error}", stacklevel=2)
                 state["chosen"] = function
             else:
@@ -238,4 +244,5 @@ def _fallback(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 _compiled_affine_pade = _fallback(_affine_pade)
+_compiled_affine_pade_backward = _fallback(_affine_pade_backward)
 _compiled_pade = _fallback(lambda x, c: pade(x, c[:6], c[6:]))
