@@ -3,6 +3,7 @@
 Letters: B volumes, C channels, X Y Z voxels, R latent rows, L cells of the low-resolution grid.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ class Encoding(NamedTuple):
 class ResidualBlock3d(nn.Module):
     """Two 3³ convolutions with an average pool between them; halves the resolution."""
 
+    formulation: "Callable[[ResidualBlock3d, Tensor], Tensor] | None" = None
+    """Another way to compute the same (`networks.lean`)."""
+
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.main_mapping = nn.Sequential(
@@ -47,6 +51,8 @@ class ResidualBlock3d(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C X Y Z"]) -> Float[Tensor, "B D U V W"]:
         """(B, C, X, Y, Z) → (B, D, X/2, Y/2, Z/2)."""
+        if self.formulation is not None:
+            return self.formulation(self, x)
         # The specification convolves and then averages. A 1³ convolution and an average commute, and this way
         # round the convolution sees an eighth of the voxels.
         skip = self.residual_mapping(F.avg_pool3d(x, 2))

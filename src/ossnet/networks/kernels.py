@@ -115,8 +115,8 @@ def affine_pade_backward(
     """Gradients of `affine_pade` (shift None stands for 0) from that of its result.
 
     Returns:
-        Those of x, scale (V, F), shift (V, F), skip, and of the ten values of `coefficients` (float32). None
-        for what is None.
+        Those of x, scale (V, F), shift (V, F) (both float64), skip, and of the ten values of `coefficients`
+        (float32). None for what is None.
     """
     if x.device.type != "cpu":
         return _compiled_affine_pade_backward(gradient, x, scale, shift, skip, c.to(x.device))
@@ -139,7 +139,7 @@ def affine_pade_backward(
         raise MemoryError("out of memory in the backward pass of a Padé unit")
     if scale is None:
         return d_x, None, None, d_skip, d_c.float()
-    return d_x, d_affine[0].float(), d_affine[1].float(), d_skip, d_c.float()
+    return d_x, d_affine[0], d_affine[1], d_skip, d_c.float()
 
 
 def _horner(z: Tensor, c: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
@@ -192,7 +192,7 @@ def _affine_pade_backward(
     d_skip = None if skip is None else dz.to(skip.dtype)
     if scale is None:
         return dz.to(x.dtype), None, None, d_skip, torch.stack(d_c)
-    d_scale, d_shift = (dz * x).sum(1), dz.sum(1)
+    d_scale, d_shift = (dz * x).sum(1, dtype=torch.float64), dz.sum(1, dtype=torch.float64)
     return (dz * scale[:, None]).to(x.dtype), d_scale, d_shift, d_skip, torch.stack(d_c)
 
 
