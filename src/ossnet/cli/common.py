@@ -71,6 +71,11 @@ def say(message: str, kind: str = "") -> None:
     console.print(message, markup=False, soft_wrap=True)
 
 
+def is_first_process() -> bool:
+    """True in the one process that speaks, where several work together (torchrun, SLURM, Fabric)."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar with the time left on a terminal, silence elsewhere. Yields a function: number done so far.
@@ -105,7 +110,8 @@ def told() -> Iterator[None]:
             warnings.showwarning = _show_warning
             yield
     except (KeyboardInterrupt, typer.Abort):
-        say("interrupted; what was finished is kept")
+        if is_first_process():
+            say("interrupted; what was finished is kept")
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
         # Nobody reads the answer any more. Point stdout elsewhere, or Python complains when it closes it.

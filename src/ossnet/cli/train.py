@@ -1,13 +1,16 @@
 """`ossnet train`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ossnet.cli.common import say, stderr, stdout
+from ossnet.cli.common import is_first_process, say, stderr, stdout
+
+if TYPE_CHECKING:
+    from ossnet.training.settings import Settings
 
 
 def command(
@@ -25,17 +28,22 @@ def command(
         float | None, typer.Option(help="Train for this long; the schedule fits itself.")
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Processes or GPUs.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue a run that was stopped.")] = False,
+    replace_nan: Annotated[
+        bool,
+        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     help_settings: Annotated[bool, typer.Option("--help-settings", help="List every setting.")] = False,
 ) -> None:
     """Train a network on a data set.
 
-    `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
+    Stop it with Ctrl-C at any time and go on with `--resume`: the result is the same to the last bit, on the
+    same machine with the same number of threads.
 
-    Stop it with Ctrl-C at any time and go on with `--resume`.
+    **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
     from ossnet.errors import SettingsError
-    from ossnet.training.settings import Settings, describe_settings, make_settings
+    from ossnet.training.settings import describe_settings, make_settings
 
     if help_settings:
         table = Table("setting", "default", "meaning")
@@ -45,17 +53,51 @@ def command(
         return
     if data is None or out is None:
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
-    from ossnet.training.train import train
+    from ossnet.training.train import settings_of, train
 
     chosen = list(changes or ())
     if minutes is not None:
         chosen.append(f"schedule.minutes={minutes}")
     if devices is not None:
         chosen.append(f"runtime.devices={devices}")
-    settings = Settings() if resume else make_settings(variant, preset, config, chosen)
+    if replace_nan:
+        chosen.append("data.replace_nan=true")
+    if resume:
+        settings = settings_of(out)
+        if variant or preset or config or chosen:
+            require_unchanged(settings, make_settings(variant, preset, config, chosen))
+    else:
+        settings = make_settings(variant, preset, config, chosen)
     with Watcher() as watcher:
         train(data, out, settings, resume=resume, listener=watcher, say=say)
-    say(f"finished: {out}")
+    if is_first_process():
+        say(f"finished: {out}")
+
+
+def require_unchanged(used: "Settings", given: "Settings") -> None:
+    """Refuse to resume with other settings than those of the run.
+
+    Raises:
+        SettingsError: The first that differs.
+    """
+    from ossnet.errors import SettingsError
+
+    flat = [_flat(settings.model_dump(mode="json")) for settings in (used, given)]
+    for key, value in flat[0].items():
+        # How many processes there are is decided where the training is started.
+        if flat[1][key] != value and key not in ("runtime.devices", "runtime.nodes"):
+            raise SettingsError(
+                f"--resume: {key}",
+                f"{flat[1][key]} is given, the run was started with {value}",
+                "Resume without settings, or start another run",
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 class Watcher:

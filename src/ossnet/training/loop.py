@@ -26,6 +26,7 @@ from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.illustration import Events, illustrate
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.settings import Settings
+from ossnet.training.stopping import StopRequest
 from ossnet.training.validation import SampledScores, validate
 
 STATE = "state.safetensors"
@@ -90,26 +91,30 @@ class Trainer:
         """Train to the end of the schedule.
 
         Raises:
-            KeyboardInterrupt: After the state was written.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, between two steps, when the state was written.
             ResourceError: The disk is full; the last state is kept.
         """
         if not self.train:
             raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
         self._setup()
-        if resume:
+        # A run that ended before its first state goes on from the start.
+        if resume and (self.out / STATE).exists():
             self._restore(load_state(self.out / STATE))
         write = self.settings.runtime.tensorboard and self.fabric.is_global_zero
         self.events = Events(self.out / "events" if write else None, self.state.step)
         self._started = time.monotonic() - self.state.seconds
         self._saved = time.monotonic()
-        with ThreadPoolExecutor(max(self.settings.runtime.workers, 1)) as pool:
+        with ThreadPoolExecutor(max(self.settings.runtime.workers, 1)) as pool, StopRequest() as self.stop:
             try:
                 self._epochs(pool)
+                if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
+                    self._save()
+                    self._validate()
+                self._checkpoint()
             except KeyboardInterrupt:
-                self._save()
+                if self._whole:
+                    self._save()
                 raise
-        if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
-            self._validate()
         self._finish_last()
         self.events.close()
         return self.state
@@ -117,15 +122,10 @@ class Trainer:
     # Setting up ---------------------------------------------------------------------------------------------------
 
     def _setup(self) -> None:
-        schedule = self.settings.schedule
-        world = self.fabric.world_size
-        if schedule.batch_size % world:
-            raise SettingsError(
-                "schedule.batch_size",
-                f"{schedule.batch_size} volumes cannot be shared by {world} processes",
-                f"Use a multiple of {world}",
-            )
         self.state = State()
+        self._whole = True
+        """No step is under way: weights, optimisers and counters belong together."""
+        self._steps_per_epoch = 1
         self.network: nn.Module = self.model.network
         self.network.requires_grad_(True)
         self.network.train()
@@ -159,6 +159,7 @@ class Trainer:
         schedule, every = self.settings.schedule, self.settings.validation.every
         while self.state.epoch < schedule.epochs or schedule.minutes is not None:
             batches = self._epoch_batches(self.state.epoch)
+            self._steps_per_epoch = max(len(batches), 1)
             for examples in self._prefetched(batches, pool):
                 fraction = self._fraction(len(batches))
                 if fraction >= 1:
@@ -166,15 +167,26 @@ class Trainer:
                 self._step(examples, fraction)
                 if schedule.minutes is not None and self.state.seconds >= self._next_validation():
                     self._validate()
-                if self._due():
-                    self._save()
-            self.state.epoch += 1
-            self.state.position = 0
-            if schedule.minutes is None and (
-                self.state.epoch % every == 0 or self.state.epoch == schedule.epochs
-            ):
+                self._checkpoint()
+            # Before the epoch is counted: a run that ends while it validates does so again when it is resumed.
+            done = self.state.epoch + 1
+            validates = schedule.minutes is None and (done % every == 0 or done == schedule.epochs)
+            if validates:
                 self._validate()
-                self._save()
+            self.state.epoch, self.state.position = done, 0
+            self._checkpoint(due=validates)
+
+    def _checkpoint(self, due: bool = False) -> None:
+        """Write the state where it is due, and stop where that was asked of any process."""
+        due |= time.monotonic() - self._saved > self.settings.runtime.checkpoint_seconds
+        flags = torch.tensor([float(due), float(self.stop.asked)], device=self.fabric.device)
+        if self.fabric.world_size > 1:
+            flags = self.fabric.all_reduce(flags, reduce_op="sum")  # type: ignore[assignment]
+        due, stop = (flags > 0).tolist()
+        if due or stop:
+            self._save()
+        if stop:
+            raise KeyboardInterrupt
 
     def _prefetched(
         self, batches: Sequence[Sequence[tuple[int, int]]], pool: ThreadPoolExecutor
@@ -203,6 +215,7 @@ class Trainer:
     def _step(self, examples: Sequence[Any], fraction: float) -> None:
         self._set_rates(fraction)
         self.recipe.progress(fraction)
+        self._whole = False  # the forward pass moves running averages already
         loss = self.recipe.loss(self.forward, examples, self.fabric.device)
         self.fabric.backward(loss.total)
         norm = nn.utils.clip_grad_norm_(
@@ -224,7 +237,7 @@ class Trainer:
             raise SettingsError(
                 "optimiser.lr",
                 f"the loss became {value} at step {self.state.step}",
-                "Lower the learning rate (optimiser.pade_lr=released helps the paper's variants) and --resume",
+                "Start again with a lower one (optimiser.pade_lr=released helps the paper's variants)",
             )
         self.state.losses.append(value)
         if self.state.step % 10 == 0:
@@ -232,6 +245,7 @@ class Trainer:
         self.state.position += 1
         self.state.step += 1
         self.state.seconds = self._clock()
+        self._whole = True
         if self.listener is not None and self.fabric.is_global_zero:
             self.listener.step(self.state, value, fraction)
 
@@ -277,6 +291,7 @@ class Trainer:
 
     def _validate(self) -> None:
         started = time.monotonic()
+        self.state.rows = [row for row in self.state.rows if row["step"] != self.state.step]
         since = self.state.rows[-1]["step"] if self.state.rows else 0
         with self._averaged():
             scores = (
@@ -284,7 +299,9 @@ class Trainer:
             )
             row = self._row(scores, mean(self.state.losses[since:]))
             self.state.rows.append(row)
-            better = row.get("iou", self.state.step) > self.state.best
+            # What this step reached already, in a run that ended while it validated, is no reason not to write it.
+            again = self.state.best_step == self.state.step
+            better = again or row.get("iou", self.state.step) > self.state.best
             if better:
                 self.state.best, self.state.best_step = row.get("iou", self.state.step), self.state.step
             if self.fabric.is_global_zero:
@@ -311,7 +328,7 @@ class Trainer:
     def _row(self, scores: Sequence[SampledScores], loss: float) -> dict[str, Any]:
         row: dict[str, Any] = {
             "step": self.state.step,
-            "epoch": self.state.epoch,
+            "epoch": self.state.epoch + self.state.position // self._steps_per_epoch,
             "seconds": round(self.state.seconds, 2),
             "loss": loss,
             "skipped": self.state.skipped,
@@ -337,10 +354,6 @@ class Trainer:
             yield
         finally:
             self.network.load_state_dict(kept)
-
-    def _due(self) -> bool:
-        due = torch.tensor(float(time.monotonic() - self._saved > self.settings.runtime.checkpoint_seconds))
-        return self._over_processes(due.to(self.fabric.device)) > 0
 
     def _save(self) -> None:
         self._saved = time.monotonic()

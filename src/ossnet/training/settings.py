@@ -45,6 +45,7 @@ class DataSettings(_Group):
     spacing: tuple[float, float, float] | None = Field(
         None, description="network grid in mm, for fit=spacing"
     )
+    replace_nan: bool = Field(False, description="replace NaN and infinite voxels instead of refusing them")
     cache_gb: float = Field(8.0, gt=0, description="cases beyond this are mapped from disk, in GB")
 
 

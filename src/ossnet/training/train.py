@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, open_dataset
@@ -22,6 +24,7 @@ from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
 from ossnet.training.loop import STATE, Listener, Trainer
 from ossnet.training.planning import make_plan
+from ossnet.training.processes import ending_together, quieten_fabric, with_processes
 from ossnet.training.settings import Settings, parse_settings
 
 Say = Callable[[str], None]
@@ -56,19 +59,41 @@ def train(
     data, out = Path(data), Path(out)
     say = say or (lambda text: None)
     if resume:
-        settings = _settings_of(out)
+        settings = settings_of(out)
     elif (out / STATE).exists() or (out / "model").exists():
         raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
-    runtime = settings.runtime
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
+    settings = with_processes(settings)
+    if settings.runtime.threads is not None:
+        torch.set_num_threads(settings.runtime.threads)
     fabric = make_fabric(settings)
     fabric.launch()
+    with ending_together(fabric):
+        if not fabric.is_global_zero:
+            listener, say = None, lambda text: None
+        torch.manual_seed(settings.seed)
+        validation_cases = _train(data, out, settings, resume, fabric, listener, say)
     if not fabric.is_global_zero:
-        listener, say = None, lambda text: None
-    torch.manual_seed(settings.seed)
+        return out
+    if settings.validation.dense and len(validation_cases):
+        say("Segmenting the validation cases with the best model")
+        summary = judge(out, validation_cases[: settings.validation.dense_cases], say)
+        for entry in summary.classes:
+            say(f"{entry.name}: dense Dice {format_estimate('dice', entry.estimates['dice'])}")
+    return out
 
-    dataset = open_dataset(data, settings.data.layout)
+
+def _train(
+    data: Path,
+    out: Path,
+    settings: Settings,
+    resume: bool,
+    fabric: Fabric,
+    listener: Listener | None,
+    say: Say,
+) -> Sequence[CachedCase]:
+    """What all processes do together; returns the validation cases."""
+    nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
+    dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
     parts = split(dataset, settings.data.fold)
     train_cases = [dataset[name] for name in parts.train]
@@ -77,9 +102,12 @@ def train(
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
     for reason in plan.reasons:
         say(reason)
-    if fabric.is_global_zero and not resume:
-        write_json(out / "settings.json", settings.model_dump(mode="json"))
-        write_json(out / "splits.json", {"train": list(parts.train), "val": list(parts.validation)})
+    used = {"train": list(parts.train), "val": list(parts.validation)}
+    if resume:
+        _require_same_split(out / "splits.json", used, data)
+    # A folder for each process; what a killed one left is of no use.
+    mapped = out / "cache" / str(fabric.global_rank)
+    _remove_cache(mapped)
 
     def load(case: Case) -> CachedCase:
         return load_case(
@@ -93,20 +121,20 @@ def train(
 
     def cache(cases: Sequence[Case]) -> CaseCache:
         limit = int(settings.data.cache_gb * 1e9 / 2)
-        return CaseCache(cases, load, limit, out / "cache", jobs=min(4, os.cpu_count() or 1))
+        return CaseCache(cases, load, limit, mapped, jobs=min(4, os.cpu_count() or 1))
 
-    trainer = Trainer(
-        plan.model, plan.recipe, settings, cache(train_cases), cache(validation_cases), out, fabric, listener
-    )
-    trainer.run(resume)
-    _remove_cache(out / "cache")
-    if settings.validation.dense and validation_cases and fabric.is_global_zero:
-        say("Segmenting the validation cases with the best model")
-        summary = judge(out, trainer.validation[: settings.validation.dense_cases], say)
-        for entry in summary.classes:
-            say(f"{entry.name}: dense Dice {format_estimate('dice', entry.estimates['dice'])}")
-    fabric.barrier()
-    return out
+    try:
+        train, validation = cache(train_cases), cache(validation_cases)
+        trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
+        if fabric.is_global_zero and not resume:
+            # Not before every case was read: a refusal leaves nothing behind.
+            write_json(out / "splits.json", used)
+            write_json(out / "settings.json", settings.model_dump(mode="json"))
+        trainer.run(resume)
+    finally:
+        # Mapped files stay readable until they are closed.
+        _remove_cache(mapped)
+    return validation
 
 
 def make_fabric(settings: Settings) -> Fabric:
@@ -126,13 +154,21 @@ def make_fabric(settings: Settings) -> Fabric:
             else "32-true"
         )
     several = runtime.devices * runtime.nodes > 1
-    return Fabric(
-        accelerator=accelerator,
-        devices=runtime.devices,
-        num_nodes=runtime.nodes,
-        strategy="ddp" if several else "auto",
-        precision=precision,
-    )
+    quieten_fabric()
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            devices=runtime.devices,
+            num_nodes=runtime.nodes,
+            strategy="ddp" if several else "auto",
+            precision=precision,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        # More devices than there are, or a cluster that started other processes than it was asked for.
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise SettingsError(
+            "runtime.devices", reason, "Use what the machine or the cluster offers"
+        ) from error
 
 
 def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float = 1.0) -> Summary:
@@ -167,7 +203,12 @@ def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float 
     return summary
 
 
-def _settings_of(out: Path) -> Settings:
+def settings_of(out: Path) -> Settings:
+    """The settings of a run.
+
+    Raises:
+        SettingsError: There is no run, or its file is damaged.
+    """
     file = out / "settings.json"
     if not file.is_file():
         raise SettingsError(out, "there is no run to resume", "Start the training without --resume")
@@ -179,8 +220,18 @@ def _settings_of(out: Path) -> Settings:
         raise SettingsError(file, "it is no valid JSON", "Start again without --resume") from error
 
 
+def _require_same_split(file: Path, used: dict[str, list[str]], data: Path) -> None:
+    known = json.loads(file.read_text()) if file.is_file() else used
+    if known != used:
+        raise SettingsError(
+            data, "it no longer has the cases that the run was started with", "Resume with the same data set"
+        )
+
+
 def _remove_cache(folder: Path) -> None:
-    if folder.is_dir():
-        for file in folder.glob("*.npy"):
+    for file in folder.glob("*.npy"):
+        with suppress(OSError):
             file.unlink()
-        folder.rmdir()
+    for empty in (folder, folder.parent):  # the parent goes with the last process
+        with suppress(OSError):
+            empty.rmdir()
