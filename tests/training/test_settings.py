@@ -1,0 +1,84 @@
+"""Settings: recipes, presets, files and single changes, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ossnet.errors import SettingsError
+from ossnet.training.settings import PRESETS, describe_settings, make_settings
+
+
+def test_the_defaults_of_the_papers_variants_are_the_papers() -> None:
+    settings = make_settings("C")
+    assert settings.sampling.locations == 2**14
+    assert (settings.optimiser.lr, settings.optimiser.pade_lr) == (3e-4, 1e-2)
+    assert (settings.optimiser.lookahead_k, settings.optimiser.lookahead_alpha) == (5, 0.8)
+    assert (settings.schedule.epochs, settings.schedule.milestones) == (50, (20, 30))
+    assert settings.schedule.batch_size == 8
+    assert settings.validation.locations == 2**17
+    assert settings.loss.aux == 0.1
+
+
+def test_presets_are_the_papers_experiments() -> None:
+    brats, lits = make_settings(preset="brats2020"), make_settings(preset="lits")
+    assert brats.data.shape == (256, 256, 160)
+    assert brats.sampling.strategy == "uniform"
+    assert lits.data.shape == (512, 512, 512)
+    assert lits.sampling.strategy == "border"
+    assert lits.schedule.batch_size == 4
+    assert {s.data.orientation for s in (brats, lits)} == {"file"}
+
+
+@pytest.mark.parametrize("name", ["o-net", "O_NET", "onet", "c", "multiscale", "UNet3D"])
+def test_variants_are_known_in_any_spelling(name: str) -> None:
+    assert make_settings(name).variant in ("O-Net", "C", "multiscale", "unet3d")
+
+
+def test_later_ones_win(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[schedule]\nepochs = 7\nbatch_size = 3\n")
+    settings = make_settings("B", "lits", file, ["schedule.epochs=9", "data.shape=64,64,32"])
+    assert settings.variant == "B"
+    assert (settings.schedule.epochs, settings.schedule.batch_size) == (9, 3)
+    assert settings.data.shape == (64, 64, 32)
+    other = tmp_path / "mine.json"
+    other.write_text(json.dumps({"variant": "A", "optimiser": {"pade_lr": "released"}}))
+    assert make_settings(config=other).optimiser.pade_lr == "released"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("schedule.epoch=5", "schedule.epochs"),
+        ("epochs=5", "schedule.epochs"),
+        ("schedule.epochs=0", "greater than"),
+        ("schedule=3", "group"),
+        ("schedule.epochs", "no ="),
+        ("optimiser.name=sgd", "lookahead_radam"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_with_help(change: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_settings("C", changes=[change])
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "= 3"), ("a.json", "[]")])
+def test_files_that_hold_no_settings_are_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match=name):
+        make_settings(config=tmp_path / name)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(SettingsError, match="Choose one of"):
+        make_settings("resnet")
+    with pytest.raises(SettingsError, match="brats2020"):
+        make_settings(preset="brats")
+
+
+def test_every_setting_is_described() -> None:
+    rows = describe_settings()
+    assert len(rows) > 50
+    assert {"sampling.locations", "schedule.minutes", "runtime.devices"} <= {name for name, _, _ in rows}
+    assert PRESETS
