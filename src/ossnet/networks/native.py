@@ -66,8 +66,11 @@ def _load() -> ctypes.CDLL | None:
         command = [*compiler, "-O3", "-std=gnu99", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
         command += ["-fPIC", "-shared", *flags]
         try:
-            return _declare(ctypes.CDLL(str(_built(command))))
-        except (OSError, subprocess.SubprocessError) as error:
+            try:
+                return _declare(ctypes.CDLL(str(_built(command))))
+            except (OSError, AttributeError):  # a file that was cut short, say
+                return _declare(ctypes.CDLL(str(_built(command, again=True))))
+        except (OSError, AttributeError, subprocess.SubprocessError) as error:
             errors.append(error)
     raise errors[-1]
 
@@ -82,7 +85,7 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _built(command: Sequence[str]) -> Path:
+def _built(command: Sequence[str], again: bool = False) -> Path:
     """The library of this command for this machine, compiled unless it is there already."""
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, timeout=30, check=True
@@ -91,7 +94,7 @@ def _built(command: Sequence[str]) -> Path:
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     folder = _folder()
     target = folder / f"native-{digest}.so"
-    if not target.exists():
+    if again or not target.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / target.name
             subprocess.run(
