@@ -83,7 +83,7 @@ def test_backward(way: str, scaled: bool, skipped: bool) -> None:
     sign = torch.where(denominator >= 0, 1.0, -1.0)
     ours += [found[4][:6], found[4][6:] * sign]
     for mine, theirs in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.float(), theirs.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_not_a_number_stays(way: str) -> None:
