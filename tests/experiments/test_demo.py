@@ -23,6 +23,7 @@ from ossnet.experiments.demo import (
 )
 from ossnet.experiments.demo_page import demo_page
 from ossnet.reports.page import page_html
+from ossnet.reports.render import surface_of
 from ossnet.volume import LabelMap, Volume, spacing_of
 
 
@@ -101,6 +102,9 @@ def stand_in() -> DemoResult:
             {"step": i, "seconds": float(i), "dice grey matter": i / 50, "dice white matter": i / 60}
             for i in range(0, 40, 10)
         ],
+        surfaces=tuple(
+            s for k in NAMES if (s := surface_of(LabelMap(prediction, affine), k, NAMES[k], "#ff0000"))
+        ),
         evaluated=1234,
         checked=500,
         differing=3,

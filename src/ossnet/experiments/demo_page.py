@@ -6,10 +6,8 @@ from typing import Any
 from ossnet.evaluation.metrics import DISTANCE_RULE, Scores
 from ossnet.experiments.demo import NAMES, TOLERANCE_MM, DemoResult
 from ossnet.reports.charts import Line, line_chart, smoothed
-from ossnet.reports.colours import colour
 from ossnet.reports.figures import overlay
 from ossnet.reports.page import Chart, Headline, Page, Section, SliceView, SurfaceView, Table, Text
-from ossnet.reports.render import surface_of
 
 
 def demo_page(result: DemoResult) -> Page:
@@ -61,14 +59,11 @@ def _slices(result: DemoResult) -> SliceView:
 
 
 def _surfaces(result: DemoResult) -> SurfaceView:
-    found = [
-        surface_of(result.prediction, label, NAMES[label], colour(label), faces)
-        for label, faces in ((2, 60_000), (1, 40_000))
-    ]
     return SurfaceView(
-        tuple(s for s in found if s is not None),
-        "The predicted surfaces of white and grey matter. Drag to turn, pinch or Ctrl + wheel to zoom; hide "
-        "grey matter to see what lies below it. The flat side is where the scan was cut.",
+        result.surfaces,
+        "White matter: the surface on which the network finds it as likely as not, between the voxels. Grey "
+        "matter is drawn around its voxels. Drag to turn, pinch or Ctrl + wheel to zoom; hide grey matter to "
+        "see what lies below it. The flat side is where the scan was cut.",
     )
 
 
