@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ossnet.errors import InputError, ResourceError
-from ossnet.files.atomic import atomic_write, write_bytes, write_json, write_text
+from ossnet.files.atomic import atomic_write, clear_unfinished, write_bytes, write_json, write_text
 
 
 def test_written_whole_in_a_new_folder(tmp_path: Path) -> None:
@@ -79,3 +79,22 @@ def test_json_is_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", float("nan"))
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in (
+        ".writing-abcdefgh-a[1].json",
+        ".writing-12345678-b.json",
+        "deep/.writing-x-a.json",
+        "a[1].json",
+    ):
+        (tmp_path / name).write_text("half")
+    clear_unfinished(tmp_path / "a[1].json")
+    assert {p.name for p in tmp_path.rglob("*.json")} == {
+        ".writing-12345678-b.json",
+        ".writing-x-a.json",
+        "a[1].json",
+    }
+    clear_unfinished(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*.json")} == {"a[1].json"}

@@ -16,7 +16,7 @@ from ossnet.errors import InputError, SettingsError
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
-from ossnet.files.atomic import write_json
+from ossnet.files.atomic import clear_unfinished, write_json
 from ossnet.files.containers import stem
 from ossnet.files.nifti import read_volume
 from ossnet.files.validate import read_header
@@ -106,6 +106,9 @@ def segment_all(
     rank, world = _processes()
     share = list(jobs)[rank::world]
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
+    for job in todo:
+        clear_unfinished(job.target)
+        clear_unfinished(job.probabilities)
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
     entries: dict[str, Any] = {}

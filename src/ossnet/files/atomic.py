@@ -10,11 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from ossnet.errors import InputError, ResourceError
 
+_PREFIX = ".writing-"
 # Quota exceeded is, for a user, the same as a full disk.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -33,7 +35,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with _told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writing-", suffix=f"-{path.name}", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=f"-{path.name}", dir=path.parent)
         os.close(handle)
     temporary = Path(name)
     try:
@@ -47,6 +49,22 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def clear_unfinished(path: Path | str) -> None:
+    """Remove what killed processes left of writing `path`, or of any file below it where it is a folder.
+
+    For places where no other process is writing now.
+    """
+    path = Path(path)
+    found = (
+        path.rglob(f"{_PREFIX}*")
+        if path.is_dir()
+        else path.parent.glob(f"{_PREFIX}{'?' * 8}-{escape(path.name)}")
+    )
+    for file in list(found):
+        with suppress(OSError):
+            file.unlink()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:

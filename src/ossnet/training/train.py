@@ -19,7 +19,7 @@ from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, Summary, format_estimate, summarise, to_csv, to_json
 from ossnet.field.model import Model
-from ossnet.files.atomic import write_json, write_text
+from ossnet.files.atomic import clear_unfinished, write_json, write_text
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
 from ossnet.training.loop import STATE, Listener, Trainer
@@ -105,7 +105,9 @@ def _train(
     used = {"train": list(parts.train), "val": list(parts.validation)}
     if resume:
         _require_same_split(out / "splits.json", used, data)
-    # A folder for each process; what a killed one left is of no use.
+    # What a killed process left is of no use.
+    if fabric.is_global_zero and (out / "splits.json").exists():
+        clear_unfinished(out)
     mapped = out / "cache" / str(fabric.global_rank)
     _remove_cache(mapped)
 
