@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ossnet.data.layouts import images_in
-from ossnet.errors import InputError, SettingsError
+from ossnet.errors import InputError, OssnetError, ResourceError, SettingsError
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
@@ -21,6 +21,8 @@ from ossnet.files.containers import stem
 from ossnet.files.nifti import read_volume
 from ossnet.files.validate import read_header
 from ossnet.volume import Volume
+
+_REPORT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Options:
     precision: str = "auto"
     memory: str | None = None
     chunk: int | None = None
+    replace_nan: bool = False
     overwrite: bool = False
 
 
@@ -61,7 +64,8 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
         channels_together: The files are the channels of one scan.
 
     Raises:
-        SettingsError: One file as target for several scans, or two scans with the same name.
+        SettingsError: One file as target for several scans, two scans with the same name, or a scan that would
+            be replaced by its segmentation.
     """
     scans: list[tuple[str, tuple[Path, ...]]] = []
     if channels_together:
@@ -80,7 +84,20 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
-    return [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
+    jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
+    if out is not None:
+        _require_other_files(jobs)
+    return jobs
+
+
+def _require_other_files(jobs: Sequence[Job]) -> None:
+    scans = {file.resolve() for job in jobs for file in job.files}
+    for job in jobs:
+        for target in (job.target, job.probabilities):
+            if target.resolve() in scans:
+                raise SettingsError(
+                    "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
+                )
 
 
 def segment_all(
@@ -91,53 +108,59 @@ def segment_all(
     say: Callable[[str], None] | None = None,
     done: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Segment scans; what is finished is not done again, a scan that cannot be read does not stop the others.
+    """Segment scans; what is finished is not done again, a scan that cannot be used does not stop the others.
 
     The next scan is read and the last one written while the current one is answered. Under torchrun or SLURM each
-    process takes its share.
+    process takes its share. Only the label maps decide what is finished: two processes never write the same one.
 
     Returns:
-        The report, also written as `report.json` beside the label maps.
+        The report, also written as `report.json` beside the label maps (`NAME.json` for a single file,
+        `report.RANK.json` by each of several processes). It is up to date to about ten seconds, also after an
+        interrupt.
 
     Raises:
         InputError: After all others were done, the first scan that could not be segmented.
+        ResourceError: The disk is full; finished scans are kept.
     """
     say = say or (lambda text: None)
     rank, world = _processes()
     share = list(jobs)[rank::world]
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
-    for job in todo:
-        clear_unfinished(job.target)
-        clear_unfinished(job.probabilities)
+    _clear(todo)
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
-    entries: dict[str, Any] = {}
-    failed: list[InputError] = []
+    report = _Report(_report_file(jobs, rank, world), model, options)
+    failed: list[OssnetError] = []
     count = len(share) - len(todo)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-        written: list[tuple[Job, dict[str, Any], Future[None]]] = []
-        for job, scan in _read_ahead(todo, reader):
-            while len(written) > 1:  # at most two label maps wait for the disk
-                _collect(written.pop(0), entries)
+    try:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            written: list[tuple[Job, dict[str, Any], Future[None]]] = []
             try:
-                volume = scan.result()
-                entry, save = _segment(model, job, volume, options)
-            except InputError as error:
-                failed.append(error)
-                entries[job.name] = {"error": str(error)}
-                say(str(error))
-            else:
-                written.append((job, entry, writer.submit(save)))
-                say(f"{job.name}: {entry['locations']:,} locations, {entry['seconds']:.2f} s")
-            count += 1
-            if done:
-                done(count)
-        for item in written:
-            _collect(item, entries)
-    report = _write_report(model, jobs, options, entries, rank, world)
+                for job, scan in _read_ahead(todo, reader, options):
+                    while len(written) > 1:  # at most two label maps wait for the disk
+                        report.collect(written.pop(0))
+                    try:
+                        entry, save = _segment(model, job, scan.result(), options)
+                    except (
+                        InputError,
+                        ResourceError,
+                    ) as error:  # memory for this scan; a full disk shows later
+                        failed.append(error)
+                        report.refuse(job, error)
+                    else:
+                        written.append((job, entry, writer.submit(save)))
+                        say(f"{job.name}: {entry['locations']:,} locations, {entry['seconds']:.2f} s")
+                    count += 1
+                    if done:
+                        done(count)
+            finally:
+                while written:
+                    report.collect(written.pop(0))
+    finally:
+        report.write()
     if failed:
-        raise failed[0]
-    return report
+        raise _summed_up(failed)
+    return report.content()
 
 
 def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[dict[str, Any]]:
@@ -188,23 +211,36 @@ def _segment(
     return entry, save
 
 
-def _read_ahead(jobs: Sequence[Job], reader: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Volume]]]:
-    following = reader.submit(_read, jobs[0]) if jobs else None
+def _read_ahead(
+    jobs: Sequence[Job], reader: ThreadPoolExecutor, options: Options
+) -> Iterator[tuple[Job, Future[Volume]]]:
+    def start(job: Job) -> Future[Volume]:
+        return reader.submit(read_volume, job.files, nonfinite="replace" if options.replace_nan else "refuse")
+
+    following = start(jobs[0]) if jobs else None
     for index, job in enumerate(jobs):
         current = following
-        following = reader.submit(_read, jobs[index + 1]) if index + 1 < len(jobs) else None
+        following = start(jobs[index + 1]) if index + 1 < len(jobs) else None
         if current is not None:
             yield job, current
 
 
-def _read(job: Job) -> Volume:
-    return read_volume(job.files)
+def _clear(jobs: Sequence[Job]) -> None:
+    """Remove what killed processes left of these scans' files, and of no others."""
+    for folder in {job.target.parent for job in jobs}:
+        if any(folder.glob(".writing-*")):
+            for job in jobs:
+                clear_unfinished(job.target)
+                clear_unfinished(job.probabilities)
 
 
-def _collect(item: tuple[Job, dict[str, Any], Future[None]], entries: dict[str, Any]) -> None:
-    job, entry, future = item
-    future.result()
-    entries[job.name] = entry
+def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
+    """One error for all."""
+    first, more = failed[0], len(failed) - 1
+    if not more or not isinstance(first, InputError):
+        return first
+    reason = f"{first.reason} (and {more} more scans could not be segmented, report.json says why)"
+    return type(first)(first.where, reason, first.fix)
 
 
 def _finished(job: Job, options: Options) -> bool:
@@ -219,25 +255,52 @@ def _processes() -> tuple[int, int]:
     return 0, 1
 
 
-def _write_report(
-    model: Model, jobs: Sequence[Job], options: Options, entries: dict[str, Any], rank: int, world: int
-) -> dict[str, Any]:
-    """`report.json`; entries of scans finished earlier are kept."""
-    folder = jobs[0].target.parent if jobs else Path()
-    single = len(jobs) == 1 and jobs[0].target.name != f"{jobs[0].name}.nii.gz"
-    name = (
-        f"{stem(jobs[0].target)}.json" if single else "report.json" if world == 1 else f"report.{rank}.json"
-    )
-    file = folder / name
-    earlier: dict[str, Any] = {}
-    with suppress(OSError, ValueError, AttributeError):
-        earlier = json.loads(file.read_text()).get("scans", {})
-    report = {
-        "model": {"variant": model.variant, "labels": model.label_names},
-        "options": {k: v for k, v in asdict(options).items() if v is not None},
-        "versions": versions(),
-        "scans": {**earlier, **entries},
-    }
-    if jobs:
-        write_json(file, report)
-    return report
+def _report_file(jobs: Sequence[Job], rank: int, world: int) -> Path | None:
+    if not jobs:
+        return None
+    target = jobs[0].target
+    if len(jobs) == 1 and target.name != f"{jobs[0].name}.nii.gz":
+        return target.with_name(f"{stem(target)}.json")
+    return target.with_name("report.json" if world == 1 else f"report.{rank}.json")
+
+
+class _Report:
+    """`report.json`; entries of scans that were finished earlier are kept.
+
+    Nothing is written as long as nothing was segmented: a refused scan leaves no files.
+    """
+
+    def __init__(self, file: Path | None, model: Model, options: Options) -> None:
+        self.file, self.model, self.options = file, model, options
+        self.scans: dict[str, Any] = {}
+        self._written = time.monotonic()
+        if file is not None:
+            with suppress(OSError, ValueError, AttributeError):
+                self.scans = dict(json.loads(file.read_text()).get("scans", {}))
+
+    def collect(self, item: tuple[Job, dict[str, Any], Future[None]]) -> None:
+        """Wait until a label map is on the disk, then enter it."""
+        job, entry, future = item
+        future.result()
+        self.scans[job.name] = entry
+        if time.monotonic() - self._written > _REPORT_SECONDS:
+            self.write()
+
+    def refuse(self, job: Job, error: OssnetError) -> None:
+        """Enter why a scan was not segmented."""
+        self.scans[job.name] = {"error": str(error)}
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {
+            "model": {"variant": self.model.variant, "labels": self.model.label_names},
+            "options": {k: v for k, v in asdict(self.options).items() if v is not None},
+            "versions": versions(),
+            "scans": self.scans,
+        }
+
+    def write(self) -> None:
+        """Bring the file up to date."""
+        self._written = time.monotonic()
+        if self.file is not None and any("error" not in entry for entry in self.scans.values()):
+            write_json(self.file, self.content())
