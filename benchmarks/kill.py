@@ -29,7 +29,7 @@ SETTINGS = (
     "network.blocks=4,8",
     "network.width=16",
     "sampling.locations=64",
-    "schedule.epochs=60",
+    "schedule.epochs=20",
     "schedule.batch_size=4",
     "optimiser.ema=0.9",
     "validation.every=2",
@@ -191,14 +191,14 @@ def commit() -> str:
 
 def measure(data: Path, work: Path, kills: int, segment_kills: int, seed: int) -> dict[str, Any]:
     """Everything, as `results/kill.json` holds it."""
-    rng = random.Random(seed)
+    rng, state = random.Random(seed), commit()
     work.mkdir(parents=True, exist_ok=True)
     training = kill_training(data, work, kills, rng)
     segmenting = kill_segmenting(data, work / "alone", work, segment_kills, rng)
     return {
         "what": "kill -9 at random moments; variant C on ten scans of 12 x 22 x 18 voxels, through the command line",
         "command": f"python benchmarks/kill.py --kills {kills} --segment-kills {segment_kills} --seed {seed}",
-        "commit": commit(),
+        "commit": state,
         "versions": {name: version(name) for name in ("ossnet", "torch", "numpy", "safetensors")},
         "settings": SETTINGS,
         "training": training,
