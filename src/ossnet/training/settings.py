@@ -100,7 +100,7 @@ class OptimiserSettings(_Group):
 
     name: Literal["lookahead_radam", "adamw", "muon"] = "lookahead_radam"
     lr: float = Field(3e-4, gt=0, description="learning rate; with muon that of AdamW")
-    muon_lr: float = Field(0.015, gt=0, description="relative step of Muon")
+    muon_lr: float = Field(0.03, gt=0, description="relative step of Muon")
     pade_lr: float | Literal["released"] = Field(
         1e-2,
         description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)",
@@ -200,7 +200,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
         "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
-        "loss": {"kind": "dice"},
+        "loss": {"kind": "dice", "aux": 0.3},
         "augmentation": {"flip_axes": ()},
         "validation": {"locations": 2**15},
     },
