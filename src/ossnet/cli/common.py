@@ -23,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ossnet.errors import OssnetError
 
@@ -64,11 +65,10 @@ def _plain(value: Any) -> Any:
 def say(message: str, kind: str = "") -> None:
     """One line on stderr, for example `say("3 files are finished", "note")`."""
     colours = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-    console = stderr()
-    prefix = f"[{colours.get(kind, 'bold')}]{kind}:[/] " if kind else ""
+    console = _live[-1] if _live else stderr()
+    prefix = (Text(f"{kind}: ", colours.get(kind, "bold")),) if kind else ()
     # Not wrapped: a path broken over two lines cannot be copied.
-    console.print(prefix, end="", soft_wrap=True)
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(Text.assemble(*prefix, message), soft_wrap=True)
 
 
 def is_first_process() -> bool:
@@ -93,9 +93,23 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[int], No
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar, lines_above(console):
         task = bar.add_task(description, total=total)
         yield lambda count: bar.update(task, completed=count)
+
+
+_live: list[Console] = []
+
+
+@contextmanager
+def lines_above(console: Console) -> Iterator[None]:
+    """What is said meanwhile goes above the bar on this console, not through it."""
+    _live.append(console)
+    try:
+        yield
+    finally:
+        _live.remove(console)
 
 
 @contextmanager

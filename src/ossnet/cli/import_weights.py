@@ -17,7 +17,7 @@ def command(
 ) -> None:
     """Turn released OSS-Net weights into a model.
 
-    `ossnet import-weights oss_net_c_bra_ts.pt --out models/brats`
+    **Example:** `ossnet import-weights oss_net_c_bra_ts.pt --out models/brats`
     """
     from ossnet.errors import SettingsError
     from ossnet.field.model import import_released

@@ -15,7 +15,7 @@ def command(
 ) -> None:
     """Show what a model is and how it was trained.
 
-    `ossnet info runs/hippocampus`
+    **Example:** `ossnet info runs/hippocampus`
     """
     from ossnet.field.model import Model
 

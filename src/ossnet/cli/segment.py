@@ -24,18 +24,24 @@ def command(
     strategy: Annotated[
         str, typer.Option(help="auto, octree, dense; original, released, paper: the released algorithm.")
     ] = "auto",
-    probabilities: Annotated[bool, typer.Option(help="Also write probabilities (asks everywhere).")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write probabilities (asks everywhere).")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
     chunk: Annotated[int | None, typer.Option(help="Locations a pass; chosen when not given.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Also redo what is finished.")] = False,
+    replace_nan: Annotated[
+        bool,
+        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also redo what is finished.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
 ) -> None:
     """Segment scans with a trained model.
 
-    `ossnet segment scan.nii.gz --model runs/hippocampus --out scan_seg.nii.gz`
+    **Example:** `ossnet segment scan.nii.gz --model runs/hippocampus --out scan_seg.nii.gz`
 
     Folders resume: a finished file is final. Next to the label maps lies `report.json`: times, locations asked,
     versions.
@@ -66,6 +72,7 @@ def command(
         precision=precision,
         memory=memory,
         chunk=chunk,
+        replace_nan=replace_nan,
         overwrite=overwrite,
     )
     loaded = Model.load(model)

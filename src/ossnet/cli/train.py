@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ossnet.cli.common import is_first_process, say, stderr, stdout
+from ossnet.cli.common import is_first_process, lines_above, say, stderr, stdout
 
 if TYPE_CHECKING:
     from ossnet.training.settings import Settings
@@ -113,14 +113,17 @@ class Watcher:
             TextColumn("left:"),
             TimeRemainingColumn(),
         )
+        self._above = lines_above(console)
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task: TaskID | None = None
         self.smooth: float | None = None
 
     def __enter__(self) -> "Watcher":
+        self._above.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._above.__exit__(None, None, None)
         self.bar.stop()
 
     def step(self, state: Any, loss: float, fraction: float) -> None:

@@ -16,7 +16,7 @@ from ossnet.errors import InputError, OssnetError, ResourceError, SettingsError
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
-from ossnet.files.atomic import clear_unfinished, write_json
+from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
 from ossnet.files.nifti import read_volume
 from ossnet.files.validate import read_header
@@ -86,6 +86,7 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
         raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
     jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
     if out is not None:
+        require_folder(out.parent if single else out)
         _require_other_files(jobs)
     return jobs
 

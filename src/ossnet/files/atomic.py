@@ -51,6 +51,20 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         raise
 
 
+def require_folder(path: Path | str) -> None:
+    """Refuse a place where no folder can be made or written to, before hours of work find out. Nothing is made.
+
+    Raises:
+        InputError: It is a file, or lies in one, or may not be written to.
+    """
+    path = Path(path).absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise InputError(nearest, "is a file, not a folder", "Choose another place for the output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(nearest, "may not be written to", "Choose another place for the output")
+
+
 def clear_unfinished(path: Path | str) -> None:
     """Remove what killed processes left of writing `path`, or of any file below it where it is a folder.
 

@@ -8,12 +8,15 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ossnet.errors import SettingsError
-from ossnet.volume import Shape
+
+Count = Annotated[int, Field(ge=1)]
+Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Size = tuple[Count, Count, Count]
 
 
 class _Group(BaseModel):
@@ -39,10 +42,10 @@ class DataSettings(_Group):
         "auto",
         description="auto: pad where all scans are about one size, otherwise resize (the paper's variants)",
     )
-    shape: Shape | None = Field(
+    shape: Size | None = Field(
         None, description="network grid S in voxels; proposed from the data when not given"
     )
-    spacing: tuple[float, float, float] | None = Field(
+    spacing: tuple[Millimetres, Millimetres, Millimetres] | None = Field(
         None, description="network grid in mm, for fit=spacing"
     )
     replace_nan: bool = Field(False, description="replace NaN and infinite voxels instead of refusing them")
@@ -53,14 +56,14 @@ class NetworkSettings(_Group):
     """Sizes and options of the network."""
 
     width: int | None = Field(None, ge=1, description="features of a decoder block (paper: 512)")
-    blocks: tuple[int, ...] | None = Field(None, description="output channels of the encoder blocks")
+    blocks: tuple[Count, ...] | None = Field(None, description="output channels of the encoder blocks")
     cbn_statistics: Literal["scalar", "feature"] = Field("scalar", description="SPEC §7.7")
     normalise_coordinates: bool = Field(False, description="SPEC §7.4")
     large_pool: Literal["avg", "released"] = Field(
         "avg", description="how 14³ patches are pooled; released: max in dense inference (SPEC §7.3)"
     )
     slice_axis: Literal[0, 1, 2] = Field(2, description="unet2d: the axis that slices are cut across")
-    patch_shape: Shape | None = Field(
+    patch_shape: Size | None = Field(
         None, description="unet3d: voxels of a training patch; none: whole volumes"
     )
 
@@ -89,7 +92,9 @@ class AugmentationSettings(_Group):
     """Changes to a training example."""
 
     probability: float = Field(0.5, ge=0, le=1, description="of each kind (SPEC §3)")
-    flip_axes: tuple[int, ...] = Field((0, 1), description="axes that may be mirrored; () for none")
+    flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
+        (0, 1), description="axes that may be mirrored; () for none"
+    )
     brightness: float = Field(0.15, ge=0, description="largest factor f of x + f * max(x)")
     noise: float = Field(0.15, ge=0, description="standard deviation, in units of the normalised scan")
     spatial: bool = Field(True, description="default variant and U-Nets: rotation, scaling, elastic")
@@ -122,7 +127,10 @@ class ScheduleSettings(_Group):
     )
     epochs: int = Field(50, ge=1)
     minutes: float | None = Field(
-        None, gt=0, description="train for this wall-clock time; the schedule is stretched"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="train for this wall-clock time; the schedule is stretched",
     )
     milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
     warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")
@@ -362,7 +370,7 @@ def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str
             near = difflib.get_close_matches(prefix + key, every, 1, 0.5) or [
                 name for name in every if name.split(".")[-1] == key
             ]
-            fix = f"Did you mean {near[0]}?" if near else "See `ossnet train --help-settings`"
+            fix = f"Perhaps {near[0]} is meant" if near else "See `ossnet train --help-settings`"
             raise SettingsError(where, f"the setting {prefix + key} is unknown", fix)
         inner = getattr(Settings(), key) if group is Settings else None
         if isinstance(inner, _Group):

@@ -19,7 +19,7 @@ from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, Summary, format_estimate, summarise, to_csv, to_json
 from ossnet.field.model import Model
-from ossnet.files.atomic import clear_unfinished, write_json, write_text
+from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
 from ossnet.training.loop import STATE, Listener, Trainer
@@ -62,6 +62,7 @@ def train(
         settings = settings_of(out)
     elif (out / STATE).exists() or (out / "model").exists():
         raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
+    require_folder(out)
     settings = with_processes(settings)
     if settings.runtime.threads is not None:
         torch.set_num_threads(settings.runtime.threads)

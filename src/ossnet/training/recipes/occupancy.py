@@ -91,18 +91,32 @@ class OccupancyRecipe(Recipe):
         self, forward: Callable[..., Any], examples: Sequence[OccupancyExample], device: torch.device
     ) -> StepLoss:
         """Gather the patches of all volumes, then one forward pass."""
-        spec = self.network.spec
-        volumes, patches = [], []
-        for example in examples:
-            image = augmented(example.case, example.plan, self.preparation, device)
-            volumes.append(reduce_by_two(image))
-            patches.append(PatchSource(image, spec.patches)(example.locations.to(device)))
+        volumes, patches = self._inputs(examples, device)
         locations = torch.stack([e.locations for e in examples]).to(device, torch.float32)
         labels = torch.stack([e.labels for e in examples]).to(device)
-        stacked = None if spec.patches == "none" else torch.stack([p for p in patches if p is not None])
-        del patches
-        logits, segmentation = forward(torch.stack(volumes), locations, stacked)
+        logits, segmentation = forward(volumes, locations, patches)
         targets = [e.presence for e in examples if e.presence is not None]
         presence = torch.stack(targets).to(device) if targets else None
         loss = oss_net_loss(logits, labels, segmentation, presence, self.settings.loss.aux)
         return StepLoss(loss.total, {"main": loss.main.detach(), "aux": loss.auxiliary.detach()})
+
+    def _inputs(
+        self, examples: Sequence[OccupancyExample], device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """The reduced scans of a batch (B, C, X, Y, Z) and the patches (B, N, D, 7, 7, 7), channels last in memory.
+
+        One scan at a time is held at full resolution.
+        """
+        spec = self.network.spec
+        volumes: list[Tensor] = []
+        rows: Tensor | None = None
+        for place, example in enumerate(examples):
+            image = augmented(example.case, example.plan, self.preparation, device)
+            volumes.append(reduce_by_two(image))
+            patches = PatchSource(image, spec.patches)(example.locations.to(device))
+            if patches is not None:
+                channels_last = patches.permute(0, 2, 3, 4, 1)
+                if rows is None:
+                    rows = patches.new_empty(len(examples), *channels_last.shape)
+                rows[place] = channels_last
+        return torch.stack(volumes), None if rows is None else rows.permute(0, 1, 5, 2, 3, 4)
