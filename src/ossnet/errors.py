@@ -1,12 +1,12 @@
 """What can go wrong, as one small tree. The command line turns each of these into one line and exit code 2.
 
-    OssnetError
-    ├── InputError      a file, folder or value that was given: says which, why, and what to do
-    │   ├── VolumeError     an image or label file
-    │   ├── DatasetError    a data set as a whole
-    │   ├── ModelError      a model folder or weight file
-    │   └── SettingsError   a setting or an argument
-    └── ResourceError   memory or disk ran out; what was finished is kept
+OssnetError
+├── InputError      a file, folder or value that was given: says which, why, and what to do
+│   ├── VolumeError     an image or label file
+│   ├── DatasetError    a data set as a whole
+│   ├── ModelError      a model folder or weight file
+│   └── SettingsError   a setting or an argument
+└── ResourceError   memory or disk ran out; what was finished is kept
 """
 
 from pathlib import Path
@@ -51,3 +51,11 @@ class SettingsError(InputError):
 
 class ResourceError(OssnetError):
     """Memory or disk ran out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what Python, numpy and torch raise when memory runs out, on CPU and GPU."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)

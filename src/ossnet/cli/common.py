@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ossnet.errors import OssnetError
+from ossnet.errors import OssnetError, is_out_of_memory
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -143,8 +143,8 @@ def told() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         say(f"{where}{error.strerror}.", "error")
         raise typer.Exit(REFUSED) from None
-    except MemoryError:
-        if os.environ.get("OSSNET_DEBUG"):
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get("OSSNET_DEBUG") or not is_out_of_memory(error):
             raise
         say("memory ran out. Close other programs, or use smaller settings.", "error")
         raise typer.Exit(REFUSED) from None

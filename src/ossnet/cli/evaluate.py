@@ -42,8 +42,10 @@ def command(
     """
     from ossnet.evaluation.cases import match, score
     from ossnet.evaluation.tables import summarise, to_csv, to_json, to_screen
-    from ossnet.files.atomic import write_json, write_text
+    from ossnet.files.atomic import require_folder, write_json, write_text
 
+    if out is not None:
+        require_folder(out.parent if out.suffix.lower() in (".csv", ".json") else out)
     matched = match(predictions, labels, only_predicted=only_predicted)
     with progress("Comparing", len(matched.pairs)) as done:
         rows = score(matched, tolerance, done)

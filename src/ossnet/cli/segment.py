@@ -30,7 +30,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
-    chunk: Annotated[int | None, typer.Option(help="Locations a pass; chosen when not given.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Locations a pass; chosen when not given.")] = None,
     replace_nan: Annotated[
         bool,
         typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),

@@ -6,13 +6,20 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ossnet.data.layouts import images_in
-from ossnet.errors import InputError, OssnetError, ResourceError, SettingsError
+from ossnet.errors import (
+    DatasetError,
+    InputError,
+    OssnetError,
+    ResourceError,
+    SettingsError,
+    is_out_of_memory,
+)
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
@@ -23,6 +30,21 @@ from ossnet.files.validate import read_header
 from ossnet.volume import Volume
 
 _REPORT_SECONDS = 10.0
+# Endings of files that people may hope for; a folder with such a name is a mistake.
+_NO_FOLDERS = {
+    ".gz",
+    ".img",
+    ".hdr",
+    ".mha",
+    ".mhd",
+    ".nrrd",
+    ".npy",
+    ".npz",
+    ".png",
+    ".txt",
+    ".json",
+    ".stl",
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +86,9 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
         channels_together: The files are the channels of one scan.
 
     Raises:
-        SettingsError: One file as target for several scans, two scans with the same name, or a scan that would
-            be replaced by its segmentation.
+        DatasetError: A path that is not there, or a folder without scans.
+        SettingsError: One file as target for several scans, two scans with the same name, or results that would
+            replace scans or be taken for them.
     """
     scans: list[tuple[str, tuple[Path, ...]]] = []
     if channels_together:
@@ -74,8 +97,10 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
         for path in images:
             if path.is_dir():
                 scans += [(case.name, case.images) for case in images_in(path)]
-            else:
+            elif path.exists():
                 scans.append((re.sub(r"_0000$", "", stem(path)), (path,)))
+            else:
+                raise DatasetError(path, "there is no such file or folder", "Check the path")
     folder = out if out is not None else Path()
     single = out is not None and out.name.endswith((".nii", ".nii.gz"))
     if single and len(scans) > 1:
@@ -86,6 +111,12 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
         raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
     jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
     if out is not None:
+        if not single and out.suffix.lower() in _NO_FOLDERS and not out.is_dir():
+            raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")
+        if any(path.is_dir() and path.resolve() == out.resolve() for path in images):
+            raise SettingsError(
+                "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
+            )
         require_folder(out.parent if single else out)
         _require_other_files(jobs)
     return jobs
@@ -141,11 +172,9 @@ def segment_all(
                     while len(written) > 1:  # at most two label maps wait for the disk
                         report.collect(written.pop(0))
                     try:
-                        entry, save = _segment(model, job, scan.result(), options)
-                    except (
-                        InputError,
-                        ResourceError,
-                    ) as error:  # memory for this scan; a full disk shows later
+                        with _memory_told(job):
+                            entry, save = _segment(model, job, scan.result(), options)
+                    except (InputError, ResourceError) as error:
                         failed.append(error)
                         report.refuse(job, error)
                     else:
@@ -212,6 +241,19 @@ def _segment(
     return entry, save
 
 
+@contextmanager
+def _memory_told(job: Job) -> Iterator[None]:
+    """Memory that ran out is a matter of this scan."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"{job.files[0]}: memory ran out. Bound it with --memory, or ask for fewer voxels."
+        ) from error
+
+
 def _read_ahead(
     jobs: Sequence[Job], reader: ThreadPoolExecutor, options: Options
 ) -> Iterator[tuple[Job, Future[Volume]]]:
@@ -240,7 +282,7 @@ def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
     first, more = failed[0], len(failed) - 1
     if not more or not isinstance(first, InputError):
         return first
-    reason = f"{first.reason} (and {more} more scans could not be segmented, report.json says why)"
+    reason = f"{first.reason} ({more} more could not be segmented either, the report says why)"
     return type(first)(first.where, reason, first.fix)
 
 

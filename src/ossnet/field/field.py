@@ -361,7 +361,10 @@ class Field:
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
     return device

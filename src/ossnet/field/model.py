@@ -194,7 +194,9 @@ def model_folder(path: Path | str) -> Path:
     for folder in (path, path / "model", path / "last"):
         if all((folder / name).is_file() for name in FILES):
             return folder
-    reason = "it holds no model.json with weights.safetensors" if path.is_dir() else "no such folder"
+    reason = "it holds no model.json with weights.safetensors" if path.is_dir() else "there is no such folder"
+    if path.is_file():
+        reason = "it is a file, not a folder"
     raise ModelError(path, reason, "Give a model folder, or the run folder of a training")
 
 
@@ -225,6 +227,11 @@ def import_released(path: Path | str, output_shape: Shape | None = None) -> Mode
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if isinstance(error, RuntimeError):  # load_state_dict names what does not fit in its second line
+        return " ".join(" ".join(str(error).split("\n")[:2]).split())[:300]
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

@@ -4,9 +4,11 @@ This module reads a file of weights, which is all it shares with the outside: im
 """
 
 import re
+import warnings
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -176,7 +178,15 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(path, "there is no such file", "Check the path")
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on foreign pickles; the error says enough
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ModelError(
+            path,
+            "it holds more than plain tensors, or is no weight file",
+            "Give a weight file as torch.save wrote it; code in files is never run",
+        ) from error
     except MemoryError as error:
         raise ModelError(path, "it does not fit into memory", "Check that this is a weight file") from error
     # Damaged and foreign files end in a dozen kinds of exceptions (zip, unpickler, key, index, unicode, …).
