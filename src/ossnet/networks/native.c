@@ -14,6 +14,9 @@
 typedef int64_t i64;
 typedef uint16_t bf16;
 
+/* Work below this many values is done before a second thread has woken up. */
+#define GRAIN 32768
+
 #if defined(_WIN32)
 #define EXPORT __declspec(dllexport)
 #else
@@ -70,7 +73,7 @@ static inline float bottom_of(float size, const float *c) {
     }                                                                                                              \
     EXPORT void NAME(const T *x, const T *skip, const float *scale, const float *shift, T *out, i64 rows,          \
                      i64 columns, i64 stride, i64 per_volume, const float *coefficients, int threads) {            \
-        _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)")                         \
+        _Pragma("omp parallel for num_threads(threads) if (threads > 1 && rows * columns > GRAIN) schedule(static)") \
         for (i64 row = 0; row < rows; row++) {                                                                     \
             const i64 at = row * stride, volume = (row / per_volume) * columns;                                    \
             if (scale && skip)                                                                                     \
@@ -92,7 +95,7 @@ AFFINE_PADE(ossnet_affine_pade_bf16, bf16, bf16_load, bf16_store)
 #define PADE(NAME, T, LOAD, STORE)                                                                                 \
     EXPORT void NAME(const T *x, T *out, i64 count, const float *coefficients, int threads) {                      \
         const i64 part = 1 << 14;                                                                                  \
-        _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)")                         \
+        _Pragma("omp parallel for num_threads(threads) if (threads > 1 && count > GRAIN) schedule(static)")         \
         for (i64 start = 0; start < count; start += part) {                                                        \
             float c[10];                                                                                           \
             memcpy(c, coefficients, sizeof c);                                                                     \
@@ -157,7 +160,7 @@ PADE(ossnet_pade_bf16, bf16, bf16_load, bf16_store)
         /* Sums of a few hundred rows in float, those in double: about as exact as pairwise sums. */               \
         const i64 block = 256, blocks = (per_volume + block - 1) / block;                                          \
         int failed = 0;                                                                                            \
-        _Pragma("omp parallel num_threads(threads) if (threads > 1)") {                                            \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1 && volumes * per_volume * columns > GRAIN)") {   \
             float *sums = malloc(2 * (size_t)columns * sizeof(float));                                             \
             if (!sums) {                                                                                           \
                 _Pragma("omp atomic write") failed = 1;                                                            \
@@ -305,7 +308,7 @@ EXPORT int ossnet_patches(const float *image, const i64 *shape, const i64 *strid
                           const int *pools, i64 parts, void *out, i64 stride, int half, int threads) {
     const i64 channels = shape[0], values = channels * 343;
     int failed = 0;
-    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {
+    _Pragma("omp parallel num_threads(threads) if (threads > 1 && count * values > GRAIN)") {
         float *scratch = malloc((size_t)(2 * channels * 15 * 15 * 15 + values) * sizeof(float));
         float *row = scratch + 2 * channels * 15 * 15 * 15;
         if (!scratch) {
@@ -339,7 +342,7 @@ EXPORT int ossnet_patch_spectra(const float *image, const i64 *shape, const i64 
                                 i64 stride, int threads) {
     const i64 channels = shape[0], values = channels * 343;
     int failed = 0;
-    _Pragma("omp parallel num_threads(threads) if (threads > 1)") {
+    _Pragma("omp parallel num_threads(threads) if (threads > 1 && count * values > GRAIN)") {
         float *scratch = malloc((size_t)(2 * channels * 15 * 15 * 15 + values) * sizeof(float));
         float *row = scratch + 2 * channels * 15 * 15 * 15;
         if (!scratch) {
@@ -374,7 +377,7 @@ EXPORT int ossnet_patch_spectra(const float *image, const i64 *shape, const i64 
 EXPORT void ossnet_spectra_pade(const float *in, i64 plane, i64 in_stride, i64 count, i64 channels,
                                 const float *transform, const float *bias, const float *coefficients, float *out,
                                 i64 stride, int threads) {
-    _Pragma("omp parallel for num_threads(threads) if (threads > 1) schedule(static)")
+    _Pragma("omp parallel for num_threads(threads) if (threads > 1 && count * channels * 343 > GRAIN) schedule(static)")
     for (i64 n = 0; n < count; n++) {
         float c[10];
         memcpy(c, coefficients, sizeof c);
