@@ -98,3 +98,12 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     }
     clear_unfinished(tmp_path)
     assert {p.name for p in tmp_path.rglob("*.json")} == {"a[1].json"}
+
+
+def test_what_safetensors_says_of_a_full_disk(tmp_path: Path) -> None:
+    """Its errors carry the system's number in their text."""
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(ResourceError, match="the disk is full"), atomic_write(tmp_path / "a"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (tmp_path / "a").read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 1

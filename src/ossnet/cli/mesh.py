@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """Write the surface of a structure, watertight, in world millimetres.
 
-    `ossnet mesh scan.nii.gz --model runs/liver --structure liver --out liver.stl`
+    **Example:** `ossnet mesh scan.nii.gz --model runs/liver --structure liver --out liver.stl`
     """
     from ossnet.errors import SettingsError
     from ossnet.field.mesh import MESH_FORMATS, save_mesh

@@ -7,6 +7,7 @@ folder, are flushed to the disk, and the finished file takes the place of the ol
 import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -106,18 +107,27 @@ def _told(path: Path) -> Iterator[None]:
     """Turn what the operating system says about the disk into a message for people."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except Exception as error:
+        number = _error_number(error)
+        if number in _FULL:
             raise ResourceError(
                 f"{path}: the disk is full; nothing was changed. Free some space and run the command again."
             ) from error
         if isinstance(error, (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)) or (
-            error.errno in (errno.EROFS, errno.ENAMETOOLONG)
+            number in (errno.EROFS, errno.ENAMETOOLONG)
         ):
             raise InputError(
-                path, f"cannot be written ({error.strerror})", "Choose another place for the output"
+                path, f"cannot be written ({os.strerror(number or 0)})", "Choose another place for the output"
             ) from error
         raise
+
+
+def _error_number(error: Exception) -> int | None:
+    """What the operating system said; safetensors, which is written in Rust, has it in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _flush(path: Path) -> None:

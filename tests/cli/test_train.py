@@ -1,0 +1,237 @@
+"""`ossnet train` refuses what it cannot use before it writes anything, and keeps what it has."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
+from tests.training.conftest import SMALL
+
+from ossnet.volume import LabelMap, Volume
+
+FAST = [
+    *SMALL,
+    "schedule.epochs=1",
+    "validation.dense=false",
+    "validation.picture=false",
+    "runtime.accelerator=cpu",
+]
+
+
+def settings(*changes: str) -> list[str]:
+    return [part for change in (*FAST, *changes) for part in ("--set", change)]
+
+
+def train(data: Path, out: Path, *more: object) -> list[object]:
+    return ["train", "--data", data, "--out", out, "--variant", "C", *settings(), *more]
+
+
+@pytest.fixture
+def data(balls: Path, tmp_path: Path) -> Path:
+    """A data set to spoil."""
+    return Path(shutil.copytree(balls, tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--variant", "E"], "'E' is unknown. Choose one of"),
+        (["--preset", "kits"], "'kits' is unknown. Choose one of brats2020, lits"),
+        (["--set", "nonsense"], "has no ="),
+        (["--set", "schedule.epoch=3"], "Perhaps schedule.epochs is meant"),
+        (["--set", "schedule=3"], "group of settings"),
+        (["--set", "schedule.epochs=many"], "schedule.epochs: 'many'"),
+        (["--set", "schedule.epochs=0"], "greater than or equal to 1"),
+        (["--set", "data.spacing=0,1,1"], "greater than 0"),
+        (["--set", "data.spacing=nan,1,1"], "data.spacing"),
+        (["--set", "data.shape=0,8,8"], "data.shape"),
+        (["--set", "augmentation.flip_axes=[7]"], "augmentation.flip_axes"),
+        (["--set", "data.fold=9"], "there is no fold 9"),
+        (["--set", "data.fold=paper"], "no split"),
+        (["--set", "data.layout=lits"], "no cases of the layout lits"),
+        (["--set", "data.layout=foo"], "no layout 'foo'"),
+        (["--minutes", "-1"], "schedule.minutes"),
+        (["--minutes", "inf"], "schedule.minutes"),
+        (["--devices", "0"], "runtime.devices"),
+        (["--variant", "C", "--set", "data.shape=33,32,32"], "multiple of"),
+        (["--variant", "C", "--set", "data.shape=8,8,8", "--set", "network.blocks=4,8"], "largest scan"),
+        (["--variant", "C", "--devices", "3"], "cannot be shared by 3 processes"),
+    ],
+)
+def test_settings_without_meaning(balls: Path, tmp_path: Path, given: list[str], said: str) -> None:
+    assert said in refused(tmp_path, "train", "--data", balls, "--out", tmp_path / "run", *given)
+
+
+def test_no_cuda(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = refused(tmp_path, *train(balls, tmp_path / "run", "--set", "runtime.accelerator=cuda"))
+    assert "there is no CUDA device" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("c.json", "{", "no valid JSON"),
+        ("c.json", "[]", "holds no settings"),
+        ("c.toml", "[schedule]\nepoch = 3\n", "schedule.epoch is unknown"),
+        ("c.toml", "[schedule\n", "no valid JSON or TOML"),
+    ],
+)
+def test_settings_files(balls: Path, tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    message = refused(
+        tmp_path, "train", "--data", balls, "--out", tmp_path / "run", "--config", tmp_path / name
+    )
+    assert said in message
+    assert name in message
+
+
+def test_paths_that_are_not_what_they_should_be(balls: Path, tmp_path: Path) -> None:
+    scan = balls / "imagesTr" / "ball_00_0000.nii.gz"
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "run"
+    assert "no such folder" in refused(tmp_path, *train(tmp_path / "none", run))
+    assert "a file, not a folder" in refused(tmp_path, *train(scan, run))
+    assert "a file, not a folder" in refused(tmp_path, *train(balls, tmp_path / "file"))
+    assert "a file, not a folder" in refused(tmp_path, *train(balls, tmp_path / "file" / "run"))
+    assert "cannot be read" in refused(tmp_path, *train(balls, run, "--config", tmp_path / "none.json"))
+    assert "no run to resume" in refused(tmp_path, "train", "--data", balls, "--out", run, "--resume")
+    assert "--data and --out are needed" in refused(tmp_path, "train", "--out", run)
+
+
+def spoil_image(data: Path) -> str:
+    file = data / "imagesTr" / "ball_05_0000.nii.gz"
+    file.write_bytes(file.read_bytes()[:500])
+    return "ball_05_0000.nii.gz: the file ends before"
+
+
+def spoil_label(data: Path) -> str:
+    file = data / "labelsTr" / "ball_05.nii.gz"
+    image = nib.load(file)
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[0, 0, 0] = 9
+    LabelMap(voxels, image.affine).save(file)
+    return "ball_05.nii.gz: holds label 9"
+
+
+def move_label(data: Path) -> str:
+    file = data / "labelsTr" / "ball_05.nii.gz"
+    image = nib.load(file)
+    LabelMap(np.asarray(image.dataobj), image.affine + np.eye(4)[[0, 1, 2, 3]] * 0.1).save(file)
+    return "ball_05.nii.gz: does not lie on its image"
+
+
+def remove_label(data: Path) -> str:
+    (data / "labelsTr" / "ball_05.nii.gz").unlink()
+    return "ball_05_0000.nii.gz: has no label"
+
+
+def spoil_description(data: Path) -> str:
+    (data / "dataset.json").write_text("{")
+    return "dataset.json: is not valid JSON"
+
+
+def spoil_splits(data: Path) -> str:
+    (data / "splits_final.json").write_text('[{"train": ["a"], "val": ["b"]}]')
+    return "a is not in the data set"
+
+
+def more_channels(data: Path) -> str:
+    file = data / "imagesTr" / "ball_05_0000.nii.gz"
+    image = nib.load(file)
+    voxels = np.asarray(image.dataobj)
+    Volume(np.stack([voxels, voxels]), image.affine).save(file)
+    return "ball_05_0000.nii.gz: has 2 channels"
+
+
+SPOILERS = [
+    spoil_image,
+    spoil_label,
+    move_label,
+    remove_label,
+    spoil_description,
+    spoil_splits,
+    more_channels,
+]
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_spoilt_data(data: Path, tmp_path: Path, spoil: Callable[[Path], str]) -> None:
+    said = spoil(data)
+    assert said in refused(tmp_path, *train(data, tmp_path / "run"), notes=True)
+
+
+def test_nan_is_refused_or_replaced(data: Path, tmp_path: Path) -> None:
+    file = data / "imagesTr" / "ball_05_0000.nii.gz"
+    image = nib.load(file)
+    voxels = np.asarray(image.dataobj).astype(np.float32)
+    voxels[0, 0, 0] = np.nan
+    Volume(voxels[None], image.affine).save(file)
+    assert "--replace-nan" in refused(tmp_path, *train(data, tmp_path / "run"), notes=True)
+    process = started(*train(data, tmp_path / "run", "--replace-nan"))
+    code, said = ended(process)
+    assert code == 0, said
+    assert "1 of 4,752 voxels are NaN or infinite; they are replaced" in said
+    assert "replace_nan" in (tmp_path / "run" / "settings.json").read_text()
+
+
+def test_what_a_training_says(balls: Path, tmp_path: Path) -> None:
+    """Nothing but our own lines, whatever the libraries have to say; then a resume, and what it refuses."""
+    code, said = ended(started(*train(balls, tmp_path / "run", "--set", "runtime.precision=bf16-mixed")))
+    assert code == 0, said
+    lines = said.splitlines()
+    assert lines[0] == "8 training and 2 validation cases of Dataset001_Balls"
+    assert lines[-1] == f"finished: {tmp_path / 'run'}"
+    for noise in ("arning", "Lightning", "mixed", "Automatic", "/site-packages/"):
+        assert noise not in said
+    assert "there is a run already" in refused(tmp_path, *train(balls, tmp_path / "run"))
+    given = train(balls, tmp_path / "run", "--set", "runtime.precision=bf16-mixed", "--resume")
+    assert "finished" in succeeded(*given)
+    assert "finished" in succeeded("train", "--data", balls, "--out", tmp_path / "run", "--resume")
+    message = refused(tmp_path, *given, "--set", "schedule.epochs=7")
+    assert "schedule.epochs: 7 is given, the run was started with 1" in message
+    shutil.copytree(balls, tmp_path / "fewer")
+    (tmp_path / "fewer" / "imagesTr" / "ball_03_0000.nii.gz").unlink()
+    (tmp_path / "fewer" / "labelsTr" / "ball_03.nii.gz").unlink()
+    other = ["train", "--data", tmp_path / "fewer", "--out", tmp_path / "run", "--resume"]
+    assert "no longer has the cases" in refused(tmp_path, *other, notes=True)
+
+
+def test_interrupted(balls: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = started(*train(balls, run, "--set", "schedule.epochs=1000"))
+    code, said = interrupted(process, (run / "log.csv").exists)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "interrupted; what was finished is kept"
+    assert "Traceback" not in said
+    assert (run / "state.safetensors").exists()
+    assert not [p for p in files_in(run) if p.name.startswith(".writing-")]
+
+
+def test_a_full_disk(balls: Path, tmp_path: Path) -> None:
+    """The state does not fit any more: one message, and the last good state is still there."""
+    run = tmp_path / "run"
+    succeeded(*train(balls, run))
+    good = (run / "state.safetensors").read_bytes()
+    settings_file = run / "settings.json"
+    settings_file.write_text(settings_file.read_text().replace('"epochs": 1,', '"epochs": 3,'))
+    resume = ["train", "--data", balls, "--out", run, "--resume"]
+    code, said = ended(started(*resume, limit_bytes=100_000))
+    assert code == 2, said
+    assert "the disk is full" in said
+    assert "Traceback" not in said
+    assert said.count("error:") == 1
+    assert (run / "state.safetensors").read_bytes() == good
+    assert not [p for p in files_in(run) if p.name.startswith(".writing-")]
+    assert "finished" in succeeded(*resume)
+
+
+def test_help_shows_examples() -> None:
+    for command in ("train", "segment", "info", "import-weights", "evaluate", "check", "mesh", "demo"):
+        said = succeeded(command, "--help")
+        assert "Example" in said
+        assert f"ossnet {command}" in said
+    assert "schedule.epochs" in succeeded("train", "--help-settings")
