@@ -142,6 +142,18 @@ def test_notes(tmp_path: Path) -> None:
     assert found.problems == ()
 
 
+def test_thick_slices_and_files_of_no_case_are_told(tmp_path: Path) -> None:
+    case(tmp_path, "a", affine=np.diag([1.5, 1.5, 10.0, 1]))
+    assert not any("no case" in note for note in fingerprint(open_dataset(tmp_path)).notes)
+    write_labels(
+        LabelMap(np.zeros((6, 7, 8), np.uint8), np.eye(4)), tmp_path / "other" / "deep" / "stray.nii.gz"
+    )
+    text = "\n".join(fingerprint(open_dataset(tmp_path)).notes)
+    assert "slices lie 10 mm apart, 6.7 times the voxel size in them" in text
+    assert "1 NIfTI file in the folder belongs to no case, for example" in text
+    assert "stray.nii.gz" in text
+
+
 def test_the_fit_of_scans_in_different_orders(tmp_path: Path) -> None:
     case(tmp_path, "a", (20, 30, 40), np.eye(4))
     order = Orientation((2, 0, 1), (True, False, True))

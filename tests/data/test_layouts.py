@@ -212,6 +212,14 @@ def test_brats_validation_cases_need_no_label(tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
+def test_a_folder_of_data_sets_names_them(tmp_path: Path) -> None:
+    for name in ("Dataset001_A", "Dataset002_B"):
+        image(tmp_path / name / "imagesTr" / "a_0000.nii.gz")
+        (tmp_path / name / "dataset.json").write_text("{}")
+    with pytest.raises(DatasetError, match="holds 2: Dataset001_A, Dataset002_B"):
+        open_dataset(tmp_path)
+
+
 def test_lits(tmp_path: Path) -> None:
     for number in (0, 10):
         image(tmp_path / "Training Batch 1" / f"volume-{number}.nii")

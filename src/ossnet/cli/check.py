@@ -116,7 +116,9 @@ def _cases_line(found: "Fingerprint") -> str:
 def _splits_line(found: "Fingerprint") -> str:
     splits = found.dataset.splits
     if splits is None:
-        return "none given; five folds are drawn with a fixed seed"
+        patients = {case.group or case.name for case in found.dataset.cases}
+        few = len(patients) < 5
+        return "none given" if few else "none given; five folds are drawn with a fixed seed"
     sizes = sorted({(len(s.train), len(s.validation)) for s in splits})
     shown = " or ".join(f"{train} + {validation}" for train, validation in sizes[:3])
     return f"{len(splits)} in splits_final.json (training + validation: {shown})"
@@ -221,8 +223,21 @@ def _fit(found: "Fingerprint", console: Console) -> None:
         [
             f"scans {how} to {size} (fit {fit.kind}), {fit.blocks} encoder {_plural('block', fit.blocks)}",
             f"low-resolution grid {grid}, latent length {fit.latent}",
+            *_preset_line(found.dataset.layout),
         ],
     )
+
+
+def _preset_line(layout: str) -> list[str]:
+    """The paper's own settings, for data sets that are named as the paper's are."""
+    presets = {
+        "brats": ("brats2020", "256 × 256 × 160, padded"),
+        "lits": ("lits", "512 × 512 × 512, resized"),
+    }
+    for family, (preset, size) in presets.items():
+        if layout.startswith(family):
+            return [f"the paper's own settings for such data: --preset {preset} ({size})"]
+    return []
 
 
 def _problems(problems: Sequence["Problem"], console: Console) -> None:

@@ -72,5 +72,5 @@ def apply_intensity(
     if plan.noise_std > 0:
         generator = torch.Generator(image.device).manual_seed(plan.noise_seed)
         noise = torch.randn(image.shape, generator=generator, device=image.device)
-        image = image.add(noise, alpha=plan.noise_std)
+        image = noise.mul_(plan.noise_std).add_(image)
     return image

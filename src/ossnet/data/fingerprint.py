@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Integer, Num
 
 from ossnet.data.cases import Case, Dataset, Problem
+from ossnet.data.naming import Files
 from ossnet.data.splits import shared_patients
 from ossnet.errors import InputError
 from ossnet.files.memory import available_memory
@@ -392,6 +393,11 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
     spacing = np.array([f.spacing for f in facts])
     if (spacing.max(axis=0) > 1.5 * spacing.min(axis=0)).any():
         notes.append("voxel sizes differ by more than half between scans")
+    flat = np.median(spacing, axis=0)
+    if flat.max() > 3 * flat.min():
+        notes.append(
+            f"slices lie {flat.max():.3g} mm apart, {flat.max() / flat.min():.2g} times the voxel size in them"
+        )
     for index, name in enumerate(dataset.channel_names):
         brightest = sorted(f.intensities[index].high for f in facts)
         if brightest[0] > 0 and brightest[-1] > 20 * brightest[0]:
@@ -413,9 +419,25 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
             notes.append(
                 f"fold {number} of splits_final.json names {missing[0]}, which is not a complete case here"
             )
+    if strangers := _strangers(dataset):
+        notes.append(
+            f"{len(strangers)} NIfTI file{'' if len(strangers) == 1 else 's'} in the folder belong"
+            f"{'s' if len(strangers) == 1 else ''} to no case, for example {strangers[0]}; "
+            "name the folder of one data set if they should"
+        )
     if len(facts) < 5:
-        notes.append(f"{_cases(len(facts))}: too few for five folds; train on all of them with fold 'all'")
+        notes.append(
+            f"{_cases(len(facts))}: too few for five folds; train on all of them with --set data.fold=all"
+        )
     return notes
+
+
+def _strangers(dataset: Dataset) -> list[Path]:
+    """Images that the layout does not explain, where nothing says which files count."""
+    if dataset.problems or (dataset.root / "dataset.json").exists():
+        return []
+    known = {path for case in dataset.cases for path in _files(case)}
+    return [path for path in Files(dataset.root).all() if path not in known]
 
 
 def _grey(value: float) -> str:

@@ -54,6 +54,13 @@ def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonf
     chosen = known[layout] if layout else _detect(files, description)
     if chosen is None and not len(files):
         raise DatasetError(root, *files.none())
+    if chosen is None and (inner := sorted(path.parent for path in root.glob("*/dataset.json"))):
+        names = ", ".join(path.name for path in inner[:3]) + (", …" if len(inner) > 3 else "")
+        raise DatasetError(
+            root,
+            f"it is no data set, but holds {len(inner)}: {names}",
+            f"Name one of them, such as {inner[0]}",
+        )
     if chosen is None:
         raise DatasetError(
             root,

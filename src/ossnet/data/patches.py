@@ -28,8 +28,11 @@ class _Rows:
     def __init__(self, image: Float[Tensor, "C X Y Z"], before: int, after: int, step: int) -> None:
         self.before, self.step = before, step
         self.last = [n - 1 for n in image.shape[1:]]
-        padded = F.pad(image, [before, after + 1] * 3)
-        self.padded = padded.permute(1, 2, 3, 0).contiguous()
+        channels, x, y, z = image.shape
+        # Written once, in its place: padding first and turning the axes then would hold the volume three times.
+        self.padded = image.new_zeros(*(n + before + after + 1 for n in (x, y, z)), channels)
+        inside = self.padded[before : before + x, before : before + y, before : before + z]
+        inside.copy_(image.permute(1, 2, 3, 0))
 
     def gather(self, corner: Tensor, size: int, step: int) -> Tensor:
         """(N, size, size, size, C) from padded corner indices (N, 3) int64."""

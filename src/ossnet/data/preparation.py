@@ -210,7 +210,7 @@ class Preparation(BaseModel):
             image = image.clamp(low, high)
         shift = image.new_tensor(statistics.shift).view(column)
         scale = image.new_tensor(statistics.scale).view(column)
-        return (image - shift) / scale
+        return (image - shift).div_(scale)  # one copy of the scan, not two
 
 
 @dataclass(frozen=True)
