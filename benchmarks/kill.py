@@ -2,10 +2,10 @@
 
     python benchmarks/kill.py --data DATA --out WORK [--kills 20] [--segment-kills 5] [--seed 0]
 
-Everything goes through the command line, each command a process of its own. One training of a small variant C is
-killed again and again at random moments (while it starts, between steps, while it validates, while it writes), and
-resumed each time; what it ends with is compared bit for bit with a training that nobody disturbed. Then a folder of
-scans is segmented in the same way. Writes `results/kill.json`.
+Everything goes through the command line, each command a process of its own. Trainings of a small variant C
+are killed again and again at random moments (while they start, in and between steps, while they validate, while they
+write), and resumed each time; what they end with is compared bit for bit with a training that nobody disturbed. Then
+a folder of scans is segmented in the same way. Writes `results/kill.json`.
 """
 
 import argparse
@@ -16,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -43,51 +45,81 @@ SETTINGS = (
 )
 
 
+TRAINING_BEGINS = "parameters"
+SEGMENTING_BEGINS = "locations,"
+STARTING_UP = 0.25
+"""Part of the kills that comes before the work has begun."""
+
+
 @dataclass(frozen=True)
 class Kill:
     """One disturbance.
 
     Attributes:
-        seconds: From the start of the command to the signal.
-        steps: Training steps, or finished scans, that were on the disk then.
-        outcome: What the next command did.
+        moment: When, in words.
+        done: Training steps, or finished scans, that were on the disk then.
+        outcome: What the next command found.
     """
 
-    seconds: float
-    steps: int
+    moment: str
+    done: int
     outcome: str
 
 
-def ossnet(*arguments: str) -> subprocess.Popen[str]:
-    """Start the command line in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ossnet", *arguments]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    )
+class Command:
+    """The command line in a process of its own, watched for the line that says that the work begins."""
+
+    def __init__(self, marker: str, *arguments: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.started, self.begun = time.monotonic(), threading.Event()
+        self.messages: list[str] = []
+        command = [sys.executable, "-m", "ossnet", *arguments]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+        )
+        self.reader = threading.Thread(target=self._read, args=(marker,))
+        self.reader.start()
+
+    def _read(self, marker: str) -> None:
+        if self.process.stderr is None:
+            return
+        with self.process.stderr as lines:
+            for line in lines:
+                self.messages.append(line)
+                if marker in line and not self.begun.is_set():
+                    self.work_began = time.monotonic()
+                    self.begun.set()
+        self.begun.set()
+
+    def finish(self) -> tuple[float, float]:
+        """Wait for success; seconds of starting up, and of work."""
+        self.process.wait()
+        self.reader.join()
+        if self.process.returncode:
+            raise SystemExit(f"exit code {self.process.returncode}:\n{''.join(self.messages)}")
+        began = getattr(self, "work_began", self.started)
+        return began - self.started, time.monotonic() - began
+
+    def kill(self, seconds: float, *, after_beginning: bool) -> bool:
+        """Kill −9 some seconds after the start, or after the work began; False when it was done before."""
+        if after_beginning:
+            self.begun.wait()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+            self.reader.join()
+            return True
+        self.finish()
+        return False
 
 
-def finish(process: subprocess.Popen[str]) -> float:
-    """Wait for a command that must succeed; seconds it took."""
-    started = time.monotonic()
-    _, messages = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}:\n{messages}")
-    return time.monotonic() - started
-
-
-def killed(process: subprocess.Popen[str], after: float) -> bool:
-    """Kill −9 after some seconds; False when the command was done before."""
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return True
-    _, messages = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"exit code {process.returncode}:\n{messages}")
-    return False
+def draw(rng: random.Random, seconds: tuple[float, float]) -> tuple[float, bool, str]:
+    """A random moment: seconds, whether from the beginning of the work, and in words."""
+    working = rng.random() > STARTING_UP
+    after = rng.uniform(0.05, 0.95) * seconds[working]
+    return after, working, f"{after:.2f} s after the {'work began' if working else 'start'}"
 
 
 def steps_done(run: Path) -> int:
@@ -101,84 +133,88 @@ def checksum(file: Path) -> str:
     return sha256(file.read_bytes()).hexdigest()
 
 
-def same(one: Path, other: Path, names: tuple[str, ...]) -> dict[str, bool]:
-    """Which files of two runs are equal bit for bit."""
-    return {name: checksum(one / name) == checksum(other / name) for name in names}
+COMPARED = ("last/weights.safetensors", "model/weights.safetensors", "losses.csv", "validation.csv")
 
 
-def kill_training(data: Path, work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Disturb one training, and compare it with another."""
-    settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    common = ["train", "--data", str(data), "--variant", "C", *settings]
+def kill_training(
+    data: Path, work: Path, kills: int, rng: random.Random, settings: Sequence[str] = SETTINGS
+) -> dict[str, Any]:
+    """Disturb trainings, each until it is finished, and compare what they end with to an undisturbed one."""
+    changes = [part for setting in settings for part in ("--set", setting)]
+    common = ["train", "--data", str(data), "--variant", "C", *changes]
     alone, disturbed = work / "alone", work / "disturbed"
-    seconds = finish(ossnet(*common, "--out", str(alone)))
+    seconds = Command(TRAINING_BEGINS, *common, "--out", str(alone)).finish()
+    wanted = {name: checksum(alone / name) for name in COMPARED}
     moments: list[Kill] = []
-    resumed, before = False, 0
+    finished: list[dict[str, bool]] = []
     while len(moments) < kills:
-        # A resumed training has less to do each time; a moment after its end is no kill.
-        after = rng.uniform(0.2, max(0.9 * seconds, 1))
-        process = ossnet(*common, "--out", str(disturbed), *(["--resume"] if resumed else []))
-        if not killed(process, after):
-            moments_left = kills - len(moments)
-            shutil.rmtree(disturbed)  # it finished: the next training takes the kills that are left
-            resumed, before = False, 0
-            print(f"finished undisturbed; {moments_left} kills to go", flush=True)
-            continue
-        steps = steps_done(disturbed)
-        resumed = (disturbed / "settings.json").exists()
-        outcome = f"went on from step {before}" if before else "started"
-        moments.append(
-            Kill(round(after, 2), steps, outcome if steps >= before else f"LOST {before - steps} steps")
-        )
-        print(moments[-1], flush=True)
-        before = steps
-    finish(ossnet(*common, "--out", str(disturbed), *(["--resume"] if resumed else [])))
-    left = [str(p.relative_to(disturbed)) for p in disturbed.rglob(".writing-*")]
+        shutil.rmtree(disturbed, ignore_errors=True)
+        before, more = 0, True
+        while more:
+            # A run that was killed before it wrote anything has nothing to resume.
+            resume = ["--resume"] if (disturbed / "settings.json").exists() else []
+            command = Command(TRAINING_BEGINS, *common, "--out", str(disturbed), *resume)
+            if len(moments) == kills:
+                command.finish()
+                break
+            after, working, words = draw(rng, seconds)
+            more = command.kill(after, after_beginning=working)
+            if more:
+                steps = steps_done(disturbed)
+                outcome = (
+                    "LOST STEPS" if steps < before else f"went on from step {before}" if before else "started"
+                )
+                moments.append(Kill(words, steps, outcome))
+                print(moments[-1], flush=True)
+                before = steps
+        left = [str(p.relative_to(disturbed)) for p in disturbed.rglob(".writing-*")]
+        equal = {name: checksum(disturbed / name) == found for name, found in wanted.items()}
+        finished.append({**equal, "nothing half-written": not left})
+        print(finished[-1], flush=True)
     return {
-        "uninterrupted seconds": round(seconds, 1),
-        "steps": steps_done(disturbed),
+        "seconds of starting up and of work, undisturbed": [round(s, 1) for s in seconds],
+        "steps": steps_done(alone),
         "kills": [asdict(moment) for moment in moments],
-        "equal bit for bit": same(
-            alone,
-            disturbed,
-            ("last/weights.safetensors", "model/weights.safetensors", "losses.csv", "validation.csv"),
-        ),
-        "half-written files left": left,
+        "trainings finished after their kills, equal bit for bit": finished,
     }
 
 
 def kill_segmenting(data: Path, run: Path, work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     """Disturb the segmentation of a folder."""
     images = work / "images"
-    shutil.copytree(data / "imagesTr", images, dirs_exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
+    for file in (data / "imagesTr").glob("*_0000.nii.gz"):
+        for copy in "abc":
+            shutil.copy(file, images / f"{copy}_{file.name}")
     common = ["segment", str(images), "--model", str(run), "--strategy", "dense"]
     alone, disturbed = work / "segmented", work / "segmented_disturbed"
-    seconds = finish(ossnet(*common, "--out", str(alone)))
+    seconds = Command(SEGMENTING_BEGINS, *common, "--out", str(alone)).finish()
     wanted = {file.name: checksum(file) for file in alone.glob("*.nii.gz")}
     moments: list[Kill] = []
     while len(moments) < kills:
         shutil.rmtree(disturbed, ignore_errors=True)
-        # The second half: a process starts before it segments.
-        after = rng.uniform(0.5 * seconds, seconds)
-        if not killed(ossnet(*common, "--out", str(disturbed)), after):
+        after = rng.uniform(0, seconds[1])
+        command = Command(SEGMENTING_BEGINS, *common, "--out", str(disturbed))
+        if not command.kill(after, after_beginning=True):
             continue
         done = {file.name: (checksum(file), file.stat().st_mtime_ns) for file in disturbed.glob("*.nii.gz")}
         whole = all(wanted[name] == found for name, (found, _) in done.items())
-        finish(ossnet(*common, "--out", str(disturbed)))
+        Command(SEGMENTING_BEGINS, *common, "--out", str(disturbed)).finish()
         now = {file.name: (checksum(file), file.stat().st_mtime_ns) for file in disturbed.glob("*.nii.gz")}
         kept = all(now[name] == facts for name, facts in done.items())
         equal = {name: found for name, (found, _) in now.items()} == wanted
-        good = whole and kept and equal
-        moments.append(
-            Kill(round(after, 2), len(done), "resumed, equal" if good else f"{whole=} {kept=} {equal=}")
+        clean = not list(disturbed.glob(".writing-*"))
+        outcome = (
+            "resumed: finished files untouched, all equal"
+            if whole and kept and equal and clean
+            else "DIFFERENT"
         )
+        moments.append(Kill(f"{after:.2f} s after the first scan", len(done), outcome))
         print(moments[-1], flush=True)
-    left = [p.name for p in disturbed.glob(".writing-*")]
     return {
-        "uninterrupted seconds": round(seconds, 1),
+        "seconds of starting up and of work, undisturbed": [round(s, 1) for s in seconds],
         "scans": len(wanted),
         "kills": [asdict(moment) for moment in moments],
-        "half-written files left": left,
     }
 
 
