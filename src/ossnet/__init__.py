@@ -1,9 +1,9 @@
 """Segment 3D medical scans in function space: ask a network which structure is at any point.
 
-    scan = ossnet.read("scan.nii.gz")
-    model = ossnet.load("runs/liver")
-    labels = model.field(scan).segment()
-    labels.save("scan_seg.nii.gz")
+scan = ossnet.read("scan.nii.gz")
+model = ossnet.load("runs/liver")
+labels = model.field(scan).segment()
+labels.save("scan_seg.nii.gz")
 """
 
 from importlib import import_module

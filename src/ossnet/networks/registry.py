@@ -27,7 +27,9 @@ def build(family: str, declaration: Mapping[str, Any]) -> nn.Module:
     """
     if family not in FAMILIES:
         raise ModelError(
-            f"network family {family!r}", "it is unknown to this version", "Update ossnet, or use another model"
+            f"network family {family!r}",
+            "it is unknown to this version",
+            "Update ossnet, or use another model",
         )
     spec, module = FAMILIES[family]
     return module(spec.from_dict(declaration))

@@ -54,6 +54,7 @@ class State:
         skipped: Steps without effect, because a gradient was not finite.
         best, best_step: Highest mean IoU so far, and its step.
         validation_seconds: Time that the last validation took.
+        watched: Validation cases judged while training with a time limit; 0 before the first time.
           losses: Loss of every step.
     """
 
@@ -65,6 +66,7 @@ class State:
     best: float = -1.0
     best_step: int = -1
     validation_seconds: float = 0.0
+    watched: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -289,13 +291,29 @@ class Trainer:
 
     # Judging and writing ------------------------------------------------------------------------------------------
 
+    def _watched(self) -> Sequence[CachedCase]:
+        """The validation cases judged while training: with a time limit as many as take a twentieth of it.
+
+        The first one is timed once; the number then stays, so that the scores of a training can be compared.
+        """
+        minutes = self.settings.schedule.minutes
+        if minutes is None:
+            return self.validation
+        if not self.state.watched:
+            started = time.monotonic()
+            validate(self.model, self.validation[:1], self.settings, self.fabric)
+            taken = self._over_processes(torch.tensor(time.monotonic() - started, device=self.fabric.device))
+            affordable = int(3 * minutes * self.fabric.world_size / max(taken, 1e-3))
+            self.state.watched = min(max(affordable, 1), len(self.validation))
+        return self.validation[: self.state.watched]
+
     def _validate(self) -> None:
         started = time.monotonic()
         self.state.rows = [row for row in self.state.rows if row["step"] != self.state.step]
         since = self.state.rows[-1]["step"] if self.state.rows else 0
         with self._averaged():
             scores = (
-                validate(self.model, self.validation, self.settings, self.fabric) if self.validation else []
+                validate(self.model, self._watched(), self.settings, self.fabric) if self.validation else []
             )
             row = self._row(scores, mean(self.state.losses[since:]))
             self.state.rows.append(row)
