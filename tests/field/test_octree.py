@@ -228,7 +228,7 @@ def test_an_island_between_the_sites_is_missed_whole_and_hints_find_it() -> None
 
 
 def test_hints_find_balls_as_often_as_promised() -> None:
-    # docs/architecture.md: radius 1 / 1.5 / 2 in 70 / 89 / 99 % (ramp of 4 voxels), a stride-4 lattice alone 2 / 23 / 56
+    # Radius 1 / 1.5 / 2 in 70 / 89 / 99 % (ramp of 4 voxels), a stride-4 lattice alone 2 / 23 / 56
     # %.
     rng = np.random.default_rng(1)
     shape = (40, 40, 40)

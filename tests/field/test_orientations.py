@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import tiny
 
 from ossnet.data.preparation import FitWarning
 from ossnet.field.field import Field
@@ -20,8 +21,6 @@ from ossnet.volume import (
     closest_canonical,
     largest_corner_gap,
 )
-
-from tests import tiny
 
 ORIENTATIONS = [
     Orientation((a, b, c), (f, g, h))
@@ -208,7 +207,7 @@ def test_through_files(models: dict[str, Model], tmp_path: Path) -> None:
 def affines(draw: Any) -> np.ndarray:
     """Any rotation, voxels of 0.3 to 5 mm, some shear."""
     numbers = st.floats(-1, 1, allow_subnormal=False)
-    q = np.array([draw(numbers) for _ in range(4)]) + [1e-3, 0, 0, 0]
+    q = np.array([draw(numbers) for _ in range(4)]) + np.array([1e-3, 0, 0, 0])
     w, x, y, z = q / np.linalg.norm(q)
     rotation = np.array(
         [

@@ -14,6 +14,7 @@ from ossnet.networks.native import library
 from ossnet.networks.variants import PATCH_SIZE
 
 VALUES = PATCH_SIZE**3
+_PIECE = 128
 
 
 class PatchRows:
@@ -39,9 +40,9 @@ class PatchRows:
 
     @property
     def bytes_per_location(self) -> int:
-        """Scratch memory of the tensor operations."""
+        """Scratch memory of the tensor operations; on a CPU there is next to none."""
         edge = 15 if len(self.pools) > 1 else 8
-        return 0 if self._native() else edge**3 * (2 * 8 + 3 * 4 * len(self.image))
+        return 0 if self.image.device.type == "cpu" else edge**3 * (2 * 8 + 3 * 4 * len(self.image))
 
     def rows(self, locations: Float[Tensor, "N 3"], out: Float[Tensor, "N K"]) -> None:
         """Patches into the first P · 343 columns of `out`, float32 or bfloat16.
@@ -51,7 +52,8 @@ class PatchRows:
         """
         loaded = library() if self._native() else None
         if loaded is None:
-            out[:, : self.channels * VALUES].copy_(self._patches(locations).flatten(1))
+            for part in self._pieces(len(locations)):
+                out[part, : self.channels * VALUES] = self._patches(locations[part]).flatten(1)
             return
         failed = loaded.ossnet_patches(
             *self._arguments(locations), out.data_ptr(), out.stride(0),
@@ -66,8 +68,9 @@ class PatchRows:
         """`transform` of each patch along its first axis; `out` is contiguous, K = P · 49."""
         loaded = library() if self._native() else None
         if loaded is None:
-            planes = self._patches(locations).permute(2, 0, 1, 3, 4).reshape(PATCH_SIZE, -1)
-            torch.mm(transform, planes, out=out.view(len(out), -1))
+            for part in self._pieces(len(locations)):
+                planes = self._patches(locations[part]).permute(2, 0, 1, 3, 4).reshape(PATCH_SIZE, -1)
+                out[:, part] = torch.mm(transform, planes).view(len(out), -1, out.shape[2])
             return
         failed = loaded.ossnet_patch_spectra(
             *self._arguments(locations), transform.data_ptr(), out.data_ptr(), out.stride(0), out.stride(1),
@@ -75,6 +78,11 @@ class PatchRows:
         )  # fmt: skip
         if failed:
             raise MemoryError("out of memory while gathering patches")
+
+    def _pieces(self, count: int) -> list[slice]:
+        """On a CPU few locations at a time: what is passed from operation to operation stays in the cache."""
+        size = _PIECE if self.image.device.type == "cpu" else max(count, 1)
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     def _native(self) -> bool:
         return self.image.device.type == "cpu" and library() is not None
@@ -92,10 +100,9 @@ class PatchRows:
         # On a GPU a look at the fractions would wait for it; there both ways cost nearly the same.
         between = locations.device.type != "cpu" or bool(fraction.any())
         voxels = low.long()
-        if not between:
-            small = self._cube(voxels - 3, 7)
-        else:
-            small = _interpolated(self._cube(voxels - 3, 8), fraction, 1)
+        small = (
+            _interpolated(self._cube(voxels - 3, 8), fraction, 1) if between else self._cube(voxels - 3, 7)
+        )
         if len(self.pools) == 1:
             return small
         wide = self._cube(voxels - 7, 15 if between else 14)
