@@ -31,6 +31,7 @@ from ossnet.networks.normalisation import (
 )
 from ossnet.networks.pade import Pade, pade
 from ossnet.networks.patches import LOCAL_FEATURES, PatchEncoder
+from ossnet.networks.streaming import pooled_pade, streams
 from ossnet.networks.toeplitz import toeplitz
 
 _WIDTH = 32
@@ -220,8 +221,12 @@ def _residual_block(block: ResidualBlock3d, x: Float[Tensor, "B C X Y Z"]) -> Fl
     """`ResidualBlock3d`, lean."""
     first, norm, unit, _, _, second, last = block.main_mapping
     skip = block.residual_mapping(_Halve.apply(x))  # type: ignore[no-untyped-call]
-    h = _channel_pade(first(x), cast(BatchNorm3d, norm), cast(Pade, unit), None)
-    h = second(_Halve.apply(h))  # type: ignore[no-untyped-call]
+    if streams(cast(nn.Conv3d, first), cast(BatchNorm3d, norm), x):
+        h = pooled_pade(x, cast(nn.Conv3d, first), cast(BatchNorm3d, norm), cast(Pade, unit))
+    else:
+        h = _channel_pade(first(x), cast(BatchNorm3d, norm), cast(Pade, unit), None)
+        h = _Halve.apply(h)  # type: ignore[no-untyped-call]
+    h = second(h)
     return _channel_pade(h, cast(BatchNorm3d, last), block.final_activation, skip)
 
 
