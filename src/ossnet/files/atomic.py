@@ -35,6 +35,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     with _told(path):
+        is_new = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=f"-{path.name}", dir=path.parent)
         os.close(handle)
@@ -49,6 +50,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
+            if is_new:
+                path.parent.rmdir()
         raise
 
 

@@ -1,0 +1,56 @@
+"""`ossnet info` shows models and refuses what is none."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.cli.refusals import refused, succeeded
+
+
+def test_a_model(model: Path) -> None:
+    said = succeeded("info", model)
+    assert "variant C" in said
+    assert "1 part 1" in said
+    described = json.loads(succeeded("info", model, "--json"))
+    assert described["family"] == "ossnet"
+    assert described["preparation"]["shape"] == [32, 32, 32]
+
+
+def test_what_is_no_model(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert "there is no such folder" in refused(tmp_path, "info", tmp_path / "none")
+    assert "holds no model.json" in refused(tmp_path, "info", tmp_path / "empty")
+    assert "a file, not a folder" in refused(tmp_path, "info", tmp_path / "file")
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    return lambda content: content.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("weights.safetensors", lambda content: content[:100], "weights.safetensors: it cannot be used"),
+        ("weights.safetensors", lambda content: content[:-5], "weights.safetensors: it cannot be used"),
+        ("model.json", lambda content: b"{", "model.json: it cannot be used"),
+        ("model.json", lambda content: b"[]", "model.json: it cannot be used"),
+        ("model.json", lambda content: b"\xff\xfe", "model.json: it cannot be used"),
+        ("model.json", replaced(b'"format": 1', b'"format": 99'), "Update ossnet"),
+        ("model.json", replaced(b'"canonical"', b'"upwards"'), "orientation: Input should be"),
+        ("model.json", replaced(b'"ossnet"', b'"transformer"'), "transformer"),
+        ("model.json", replaced(b'"classes": 1', b'"classes": 5'), "size mismatch"),
+        ("model.json", replaced(b'"labels"', b'"labelled"'), "labels"),
+    ],
+)
+def test_damaged_models(
+    model: Path, tmp_path: Path, name: str, damage: Callable[[bytes], bytes], said: str
+) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    file = tmp_path / "model" / name
+    changed = damage(file.read_bytes())
+    assert changed != file.read_bytes()
+    file.write_bytes(changed)
+    assert said in refused(tmp_path, "info", tmp_path / "model")

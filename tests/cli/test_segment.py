@@ -1,0 +1,178 @@
+"""`ossnet segment` refuses what it cannot use, and leaves nothing half done."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
+
+from ossnet.files.nifti import read_labels, read_volume
+from ossnet.volume import Volume
+
+
+@pytest.fixture
+def scan(balls: Path) -> Path:
+    return balls / "imagesTr" / "ball_00_0000.nii.gz"
+
+
+def segment(scan: Path, model: Path, out: Path, *more: object) -> list[object]:
+    return ["segment", scan, "--model", model, "--out", out, *more]
+
+
+def test_one_scan(scan: Path, model: Path, tmp_path: Path) -> None:
+    said = succeeded(*segment(scan, model, tmp_path / "deep" / "seg.nii.gz"))
+    assert said.startswith("ball_00: ")
+    assert len(said.splitlines()) == 1
+    labels = read_labels(tmp_path / "deep" / "seg.nii.gz")
+    assert labels.shape == read_volume(scan).shape
+    assert dict(labels.names) == {1: "part 1"}
+    report = json.loads((tmp_path / "deep" / "seg.json").read_text())
+    assert report["scans"]["ball_00"]["locations"] > 0
+    assert {p.name for p in files_in(tmp_path / "deep")} == {"seg.nii.gz", "seg.json"}
+
+
+def test_paths_that_are_not_what_they_should_be(scan: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "out"
+    assert "no such file" in refused(tmp_path, *segment(tmp_path / "none.nii.gz", model, out))
+    assert "no such file or folder" in refused(tmp_path, *segment(tmp_path / "none", model, out))
+    assert "no NIfTI images" in refused(tmp_path, *segment(tmp_path / "empty", model, out))
+    assert "not a NIfTI file" in refused(tmp_path, *segment(tmp_path / "file", model, out))
+    assert "no such folder" in refused(tmp_path, *segment(scan, tmp_path / "none", out))
+    assert "a file, not a folder" in refused(tmp_path, *segment(scan, model, tmp_path / "file"))
+    assert "a file, not a folder" in refused(tmp_path, *segment(scan, model, tmp_path / "file" / "x.nii.gz"))
+    assert "End it in .nii.gz" in refused(tmp_path, *segment(scan, model, tmp_path / "x.img"))
+    assert "--out is needed" in refused(tmp_path, "segment", scan, "--model", model)
+
+
+def test_scans_are_not_replaced(balls: Path, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.nii.gz", "b.nii.gz"):
+        shutil.copy(balls / "imagesTr" / "ball_00_0000.nii.gz", folder / name)
+    before = (folder / "a.nii.gz").read_bytes()
+    assert "would be replaced" in refused(tmp_path, *segment(folder / "a.nii.gz", model, folder / "a.nii.gz"))
+    assert "would be replaced" in refused(
+        tmp_path, *segment(folder / "a.nii.gz", model, folder, "--overwrite")
+    )
+    assert "holds the scans" in refused(tmp_path, *segment(folder, model, folder))
+    assert "one file for 2 scans" in refused(tmp_path, *segment(folder, model, tmp_path / "seg.nii.gz"))
+    twice = ["segment", folder / "a.nii.gz", folder / "a.nii.gz", "--model", model, "--out", tmp_path / "o"]
+    assert "two scans are named a" in refused(tmp_path, *twice)
+    assert (folder / "a.nii.gz").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--region", "1,2,3"], "six numbers"),
+        (["--region", "0,0,0,99,99,99"], "not inside the grid"),
+        (["--region", "5,5,5,5,6,6"], "not inside the grid"),
+        (["--spacing", "0"], "not above 0"),
+        (["--spacing", "nan"], "not above 0"),
+        (["--strategy", "fast"], "'fast' is unknown"),
+        (["--strategy", "paper", "--spacing", "1"], "own grid only"),
+        (["--precision", "fp8"], "'fp8' is unknown"),
+        (["--device", "abacus"], "no device"),
+        (["--memory", "much"], "not an amount of memory"),
+        (["--memory", "1kB"], "at least"),
+        (["--channels"], "2 channel(s), the model takes 1"),
+    ],
+)
+def test_options_without_meaning(
+    scan: Path, model: Path, tmp_path: Path, given: list[str], said: str
+) -> None:
+    more = [scan] if given == ["--channels"] else []
+    assert said in refused(tmp_path, *segment(scan, model, tmp_path / "out", *more, *given))
+
+
+def test_scans_that_cannot_be_used(scan: Path, model: Path, tmp_path: Path) -> None:
+    """Alone: refused without a trace."""
+    content, image = scan.read_bytes(), nib.load(scan)
+    voxels = np.asarray(image.dataobj)
+    (tmp_path / "half.nii.gz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.nii.gz").write_text("hello")
+    Volume(np.stack([voxels, voxels]), image.affine).save(tmp_path / "two.nii.gz")
+    holes = voxels.astype(np.float32)
+    holes[0] = np.nan
+    Volume(holes[None], image.affine).save(tmp_path / "nan.nii.gz")
+    for name, said in {
+        "half": "the file ends before",
+        "text": "not compressed with gzip",
+        "two": "it has 2 channel(s), the model takes 1",
+        "nan": "--replace-nan",
+    }.items():
+        message = refused(tmp_path, *segment(tmp_path / f"{name}.nii.gz", model, tmp_path / "out"))
+        assert said in message
+        assert f"{name}.nii.gz" in message
+    code, said = ended(started(*segment(tmp_path / "nan.nii.gz", model, tmp_path / "out", "--replace-nan")))
+    assert code == 0, said
+    assert said.startswith("warning: ")
+    assert "they are replaced" in said
+
+
+def test_in_a_folder_the_others_are_segmented(scan: Path, model: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "scans", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(scan, folder / "a.nii.gz")
+    (folder / "b.nii.gz").write_bytes(scan.read_bytes()[:300])
+    shutil.copy(scan, folder / "c.nii.gz")
+    for _ in range(2):  # the second time nothing is left but the broken one
+        process = started(*segment(folder, model, out))
+        code, said = ended(process)
+        assert code == 2, said
+        assert said.count("error:") == 1
+        assert "b.nii.gz" in said.splitlines()[-1]
+        assert {p.name for p in files_in(out)} == {"a.nii.gz", "c.nii.gz", "report.json"}
+    assert "2 of 3 are finished already" in said
+    scans = json.loads((out / "report.json").read_text())["scans"]
+    assert "the file ends before" in scans["b"]["error"]
+    assert scans["a"]["locations"] == scans["c"]["locations"] > 0
+
+
+def test_dry_run(scan: Path, model: Path, tmp_path: Path) -> None:
+    said = succeeded("segment", scan, "--model", model, "--dry-run")
+    assert said.startswith("ball_00: about ")
+    forecasts = json.loads(succeeded("segment", scan, "--model", model, "--dry-run", "--json"))
+    assert forecasts[0]["scan"] == "ball_00"
+    assert forecasts[0]["memory_bytes"] > 0
+    assert not files_in(tmp_path)
+
+
+def many(scan: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(40):
+        shutil.copy(scan, folder / f"scan_{index:02d}.nii.gz")
+    return folder
+
+
+def test_interrupted(scan: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = started(*segment(many(scan, tmp_path / "scans"), model, out, "--strategy", "dense"))
+    code, said = interrupted(process, lambda: len(list(out.glob("scan_*"))) > 1)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "interrupted; what was finished is kept"
+    assert "Traceback" not in said
+    done = {file.name: file.stat().st_mtime_ns for file in out.glob("scan_*.nii.gz")}
+    assert 1 < len(done) < 40
+    assert not list(out.glob(".writing-*"))
+    assert len(json.loads((out / "report.json").read_text())["scans"]) == len(done)
+    said = succeeded(*segment(tmp_path / "scans", model, out, "--strategy", "dense"))
+    assert said.startswith(f"{len(done)} of 40 are finished already")
+    assert len(list(out.glob("scan_*.nii.gz"))) == 40
+    assert all((out / name).stat().st_mtime_ns == time for name, time in done.items())
+    assert len(json.loads((out / "report.json").read_text())["scans"]) == 40
+
+
+def test_a_full_disk(scan: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, said = ended(started(*segment(scan, model, out), limit_bytes=100))
+    assert code == 2, said
+    assert "the disk is full" in said
+    assert "Traceback" not in said
+    assert said.count("error:") == 1
+    assert not [p for p in files_in(out) if p.is_file()]

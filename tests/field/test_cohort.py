@@ -1,0 +1,263 @@
+"""Many scans: finished files are final, processes share the work, the report says what was done."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests import tiny
+
+from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError
+from ossnet.field import cohort
+from ossnet.field.cohort import Job, Options, forecast_all, plan_jobs, segment_all
+from ossnet.field.model import Model
+from ossnet.files.nifti import read_labels, read_volume
+from ossnet.files.validate import VolumeWarning
+from ossnet.volume import Volume
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny.model("multiscale")
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    """Five scans of different sizes."""
+    folder = tmp_path / "scans"
+    for index in range(5):
+        tiny.scan((10 + index, 9, 8)).save(folder / f"scan_{index}.nii.gz")
+    return folder
+
+
+def run(model: Model, scans: Path, out: Path, **options: Any) -> dict[str, Any]:
+    return segment_all(model, plan_jobs([scans], out), Options(device="cpu", precision="fp32", **options))
+
+
+def times(out: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in out.glob("*.nii.gz")}
+
+
+def test_a_folder(model: Model, scans: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    counts: list[int] = []
+    jobs = plan_jobs([scans], tmp_path / "out")
+    report = segment_all(model, jobs, Options(device="cpu"), say=said.append, done=counts.append)
+    assert counts == [1, 2, 3, 4, 5]
+    assert [line.split(":")[0] for line in said] == [f"scan_{i}" for i in range(5)]
+    for index in range(5):
+        labels = read_labels(tmp_path / "out" / f"scan_{index}.nii.gz")
+        alone = model.field(read_volume(scans / f"scan_{index}.nii.gz"), device="cpu").segment()
+        np.testing.assert_array_equal(labels.data, alone.data)
+        assert dict(labels.names) == {1: "part 1"}
+        entry = report["scans"][f"scan_{index}"]
+        assert entry["locations"] == alone.evaluated
+        assert entry["shape"] == list(alone.shape)
+        assert entry["volumes_ml"] == {"part 1": round(alone.volumes_ml()[1], 3)}
+        assert entry["seconds"] > 0
+        assert entry["strategy"] == "octree"
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert written["scans"] == report["scans"]
+    assert written["model"] == {"variant": "multiscale", "labels": {"1": "part 1"}}
+    assert set(written["versions"]) >= {"ossnet", "torch", "python"}
+    assert written["options"]["device"] == "cpu"
+
+
+def test_what_is_finished_is_final(model: Model, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run(model, scans, out)
+    before = times(out)
+    (out / "scan_3.nii.gz").unlink()
+    (out / ".writing-abcdefgh-scan_3.nii.gz").write_bytes(b"half")  # what a kill leaves
+    report = run(model, scans, out)
+    now = times(out)
+    assert {name for name in before if before[name] != now[name]} == {"scan_3.nii.gz"}
+    assert not list(out.glob(".writing-*"))
+    assert list(report["scans"]) == list(first["scans"])  # earlier entries are kept
+    run(model, scans, out, overwrite=True)
+    assert all(times(out)[name] != now[name] for name in now)
+
+
+def test_probabilities(model: Model, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, scans, out)
+    before = times(out)
+    run(
+        model, scans, out, probabilities=True, strategy="dense"
+    )  # not finished: they were not asked for before
+    assert len(times(out)) == 10
+    for index in range(5):
+        labels = read_labels(out / f"scan_{index}.nii.gz")
+        chance = read_volume(out / f"scan_{index}_probabilities.nii.gz")
+        np.testing.assert_array_equal(chance.affine, labels.affine)
+        np.testing.assert_array_equal(chance.data[0] > 0.5, labels.data == 1)
+    after = times(out)
+    assert all(after[name] != before[name] for name in before)
+    run(model, scans, out, probabilities=True)
+    assert times(out) == after
+
+
+def test_regions_and_spacings(model: Model, scans: Path, tmp_path: Path) -> None:
+    run(model, scans, tmp_path / "whole")
+    part = run(model, scans, tmp_path / "part", region=((2, 1, 0), (9, 6, 5)))
+    fine = run(model, scans, tmp_path / "fine", spacing=0.5)
+    for index in range(5):
+        name = f"scan_{index}.nii.gz"
+        full, box = read_labels(tmp_path / "whole" / name), read_labels(tmp_path / "part" / name)
+        np.testing.assert_array_equal(box.data, full.data[2:9, 1:6, 0:5])
+        np.testing.assert_allclose(box.affine[:3, 3], full.to_world(np.array([[2.0, 1.0, 0.0]]))[0])
+        np.testing.assert_allclose(read_labels(tmp_path / "fine" / name).spacing, 0.5)
+    assert part["scans"]["scan_0"]["shape"] == [7, 5, 5]
+    assert fine["scans"]["scan_0"]["spacing_mm"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_processes_share(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv(names[1], "2")
+    monkeypatch.setenv(names[0], "0")
+    first = run(model, scans, out)
+    assert set(times(out)) == {f"scan_{i}.nii.gz" for i in (0, 2, 4)}
+    monkeypatch.setenv(names[0], "1")
+    second = run(model, scans, out)
+    assert len(times(out)) == 5
+    assert set(first["scans"]) | set(second["scans"]) == {f"scan_{i}" for i in range(5)}
+    assert (out / "report.0.json").exists()
+    assert (out / "report.1.json").exists()
+    assert not (out / "report.json").exists()
+
+
+def test_a_scan_that_cannot_be_read_does_not_stop_the_others(
+    model: Model, scans: Path, tmp_path: Path
+) -> None:
+    content = (scans / "scan_2.nii.gz").read_bytes()
+    (scans / "scan_2.nii.gz").write_bytes(content[:200])
+    Volume(np.zeros((2, 5, 5, 5), np.uint8), np.eye(4)).save(scans / "scan_4.nii.gz")
+    with pytest.raises(InputError, match=r"scan_2.*1 more could not be segmented"):
+        run(model, scans, tmp_path / "out")
+    assert set(times(tmp_path / "out")) == {f"scan_{i}.nii.gz" for i in (0, 1, 3)}
+    entries = json.loads((tmp_path / "out" / "report.json").read_text())["scans"]
+    assert "scan_2" in entries["scan_2"]["error"]
+    assert "2 channel(s)" in entries["scan_4"]["error"]
+    (scans / "scan_2.nii.gz").write_bytes(content)
+    (scans / "scan_4.nii.gz").unlink()
+    report = run(model, scans, tmp_path / "out")
+    assert "error" not in report["scans"]["scan_2"]
+
+
+def test_memory_is_a_matter_of_one_scan(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = cohort._segment
+
+    def short(model: Model, job: Job, volume: Volume, options: Options) -> Any:
+        if job.name == "scan_1":
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return usual(model, job, volume, options)
+
+    monkeypatch.setattr(cohort, "_segment", short)
+    with pytest.raises(ResourceError, match=r"scan_1.*memory ran out"):
+        run(model, scans, tmp_path / "out")
+    assert len(times(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ResourceError])
+def test_what_was_finished_is_reported_also_when_it_ends_early(
+    model: Model,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Callable[[], BaseException],
+) -> None:
+    """An interrupt while a scan is answered; a disk that is full when its label map is written."""
+    usual = cohort._segment
+
+    def stopped(model: Model, job: Job, volume: Volume, options: Options) -> Any:
+        entry, save = usual(model, job, volume, options)
+        if job.name != "scan_2":
+            return entry, save
+        if error is KeyboardInterrupt:
+            raise KeyboardInterrupt
+
+        def full() -> None:
+            raise ResourceError("the disk is full")
+
+        return entry, full
+
+    monkeypatch.setattr(cohort, "_segment", stopped)
+    with pytest.raises(error):  # type: ignore[call-overload]
+        run(model, scans, tmp_path / "out")
+    finished = {name.removesuffix(".nii.gz") for name in times(tmp_path / "out")}
+    assert {"scan_0", "scan_1"} <= finished
+    reported = set(json.loads((tmp_path / "out" / "report.json").read_text())["scans"])
+    assert {"scan_0", "scan_1"} <= reported <= finished
+
+
+def test_nan(model: Model, tmp_path: Path) -> None:
+    volume = tiny.scan()
+    holes = volume.data.astype(np.float32)
+    holes[0, 0] = np.nan
+    Volume(holes, volume.affine).save(tmp_path / "a.nii.gz")
+    with pytest.raises(InputError, match="NaN"):
+        run(model, tmp_path / "a.nii.gz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VolumeWarning)
+        run(model, tmp_path / "a.nii.gz", tmp_path / "out", replace_nan=True)
+    assert (tmp_path / "out" / "a.nii.gz").exists()
+
+
+def test_channels(tmp_path: Path) -> None:
+    two = tiny.model("multiscale", channels=2)
+    volume = tiny.scan(channels=2)
+    for channel in range(2):
+        Volume(volume.data[channel : channel + 1], volume.affine).save(tmp_path / f"a_000{channel}.nii.gz")
+    volume.save(tmp_path / "both.nii.gz")
+    files = [tmp_path / "a_0000.nii.gz", tmp_path / "a_0001.nii.gz"]
+    (job,) = plan_jobs(files, tmp_path / "out", channels_together=True)
+    assert job.name == "a"
+    options = Options(device="cpu", precision="fp32")
+    segment_all(two, [job], options)
+    segment_all(two, plan_jobs([tmp_path / "both.nii.gz"], tmp_path / "out"), options)
+    one, other = (read_labels(tmp_path / "out" / f"{name}.nii.gz") for name in ("a", "both"))
+    np.testing.assert_array_equal(one.data, other.data)
+
+
+def test_forecasts(model: Model, scans: Path) -> None:
+    forecasts = forecast_all(model, plan_jobs([scans], None), Options(device="cpu"))
+    assert [f["scan"] for f in forecasts] == [f"scan_{i}" for i in range(5)]
+    assert all(f["locations"] > 0 and f["seconds"] > 0 and f["memory_bytes"] > 0 for f in forecasts)
+
+
+def test_plans(scans: Path, tmp_path: Path) -> None:
+    single = tmp_path / "x" / "seg.nii.gz"
+    (job,) = plan_jobs([scans / "scan_0.nii.gz"], single)
+    assert job == Job("scan_0", (scans / "scan_0.nii.gz",), single)
+    assert job.probabilities.name == "seg_probabilities.nii.gz"
+    assert not single.parent.exists()
+    with pytest.raises(SettingsError, match="one file for 5 scans"):
+        plan_jobs([scans], single)
+    with pytest.raises(SettingsError, match="two scans are named"):
+        plan_jobs([scans, scans / "scan_0.nii.gz"], tmp_path / "out")
+    with pytest.raises(SettingsError, match="replaced"):
+        plan_jobs([scans / "scan_0.nii.gz"], scans)
+    with pytest.raises(SettingsError, match="holds the scans"):
+        plan_jobs([scans], scans)
+    with pytest.raises(SettingsError, match="neither NIfTI"):
+        plan_jobs([scans], tmp_path / "out.nrrd")
+    with pytest.raises(DatasetError, match="no such file"):
+        plan_jobs([tmp_path / "none"], tmp_path / "out")
+
+
+def test_nothing_to_do(model: Model, scans: Path, tmp_path: Path) -> None:
+    run(model, scans, tmp_path / "out")
+    before = times(tmp_path / "out")
+    said: list[str] = []
+    segment_all(model, plan_jobs([scans], tmp_path / "out"), Options(), say=said.append)
+    assert said == ["5 of 5 are finished already"]
+    assert times(tmp_path / "out") == before
