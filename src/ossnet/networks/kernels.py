@@ -21,7 +21,7 @@ from ossnet.networks.pade import magnitude, pade
 
 Result = TypeVar("Result")
 
-_PIECE = 256
+_PIECE = 128
 """Rows a tensor operation works on at once: 256 rows of 512 features stay in a core's cache."""
 _NATIVE = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -88,19 +88,23 @@ def affine_pade(
             volumes * rows, features, x.stride(1), rows, c.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out
-    scratch = torch.empty(2, min(_PIECE, rows), features)
+    scratch = torch.empty(3, min(_PIECE, rows), features)
     for v in range(volumes):
         for start in range(0, rows, _PIECE):
             piece = slice(start, min(start + _PIECE, rows))
             from_, to = x[v, piece], out[v, piece]
-            z = to if x.dtype == torch.float32 else from_.float()
+            if x.dtype == torch.float32:
+                z = to
+            else:
+                # Converted by itself: mixed types in one operation are not vectorised.
+                from_ = z = scratch[2, : len(to)].copy_(from_)
             if scale is None:
                 torch.add(from_, shift[v], out=z)
             else:
                 torch.addcmul(shift[v], from_, scale[v], out=z)
             if skip is not None:
                 z.add_(skip[v, piece])
-            _horner(z, c, to, scratch[:, : len(z)])
+            _horner(z, c, to, scratch[:2, : len(z)])
     return out
 
 
@@ -145,12 +149,13 @@ def affine_pade_backward(
 def _horner(z: Tensor, c: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
     """P(z) into `out`; z is float32 and may be `out`. Eleven passes."""
     top, bottom = torch.empty_like(z.expand(2, *z.shape)) if scratch is None else scratch
-    torch.add(c[4], z, alpha=float(c[5]), out=top)
-    for i in (3, 2, 1, 0):
-        torch.addcmul(c[i], z, top, out=top)
+    n0, n1, n2, n3, n4, n5, d0, d1, d2, d3 = c.unbind()
+    torch.add(n4, z, alpha=float(n5), out=top)
+    for value in (n3, n2, n1, n0):
+        torch.addcmul(value, z, top, out=top)
     size = torch.abs(z, out=z)
-    torch.add(c[8], size, alpha=float(c[9]), out=bottom)
-    for value in (c[7], c[6], torch.ones(())):
+    torch.add(d2, size, alpha=float(d3), out=bottom)
+    for value in (d1, d0, torch.ones(())):
         torch.addcmul(value, size, bottom, out=bottom)
     if out.dtype == torch.float32:
         torch.div(top, bottom, out=out)
