@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from jaxtyping import Integer, Num
@@ -124,7 +125,11 @@ class CaseCache(Sequence[CachedCase]):
     def __len__(self) -> int:
         return len(self._cases)
 
-    def __getitem__(self, index: int) -> CachedCase:  # type: ignore[override]
+    @overload
+    def __getitem__(self, index: int) -> CachedCase: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CachedCase]: ...
+    def __getitem__(self, index: int | slice) -> CachedCase | list[CachedCase]:
         return self._cases[index]
 
 
