@@ -56,10 +56,9 @@ def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonf
         raise DatasetError(root, *files.none())
     if chosen is None and (inner := sorted(path.parent for path in root.glob("*/dataset.json"))):
         names = ", ".join(path.name for path in inner[:3]) + (", …" if len(inner) > 3 else "")
+        many = f"{len(inner)} data sets" if len(inner) > 1 else "a data set"
         raise DatasetError(
-            root,
-            f"it is no data set, but holds {len(inner)}: {names}",
-            f"Name one of them, such as {inner[0]}",
+            root, f"it holds {many} ({names}) and is none itself", f"Name {inner[0].as_posix()}"
         )
     if chosen is None:
         raise DatasetError(

@@ -53,8 +53,8 @@ def folds(
     if len(patients) < k:
         raise DatasetError(
             "data set",
-            f"{len(patients)} patients cannot make {k} folds",
-            f"Add cases, or use at most {len(patients)}",
+            f"{len(patients)} patient{'' if len(patients) == 1 else 's'} cannot make {k} folds",
+            "Add cases, or train on all of them with --set data.fold=all",
         )
     order = _shuffled(len(patients), seed)
     return tuple(_divide(patient, {patients[i] for i in part}) for part in np.array_split(order, k))
@@ -153,8 +153,8 @@ def _paper(dataset: "Dataset", groups: Mapping[str, str | None], seed: int) -> S
     if (len(taken[0]), len(taken[1])) != (train, validation):
         raise DatasetError(
             dataset.root,
-            f"the paper's split takes {train} + {validation} cases, {len(groups)} are here",
-            "Use a fold number, for example 0",
+            f"the paper's split takes {train} + {validation} cases, here: {len(groups)}",
+            "Use --set data.fold=0 for a fold of your cases, or data.fold=all to train on all of them",
         )
     return Split(tuple(sorted(taken[0])), tuple(sorted(taken[1])))
 
