@@ -42,7 +42,7 @@ class CropSource:
     image: Num[np.ndarray, "C X Y Z"]
     labels: Integer[np.ndarray, "X Y Z"]
     classes: int
-    surfaces: Sequence[Integer[np.ndarray, "M 3"]]
+    surfaces: Sequence[Integer[np.ndarray, "_ 3"]]
     normalise: ToTensor
     zoom: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
@@ -145,7 +145,7 @@ class SpatialMap:
         return out
 
 
-def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "M 3"]]:
+def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
     """Per structure (1, or classes - 1), the indices (M, 3) of the voxels on both sides of its surface.
 
     These are voxels with a 6-neighbour on the other side. Both sides, because locations drawn around the inner one
