@@ -216,7 +216,7 @@ def test_a_folder_of_data_sets_names_them(tmp_path: Path) -> None:
     for name in ("Dataset001_A", "Dataset002_B"):
         image(tmp_path / name / "imagesTr" / "a_0000.nii.gz")
         (tmp_path / name / "dataset.json").write_text("{}")
-    with pytest.raises(DatasetError, match="holds 2 data sets .Dataset001_A, Dataset002_B. and is none"):
+    with pytest.raises(DatasetError, match=r"holds 2 data sets .Dataset001_A, Dataset002_B. and is none"):
         open_dataset(tmp_path)
 
 
