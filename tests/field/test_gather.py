@@ -63,3 +63,18 @@ def test_spectra() -> None:
     PatchRows(image, "small").spectra(places, transform, out)
     expected = torch.einsum("fu,ncuyz->fncyz", transform, patches).flatten(2)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_away_from_the_border(between: bool, axes: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    image = (
+        torch.randn(2, 20, 21, 22).permute(*axes).contiguous().permute(*torch.tensor(axes).argsort().tolist())
+    )
+    places = 7 + torch.rand(30, 3) * 5
+    places = places if between else places.round()
+    out = torch.zeros(30, 4 * 343)
+    PatchRows(image, "small+large").rows(places, out)
+    expected = PatchSource(image, "small+large")(places)
+    torch.testing.assert_close(out, expected.flatten(1))
