@@ -99,3 +99,15 @@ def test_same_place_measures_at_the_far_corners() -> None:
     turned[1, 0] = 0.9e-4
     assert same_place(one, Volume(one.data, turned)) is None
     assert "shapes differ" in str(same_place(one, volume()))
+
+
+def test_surface_of_a_box() -> None:
+    labels = np.zeros((6, 7, 8), np.uint8)
+    labels[1:5, 1:5, 1:5] = 1
+    labels[2, 2, 2] = 2  # touches label 1 on all sides
+    found = LabelMap(labels, np.diag([2.0, 2.0, 2.0, 1.0]))
+    # 4³ voxels without the inner 2³; of these the one of label 2, and its three neighbours inside
+    assert found.surface_voxels() == 56 + 1 + 3
+    assert found.surface_mm2() == pytest.approx(60 * 4.0)
+    full = LabelMap(np.ones((3, 3, 3), np.uint8), np.eye(4))
+    assert full.surface_voxels() == 26  # beyond the grid lies background

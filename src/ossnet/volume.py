@@ -210,6 +210,21 @@ class LabelMap(_Placed):
         values, counts = np.unique(self.data, return_counts=True)
         return {int(v): float(n) * voxel_ml for v, n in zip(values, counts, strict=True) if v != 0}
 
+    def surface_voxels(self) -> int:
+        """Foreground voxels with a 6-neighbour of another label; beyond the grid lies background."""
+        padded = np.pad(self.data, 1)
+        inner = (slice(1, -1),) * 3
+        surface = np.zeros(self.data.shape, dtype=bool)
+        for axis in range(3):
+            for shift in (-1, 1):
+                surface |= np.roll(padded, shift, axis)[inner] != self.data
+        return int((surface & (self.data != 0)).sum())
+
+    def surface_mm2(self) -> float:
+        """Size of all surfaces together in mm²: each surface voxel counts as one mean face of a voxel."""
+        voxel_mm3 = abs(float(np.linalg.det(self.affine[:3, :3])))
+        return self.surface_voxels() * float(voxel_mm3 ** (2 / 3))
+
     def save(self, path: Path | str) -> None:
         """Write as NIfTI (`.nii`, `.nii.gz`) in the smallest integer type that holds the labels, atomically."""
         from ossnet.files.nifti import write_labels

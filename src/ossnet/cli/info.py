@@ -1,6 +1,5 @@
 """`ossnet info`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from ossnet.cli.common import print_json, stdout
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Model or run folder.")],
+    model: Annotated[str, typer.Argument(help="Model or run folder, or the name of a shipped model.")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show what a model is and how it was trained.

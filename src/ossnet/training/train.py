@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,12 @@ from ossnet.training.loop import STATE, Listener, Trainer
 from ossnet.training.planning import make_plan
 from ossnet.training.processes import ending_together, quieten_fabric, with_processes
 from ossnet.training.settings import Settings, parse_settings
+from ossnet.volume import LabelMap
 
 Say = Callable[[str], None]
+
+_MEASURED = 50
+"""Training cases whose surfaces are measured: `field.forecast` expects their median."""
 
 
 def train(
@@ -128,6 +133,8 @@ def _train(
 
     try:
         train, validation = cache(train_cases), cache(validation_cases)
+        surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
+        plan.model.metadata["surface_mm2"] = round(median(surfaces), 2)
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
@@ -138,6 +145,12 @@ def _train(
         # Mapped files stay readable until they are closed.
         _remove_cache(mapped)
     return validation
+
+
+def _surface_mm2(case: CachedCase) -> float:
+    """Of what the model draws: all labels as one structure where it is binary."""
+    labels = (case.labels > 0).astype("uint8") if case.classes == 1 else case.labels
+    return LabelMap(labels, case.affine).surface_mm2()
 
 
 def make_fabric(settings: Settings) -> Fabric:
