@@ -6,7 +6,6 @@ reads and whose docstring is the help. It is listed here and imported only when 
 """
 
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +22,6 @@ COMMANDS = {
     "import-weights": "Turn released OSS-Net weights into a model.",
     "info": "Show what a model is and how it was trained.",
     "demo": "Train, segment and evaluate on a real MRI in a few minutes.",
-    "experiment": "Run the paper's experiments.",
 }
 """Name → one line of help, in the order in which people meet them."""
 
@@ -37,11 +35,7 @@ class Commands(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = {
-            name: TyperCommand(name, help=summary)
-            for name, summary in COMMANDS.items()
-            if find_spec(_module(name))
-        }
+        self.commands = {name: TyperCommand(name, help=summary) for name, summary in COMMANDS.items()}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command itself, imported."""

@@ -281,6 +281,10 @@ class Trainer:
         if schedule.kind == "cosine":
             warm = min(1.0, fraction / schedule.warmup + 1e-2) if schedule.warmup > 0 else 1.0
             factor = warm * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
+        elif schedule.kind == "root":
+            # The best rate falls with the root of the number of steps: so one peak suits minutes and hours.
+            done = (self.state.step + 1) / schedule.hold
+            factor = min(1.0, 10 * done) * min(1.0, done**-0.5) * (1 - min(fraction, 1.0))
         else:
             # With a time limit the paper's milestones keep their place in the training.
             epoch = self.state.epoch if schedule.minutes is None else fraction * schedule.epochs

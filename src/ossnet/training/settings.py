@@ -122,8 +122,9 @@ class OptimiserSettings(_Group):
 class ScheduleSettings(_Group):
     """How long, and how the learning rates move."""
 
-    kind: Literal["steps", "cosine"] = Field(
-        "steps", description="steps: x0.1 at milestones; cosine with warm-up"
+    kind: Literal["steps", "cosine", "root"] = Field(
+        "steps",
+        description="steps: x0.1 at milestones; cosine; root: falls with the root of the steps, and linearly to 0",
     )
     epochs: int = Field(50, ge=1)
     minutes: float | None = Field(
@@ -134,6 +135,7 @@ class ScheduleSettings(_Group):
     )
     milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
     warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")
+    hold: int = Field(300, ge=1, description="steps before rates fall, for root; a tenth of them warm up")
     batch_size: int = Field(8, ge=1, description="volumes a step, over all devices")
     steps_per_epoch: int | None = Field(
         None, ge=1, description="none: every case once, incomplete batch dropped"
@@ -206,7 +208,7 @@ Changes = Mapping[str, Any]
 VARIANT_RECIPES: dict[str, Changes] = {
     "multiscale": {
         "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
-        "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
+        "schedule": {"kind": "root", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
         "augmentation": {"flip_axes": ()},
