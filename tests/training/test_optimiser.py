@@ -209,3 +209,15 @@ def test_muon_learns_and_resumes() -> None:
     optimiser2.load_state_dict(optimiser1.state_dict())
     train(second, optimiser2, 13)
     assert torch.equal(second[0].weight, net[0].weight)
+
+
+def test_averages_of_turning_weights_get_their_length_back() -> None:
+    weight = nn.Parameter(torch.randn(6, 20))
+    free = nn.Parameter(torch.randn(6, 20))
+    optimiser = Muon([{"params": [weight]}, {"params": [free], "renormalise": False}], lr=0.1)
+    kept = free.detach().clone()
+    with torch.no_grad():
+        weight.mul_(0.7)
+    optimiser.restore_norms()
+    assert float(weight.norm()) == pytest.approx(6**0.5, rel=1e-6)
+    assert torch.equal(free, kept)

@@ -24,6 +24,7 @@ from ossnet.field.model import Model
 from ossnet.files.atomic import write_bytes, write_text
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.illustration import Events, illustrate
+from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.settings import Settings
 from ossnet.training.stopping import StopRequest
@@ -372,6 +373,9 @@ class Trainer:
             return
         kept = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         self.network.load_state_dict(self.average.values)
+        for optimiser in self.optimisers:
+            if isinstance(optimiser, Muon):
+                optimiser.restore_norms()
         try:
             yield
         finally:

@@ -144,9 +144,19 @@ class Muon(Optimizer):
                 # Orthonormal columns have the norm sqrt(columns): bring it to the weight's own.
                 size = math.sqrt(max(1.0, rows / direction.shape[1]))
                 parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * size)
-                if group["renormalise"]:
-                    parameter.mul_(math.sqrt(rows) / parameter.norm().clamp_min(1e-12))
+        self.restore_norms()
         return loss
+
+    @torch.no_grad()
+    def restore_norms(self) -> None:
+        """Bring each weight to the norm sqrt(rows), where `renormalise` says so.
+
+        To be called as well when averages of weights took their places: directions that turn from step to step
+        have an average that is shorter than each of them.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"] if group["renormalise"] else []:
+                parameter.mul_(math.sqrt(parameter.shape[0]) / parameter.norm().clamp_min(1e-12))
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
