@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from ossnet.training.settings import Settings
 
 
+_TIMED = 20
+"""Steps that are timed before it is said how long a training will take."""
+
+
 def command(
     data: Annotated[
         Path | None, typer.Option(help="Data set in any layout that `ossnet check` knows.")
@@ -117,6 +121,9 @@ class Watcher:
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task: TaskID | None = None
         self.smooth: float | None = None
+        self.first: tuple[int, float, float] | None = None
+        """Step, seconds and fraction when the first step of this run was done."""
+        self.forecast = False
 
     def __enter__(self) -> "Watcher":
         self._above.__enter__()
@@ -133,6 +140,14 @@ class Watcher:
             self.task = self.bar.add_task("", total=1.0, step=0, loss="")
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         self.bar.update(self.task, completed=fraction, step=state.step, loss=f"{self.smooth:.4f}")
+        if self.first is None:
+            self.first = state.step, state.seconds, fraction
+        elif not self.forecast and state.step - self.first[0] >= _TIMED and fraction > self.first[2]:
+            self.forecast = True
+            each = (state.seconds - self.first[1]) / (state.step - self.first[0])
+            left = (1 - fraction) * (state.step - self.first[0]) / (fraction - self.first[2])
+            steps, minutes = state.step + left, left * each / 60
+            say(f"{each:.2f} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
 
     def validated(self, row: dict[str, Any]) -> None:
         """One line."""

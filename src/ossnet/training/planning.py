@@ -109,6 +109,11 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         recipe = _unet(base, grids, channels, classes, settings, reasons)
     reasons.extend(reason)
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
+    minutes = settings.schedule.minutes
+    if minutes is not None:
+        reasons.append(
+            f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
+        )
     model = Model(recipe.network, recipe.preparation, names)
     model.channel_names = tuple(dataset.channel_names)
     model.metadata = {
