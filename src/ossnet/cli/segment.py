@@ -27,6 +27,12 @@ def command(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write probabilities (asks everywhere).")
     ] = False,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Keep the largest component of each structure alone.")
+    ] = False,
+    smallest_ml: Annotated[
+        float, typer.Option(min=0.0, help="Remove components below this volume in ml.")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
@@ -68,6 +74,8 @@ def command(
         spacing=spacing,
         region=((x0, y0, z0), (x1, y1, z1)) if region is not None else None,
         probabilities=probabilities,
+        largest=largest,
+        smallest_ml=smallest_ml,
         device=device,
         precision=precision,
         memory=memory,

@@ -20,6 +20,7 @@ from ossnet.errors import (
     SettingsError,
     is_out_of_memory,
 )
+from ossnet.field.components import without_islands
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
@@ -49,12 +50,14 @@ _NO_FOLDERS = {
 
 @dataclass(frozen=True)
 class Options:
-    """How every scan is segmented; see `Field` and `Field.segment`."""
+    """How every scan is segmented; see `Field`, `Field.segment` and `without_islands`."""
 
     strategy: str = "auto"
     spacing: float | None = None
     region: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     probabilities: bool = False
+    largest: bool = False
+    smallest_ml: float = 0.0
     device: str = "auto"
     precision: str = "auto"
     memory: str | None = None
@@ -220,6 +223,8 @@ def _segment(
         spacing=options.spacing,
         region=options.region,
     )
+    if options.largest or options.smallest_ml:
+        labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
     maps = field.probability_map() if options.probabilities else None
     entry = {
         "files": [str(f) for f in job.files],
