@@ -16,12 +16,14 @@ from ossnet.experiments.demo import (
     DemoResult,
     Part,
     _clear,
+    cut_parts,
     fit_thresholds,
-    load_parts,
+    load_template,
     run_demo,
     write_dataset,
 )
 from ossnet.experiments.demo_page import demo_page
+from ossnet.experiments.hippocampi import Hippocampi, segment_hippocampi
 from ossnet.reports.page import page_html
 from ossnet.reports.render import surface_of
 from ossnet.volume import LabelMap, Volume, spacing_of
@@ -30,7 +32,7 @@ from ossnet.volume import LabelMap, Volume, spacing_of
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Part]:
     pytest.importorskip("nilearn")
-    return load_parts()
+    return cut_parts(load_template())
 
 
 def test_parts_do_not_overlap_and_lie_where_the_template_does(parts: dict[str, Part]) -> None:
@@ -82,7 +84,28 @@ def test_thresholds_are_the_best_of_all_pairs() -> None:
     assert mean_dice(*fit_thresholds(image, labels)) == pytest.approx(best)
 
 
-def stand_in() -> DemoResult:
+@pytest.fixture(scope="module")
+def hippocampi() -> Hippocampi:
+    pytest.importorskip("nilearn")
+    return segment_hippocampi(load_template().brain)
+
+
+def test_both_hippocampi_of_the_template_are_found_where_they_are(hippocampi: Hippocampi) -> None:
+    for volumes in hippocampi.volumes_ml.values():
+        # Whole hippocampi of adults have 2.5 to 5 ml; the template's are large, as its head is.
+        assert 2.5 < sum(volumes.values()) < 6
+        assert min(volumes.values()) > 1
+    # The template is its own mirror image; the network is not, but nearly.
+    left, right = (sum(hippocampi.volumes_ml[side].values()) for side in ("left", "right"))
+    assert abs(left - right) < 0.15 * left
+    labels = hippocampi.labels
+    centres = {k: labels.to_world(np.argwhere(labels.data == k).astype(float)).mean(axis=0) for k in (1, 2)}
+    assert centres[1][1] > centres[2][1] + 5  # anterior lies in front of posterior
+    assert abs(centres[1][0]) < 5  # left and right balance
+    assert hippocampi.evaluated < 0.25 * hippocampi.asked
+
+
+def stand_in(hippocampi: Hippocampi) -> DemoResult:
     """A result without a training."""
     reference = np.zeros((20, 12, 16), np.uint8)
     reference[3:17, 2:10, 3:13] = 1
@@ -105,6 +128,7 @@ def stand_in() -> DemoResult:
         surfaces=tuple(
             s for k in NAMES if (s := surface_of(LabelMap(prediction, affine), k, NAMES[k], "#ff0000"))
         ),
+        hippocampi=hippocampi,
         evaluated=1234,
         checked=500,
         differing=3,
@@ -115,8 +139,8 @@ def stand_in() -> DemoResult:
     )
 
 
-def test_the_page_says_what_was_found_and_what_it_does_not_show() -> None:
-    result = stand_in()
+def test_the_page_says_what_was_found_and_what_it_does_not_show(hippocampi: Hippocampi) -> None:
+    result = stand_in(hippocampi)
     text = page_html(demo_page(result))
     dice = result.scores[1].dice
     assert dice is not None
@@ -132,6 +156,7 @@ def test_the_page_says_what_was_found_and_what_it_does_not_show() -> None:
         "40 steps",
         "torch 2.13",
         "Fonov",
+        "there is no score here",
     ):
         assert expected in text, expected
 

@@ -20,6 +20,7 @@ from jaxtyping import Integer, UInt8
 from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, summarise, to_csv, to_json
+from ossnet.experiments.hippocampi import MODEL, Hippocampi, segment_hippocampi
 from ossnet.field.field import Field
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_json, write_text
@@ -78,8 +79,9 @@ class DemoResult:
         threshold_scores: Class → scores of what these two values give.
         losses: (seconds, loss) of every step.
         validations: Rows of the training log.
-        evaluated: Locations asked.
         surfaces: The predicted surfaces in MNI mm.
+        hippocampi: What the shipped model says of this brain.
+        evaluated: Locations asked.
         checked: Voxels of a slab that was also asked everywhere.
         differing: Voxels that differ there.
         seconds: Wall-clock time of `training`, `segmenting`, `surfaces`, `dense` (asking everywhere in that slab) and
@@ -98,6 +100,7 @@ class DemoResult:
     losses: list[tuple[float, float]]
     validations: list[dict[str, Any]]
     surfaces: tuple[Surface, ...]
+    hippocampi: Hippocampi
     evaluated: int
     checked: int
     differing: int
@@ -147,7 +150,8 @@ def run_demo(
         SettingsError: nilearn is not installed, or `out` holds something else.
     """
     started = time.perf_counter()
-    parts = load_parts()
+    template = load_template()
+    parts = cut_parts(template)
     _clear(out)
     write_dataset(parts, out / "data")
     say(f"data set written: {out / 'data'}")
@@ -176,6 +180,10 @@ def run_demo(
     seconds["dense"] = time.perf_counter() - begun
     differing = int((dense != found.data[:, slab[0][1] : slab[1][1]]).sum())
 
+    say(f"hippocampi, with the model that is shipped: {MODEL}")
+    hippocampi = segment_hippocampi(template.brain)
+    hippocampi.labels.save(out / "hippocampi_seg.nii.gz")
+
     scores = compare(found.data, front.labels, front.affine, NAMES, TOLERANCE_MM)
     rows = [Row("front", label, NAMES[label], value) for label, value in scores.items()]
     write_text(out / "scores.csv", to_csv(rows))
@@ -193,6 +201,7 @@ def run_demo(
         losses=recorder.losses,
         validations=recorder.rows,
         surfaces=surfaces,
+        hippocampi=hippocampi,
         evaluated=found.evaluated,
         checked=dense.size,
         differing=differing,
@@ -216,8 +225,21 @@ def _surfaces(bound: Field, found: LabelMap) -> tuple[Surface, ...]:
     return (white,) if grey is None else (white, grey)
 
 
-def load_parts() -> dict[str, Part]:
-    """The template cut into `PARTS`; nothing is downloaded.
+@dataclass(frozen=True)
+class Template:
+    """The MNI152 template.
+
+    Attributes:
+        brain: (1, X, Y, Z) grey values 0 … 255, 1 mm.
+        labels: (X, Y, Z) 0 background, 1 grey matter, 2 white matter.
+    """
+
+    brain: Volume
+    labels: UInt8[np.ndarray, "X Y Z"]
+
+
+def load_template() -> Template:
+    """Read the template and its tissue maps; nothing is downloaded.
 
     Raises:
         SettingsError: nilearn is not installed.
@@ -235,13 +257,19 @@ def load_parts() -> dict[str, Part]:
         for name in ("template", "gm_template", "wm_template")
     )
     image = np.round(scan.get_fdata() * 255).clip(0, 255).astype(np.uint8)
-    labels = tissue_labels(grey.get_fdata(), white.get_fdata())
+    brain = Volume(image[None], np.array(scan.affine, dtype=np.float64))
+    return Template(brain, tissue_labels(grey.get_fdata(), white.get_fdata()))
+
+
+def cut_parts(template: Template) -> dict[str, Part]:
+    """The template cut into `PARTS`."""
     parts = {}
     for name, (low, high) in PARTS.items():
         box = (_BOX[0], slice(low, high), _BOX[1])
-        affine = np.array(scan.affine, dtype=np.float64)
+        affine = template.brain.affine.copy()
         affine[:3, 3] += affine[:3, :3] @ [b.start for b in box]
-        parts[name] = Part(np.ascontiguousarray(image[box]), np.ascontiguousarray(labels[box]), affine)
+        image, labels = template.brain.data[0][box], template.labels[box]
+        parts[name] = Part(np.ascontiguousarray(image), np.ascontiguousarray(labels), affine)
     return parts
 
 
@@ -293,6 +321,6 @@ def _clear(out: Path) -> None:
             raise SettingsError(out, "the folder holds other files", "Choose another folder for --out")
         for name in ("data", "run"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("front_seg.nii.gz", "scores.csv", "scores.json", "index.html"):
+        for name in ("front_seg.nii.gz", "hippocampi_seg.nii.gz", "scores.csv", "scores.json", "index.html"):
             (out / name).unlink(missing_ok=True)
     write_text(out / _MARKER, json.dumps({"made by": "ossnet demo"}) + "\n")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FILES = ("model.json", "weights.safetensors")
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""Folder of models that come with the package."""
 
 
 def versions() -> dict[str, str]:
@@ -49,7 +51,8 @@ class Model:
         preparation: What happens to a scan first.
         label_names: Label value → structure; without background.
         channel_names: Meaning of the input channels, in order.
-        metadata: Variant, training settings, metrics, versions; for people and reports.
+        metadata: Variant, training settings, metrics, versions, `about` (further lines of the card) and `use`
+            (what it is meant for); for people and reports.
     """
 
     network: nn.Module
@@ -105,8 +108,11 @@ class Model:
             **self.metadata,
         }
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, half: bool = False) -> None:
         """Write the model folder; every file is replaced atomically, the weights first.
+
+        Args:
+            half: Weights in float16: half the size, answers the same but for close calls.
 
         Raises:
             ResourceError: The disk is full; what was there stays.
@@ -114,6 +120,8 @@ class Model:
         folder = Path(folder)
         # safetensors refuses tensors that share memory; state dicts of ours have none that do.
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
+        if half:
+            weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         with atomic_write(folder / "weights.safetensors") as temporary:
             save_file(weights, temporary, {"format": "pt"})
         write_json(folder / "model.json", self.description())
@@ -121,7 +129,7 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Model":
-        """Read a model folder, or the best model of a run folder.
+        """Read a model folder, the best model of a run folder, or a model that is shipped, by name.
 
         Raises:
             ModelError: Nothing there, or files that do not belong together.
@@ -135,10 +143,8 @@ class Model:
                     file, f"it has format {description['format']}", "Update ossnet to use this model"
                 )
             network = build(description["family"], description["network"])
-            if description.get("half"):  # shipped in 16 bits to be small, used in 32
-                network.half()
-            state = load_file(folder / "weights.safetensors")
-            network.load_state_dict(state, strict=True)
+            # Weights may be stored in 16 bits; the network computes in 32.
+            network.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
             preparation = Preparation.model_validate(description["preparation"])
             names = {int(k): str(v) for k, v in description["labels"].items()}
         except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -152,7 +158,7 @@ class Model:
             raise ModelError(weights, f"it cannot be used ({_first_line(error)})", "Copy it again") from error
         known = {"format", "family", "network", "preparation", "labels", "channels"}
         metadata = {k: v for k, v in description.items() if k not in known}
-        return cls(network.float(), preparation, names, tuple(description.get("channels", ())), metadata)
+        return cls(network, preparation, names, tuple(description.get("channels", ())), metadata)
 
     def card(self) -> str:
         """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""
@@ -169,12 +175,15 @@ class Model:
         ]
         if data:
             lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
+        lines += _training_lines(self.metadata.get("settings", {}))
+        lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
         if scores:
             lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]
         lines += [
             "",
             "## Use",
             "",
+            *([self.metadata["use"], ""] if "use" in self.metadata else []),
             "For research. It was judged on the data named above and on nothing else; it is no medical device.",
             "",
             "## Versions",
@@ -184,8 +193,13 @@ class Model:
         return "\n".join(lines) + "\n"
 
 
+def shipped_models() -> dict[str, Path]:
+    """Models that come with the package: name → folder."""
+    return {folder.name: folder for folder in sorted(SHIPPED.iterdir()) if (folder / FILES[0]).is_file()}
+
+
 def model_folder(path: Path | str) -> Path:
-    """The folder that holds the model: the path itself, or `model/` or `last/` of a run.
+    """The folder that holds the model: the path itself, or `model/` or `last/` of a run, or a shipped one.
 
     Raises:
         ModelError: There is none.
@@ -194,10 +208,14 @@ def model_folder(path: Path | str) -> Path:
     for folder in (path, path / "model", path / "last"):
         if all((folder / name).is_file() for name in FILES):
             return folder
+    shipped = shipped_models()
+    if str(path) in shipped:
+        return shipped[str(path)]
     reason = "it holds no model.json with weights.safetensors" if path.is_dir() else "there is no such folder"
     if path.is_file():
         reason = "it is a file, not a folder"
-    raise ModelError(path, reason, "Give a model folder, or the run folder of a training")
+    names = f", or the name of a shipped model ({', '.join(shipped)})" if shipped else ""
+    raise ModelError(path, reason, f"Give a model folder, or the run folder of a training{names}")
 
 
 def import_released(path: Path | str, output_shape: Shape | None = None) -> Model:
@@ -233,6 +251,21 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, RuntimeError):  # load_state_dict names what does not fit in its second line
         return " ".join(" ".join(str(error).split("\n")[:2]).split())[:300]
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _training_lines(settings: Mapping[str, Any]) -> list[str]:
+    """What decided the training, from the settings that `training.settings` wrote."""
+    schedule, optimiser = settings.get("schedule", {}), settings.get("optimiser", {})
+    if not schedule or not optimiser:
+        return []
+    minutes = schedule.get("minutes")
+    length = f"{minutes:g} minutes" if minutes else f"{schedule.get('epochs')} epochs"
+    flips = settings.get("augmentation", {}).get("flip_axes", [])
+    mirrored = f"mirrored along axes {', '.join(map(str, flips))}" if flips else "not mirrored"
+    return [
+        f"- Training: {length}, {optimiser.get('name')}, batches of {schedule.get('batch_size')}, {mirrored}, "
+        f"fold {settings.get('data', {}).get('fold')}, seed {settings.get('seed')}; all settings in model.json"
+    ]
 
 
 def _number(value: Any) -> str:
