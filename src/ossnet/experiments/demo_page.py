@@ -214,7 +214,7 @@ def _hippocampi(found: Hippocampi) -> tuple[Text | SliceView | SurfaceView | Tab
             None,
             overlay(found.volume, found.labels),
             "Slices through both hippocampi with outlines of their anterior and posterior parts",
-            "The middle of the template's brain.",
+            "The middle of the brain, both results in one picture. Drag to move through it.",
         ),
     ]
     if found.surfaces:
@@ -226,8 +226,8 @@ def _hippocampi(found: Hippocampi) -> tuple[Text | SliceView | SurfaceView | Tab
         Text(
             (
                 "Nobody outlined the hippocampi of this template in the way of the training data, so there is no "
-                "score here, only the picture and the volumes. On held-out scans of the data it was trained on, "
-                f"asked everywhere: {scored}.",
+                "score here, only the picture and the volumes. On scans of its own data that were held out: "
+                f"{scored}.",
             ),
             emphasis=True,
         ),
