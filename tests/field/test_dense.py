@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ossnet.errors import SettingsError
+from ossnet.errors import ResourceError, SettingsError
 from ossnet.field.answer import Answer
 from ossnet.field.dense import DenseAnswer
 from ossnet.field.engine import prepare
@@ -46,7 +46,7 @@ def test_a_unet_is_looked_up(window: tuple[int, int, int] | None) -> None:
 def test_a_grant_below_the_map_is_refused() -> None:
     pytest.importorskip("monai")
     network = UNet(UNetSpec(variant="unet3d", channels=1, filters=(4, 8)))
-    with pytest.raises(SettingsError, match="memory"):
+    with pytest.raises(ResourceError, match="at least"):
         prepare(network, torch.zeros(1, 16, 16, 16), memory=1000)
     with pytest.raises(SettingsError, match="channels"):
         prepare(network, torch.zeros(2, 16, 16, 16))

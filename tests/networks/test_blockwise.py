@@ -111,10 +111,11 @@ def test_memory_is_bounded_by_the_budget() -> None:
     free = BlockwiseEncoder(network, volume, block=16)
     locations = random_locations((96, 96, 32), 2000)
     expected = free(locations)
-    base = sum(m.bytes for m in free._coarse)
-    tight = BlockwiseEncoder(network, volume, block=16, budget=(16 << 20) + base + (300 << 10))
+    base = sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location
+    budget = (16 << 20) + base + (300 << 10)
+    tight = BlockwiseEncoder(network, volume, block=16, budget=budget, chunk=512)
     assert torch.equal(tight(locations), expected)
-    assert tight.fixed_bytes + tight.work <= (16 << 20) + base + (300 << 10)
+    assert tight.fixed_bytes + tight.work + tight.chunk * tight.bytes_per_location <= budget
     assert tight.fixed_bytes < free.fixed_bytes
     with pytest.raises(ResourceError, match="Grant more"):
         BlockwiseEncoder(network, volume, budget=1 << 20)

@@ -26,9 +26,10 @@ class Answer(Protocol):
 
     @property
     def coarse(self) -> Tensor | None:
-        """A cheap first guess for the octree, float32 logits on a coarse grid over the same space.
+        """A cheap first guess for the octree on a coarse grid over the same space.
 
-        (x, y, z) for binary, (K, x, y, z) for K classes; None where the network has none.
+        float32 logits, (x, y, z) for binary, (K, x, y, z) for K classes, or integer labels (x, y, z); None where
+        the network has none.
         """
 
     @property
@@ -50,6 +51,14 @@ class Answer(Protocol):
             locations: Voxel indices on the network's grid, integers or floats, on any device. Outside
                 the grid they count as the nearest point of its border.
         """
+
+
+@runtime_checkable
+class Coverable(Protocol):
+    """An answer that is prepared for a part of its scan at a time."""
+
+    def cover(self, box: tuple[Shape, Shape] | None = None) -> None:
+        """Prepare all that answers in a box (low, high excluded) depend on, on the network's grid; None: all."""
 
 
 def coarse_logits(segmentation: Float[Tensor, "1 C X Y Z"] | None, classes: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 Letters: C channels, X Y Z voxels, N locations, K logits.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import Tensor
 
 from ossnet.errors import SettingsError
 from ossnet.field.answer import clamped
-from ossnet.field.memory import format_size
+from ossnet.field.memory import require
+from ossnet.field.scan import Scan
 from ossnet.networks.unet import UNet, segment_slices
 from ossnet.volume import Shape
+
+_SLICES, _COPIES = 16, 6
+"""Slices in a pass of a 2D network, and tensors of the first stage's width that are alive at once."""
 
 
 class DenseAnswer:
@@ -67,10 +72,13 @@ class DenseAnswer:
 
 def prepare_unet(
     network: UNet,
-    image: Float[Tensor, "C X Y Z"],
+    scan: Scan,
     *,
+    device: torch.device | None = None,
     precision: str = "fp32",
     memory: int | None = None,
+    reserve: int = 0,
+    libraries: int = 0,
     window: Shape | None = None,
     **_: Any,
 ) -> DenseAnswer:
@@ -79,26 +87,37 @@ def prepare_unet(
     Args:
         window: Patch size the network was trained on: a window slides over the image with half overlap and
             Gaussian weights. None: the image in one pass (a 2D network: slice by slice).
-        memory: Bytes granted. The map of logits and one pass must fit; there is nothing to divide them by.
+        memory: Bytes granted. The image, the map of logits and one pass must fit; there is nothing to divide
+            them by.
+        reserve: Bytes of the grant that others need.
+        libraries: Bytes of the grant that the libraries take for themselves.
 
     Raises:
-        SettingsError: If the image has other channels than the network was made for, or the map alone is
-            larger than the grant.
+        SettingsError: If the image has other channels than the network was made for.
+        ResourceError: If the grant is too small.
     """
-    if image.shape[0] != network.spec.channels:
+    if scan.shape[0] != network.spec.channels:
         raise SettingsError(
-            "image", f"has {image.shape[0]} channels, the network takes {network.spec.channels}", "Give those"
+            "image", f"has {scan.shape[0]} channels, the network takes {network.spec.channels}", "Give those"
         )
-    held = 4 * network.spec.classes * image[0].numel()
-    if memory is not None and held > memory:
-        raise SettingsError(
-            "memory",
-            f"a U-Net holds the logits of all voxels, {format_size(held)} here",
-            "Grant more, or use a variant that answers location by location",
-        )
+    needed = _pass_bytes(network, scan.shape[1:], window) + (0 if scan.held is not None else scan.image_bytes)
+    require(memory, needed + reserve + libraries, "a U-Net: it answers all voxels at once")
+    image = scan.hold(device or "cpu")
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
     with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=lower):
         return DenseAnswer(_logits(network, image[None], window)[0])
+
+
+def _pass_bytes(network: UNet, shape: Shape, window: Shape | None) -> int:
+    """The map of logits, what a sliding window adds up in, and a pass with a few copies of its finest stage."""
+    spec = network.spec
+    voxels = prod(shape)
+    if spec.dimensions == 2:
+        once = _SLICES * voxels // shape[spec.slice_axis]
+    else:
+        once = min(voxels, prod(window)) if window else voxels
+    maps = (2 * spec.classes + 1 if window else spec.classes) * voxels
+    return 4 * (maps + once * (_COPIES * spec.filters[0] + spec.classes))
 
 
 def _logits(network: UNet, image: Tensor, window: Shape | None) -> Tensor:

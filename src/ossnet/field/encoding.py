@@ -34,8 +34,15 @@ def encode(encoder: Encoder, image: Float[Tensor, "C SX SY SZ"], memory: int | N
     expected = tuple(n << (len(encoder.blocks) + 1) for n in encoder.grid)
     if tuple(image.shape[1:]) != expected:
         raise ValueError(f"the encoder takes scans of {expected} voxels, not {tuple(image.shape[1:])}")
+    return encode_halved(encoder, reduce_by_two(image), memory)
+
+
+def encode_halved(
+    encoder: Encoder, halved: Float[Tensor, "C HX HY HZ"], memory: int | None = None
+) -> Encoding:
+    """`encode` of a scan at half its resolution, as the encoder sees it."""
     with torch.no_grad():
-        x, outputs = reduce_by_two(image)[None], []
+        x, outputs = halved[None], []
         for i, block in enumerate(encoder.blocks):
             x = _block(cast(ResidualBlock3d, block), x, memory)
             if encoder.output_mappings is not None:
@@ -61,9 +68,14 @@ def slab_planes(channels: int, width: int, planes: int, area: int, memory: int |
         area: Y · Z.
         memory: Bytes, None for `SLAB_BYTES`.
     """
+    granted = SLAB_BYTES if memory is None else memory
+    return max(min(granted // plane_bytes(channels, width, area), planes), 1)
+
+
+def plane_bytes(channels: int, width: int, area: int) -> int:
+    """Working memory of a block for each of its output planes; see `slab_planes`."""
     # The input and its padded copy, the convolution's result and two more in the library's own layout.
-    per_plane = 2 * area * 4 * (2 * channels + 3 * max(width, 16))
-    return max(min((SLAB_BYTES if memory is None else memory) // per_plane, planes), 1)
+    return 2 * area * 4 * (2 * channels + 3 * max(width, 16))
 
 
 def _block(

@@ -14,10 +14,11 @@ from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import SettingsError
 from ossnet.field.answer import Answer
 from ossnet.field.dense import prepare_unet
-from ossnet.field.encoding import SLAB_BYTES, encode, encoding_bytes
+from ossnet.field.encoding import SLAB_BYTES, encode, encode_halved, encoding_bytes, plane_bytes
 from ossnet.field.fused import FusedAnswer
-from ossnet.field.memory import chunk_for, parse_size
+from ossnet.field.memory import chunk_for, parse_size, require
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
+from ossnet.field.scan import Scan
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -29,10 +30,13 @@ Precision = Literal["fp32", "bf16", "auto"]
 Engine = Literal["fused", "plain"]
 
 
+_CPU = torch.device("cpu")
+
+
 class Preparer(Protocol):
     """Builds the answer of one family of networks; gets all options of `prepare` as keywords."""
 
-    def __call__(self, network: Any, image: Tensor, **options: Any) -> Answer: ...
+    def __call__(self, network: Any, scan: Scan, **options: Any) -> Answer: ...
 
 
 PREPARERS: dict[type[nn.Module], Preparer] = {}
@@ -41,12 +45,14 @@ PREPARERS: dict[type[nn.Module], Preparer] = {}
 
 def prepare(
     network: nn.Module,
-    image: Float[Tensor, "C *S"],
+    image: Float[Tensor, "C X Y Z"] | Scan,
     *,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
     chunk: int | None = None,
     memory: str | int | None = None,
+    reserve: int = 0,
+    libraries: int = 0,
     large_pool: Pool = "avg",
     engine: Engine = "fused",
     window: Shape | None = None,
@@ -55,12 +61,14 @@ def prepare(
 
     Args:
         network: Of a known family. Put into evaluation mode and onto the device.
-        image: (C, *S) float32, normalised and fitted onto the network's grid.
-        device: Where the work is done; the image is moved there.
+        image: (C, *S) float32, normalised and fitted onto the network's grid, or a scan that is read in boxes.
+        device: Where the work is done; a GPU gets the whole image.
         precision: "bf16" computes in bfloat16 and asks again in float32 what is close to a decision; "auto"
             takes it where the machine computes it fast.
         chunk: Locations at once; None chooses by measurement and `memory`.
         memory: Grant for everything above the image: bytes, or "2GB"; None for no limit.
+        reserve: Bytes of the grant that others need once locations are asked.
+        libraries: Bytes of the grant that the libraries below take for themselves (`field.memory.LIBRARIES`).
         large_pool: How 14³ patches are pooled: "avg" (paper) or "max" (released inference, SPEC §7.3).
         engine: "plain" runs the training-time module, for comparison.
         window: Dense networks that were trained on patches: the patch size to slide with.
@@ -74,9 +82,15 @@ def prepare(
         raise SettingsError("network", f"{type(network).__name__} has no engine", "Register one in PREPARERS")
     device = torch.device(device)
     network.eval().to(device)
+    scan = image if isinstance(image, Scan) else Scan.of(image)
+    if scan.held is not None or device.type != "cpu" or isinstance(network, UNet) or engine == "plain":
+        scan.hold(device)
     return preparer(
         network,
-        image.to(device),
+        scan,
+        device=device,
+        reserve=reserve,
+        libraries=libraries,
         precision=precision,
         chunk=chunk,
         memory=None if memory is None else parse_size(memory),
@@ -88,48 +102,82 @@ def prepare(
 
 def prepare_ossnet(
     network: OSSNet,
-    image: Float[Tensor, "C X Y Z"],
+    scan: Scan,
     *,
+    device: torch.device = _CPU,
     precision: Precision = "fp32",
     chunk: int | None = None,
     memory: int | None = None,
+    reserve: int = 0,
+    libraries: int = 0,
     large_pool: Pool = "avg",
     engine: Engine = "fused",
     **_: Any,
 ) -> Answer:
     """The paper's variants: the encoder runs once, the decoder answers."""
     expected = (network.spec.channels, *network.spec.shape)
-    if tuple(image.shape) != expected:
+    if scan.shape != expected:
         raise SettingsError(
-            "image", f"is {tuple(image.shape)}, the network works on {expected}", "Fit it with `Preparation`"
+            "image", f"is {scan.shape}, the network works on {expected}", "Fit it with `Preparation`"
         )
+    reserve += libraries
     if engine == "plain":
+        image = scan.hold(device)
         with torch.no_grad():
             encoding = network.encode(reduce_by_two(image)[None])
         fixed = 4 * padded_voxels(network, image)
-        size = chunk or chunk_for(memory, fixed, plain_bytes_per_location(network), 4096)
+        size = chunk or chunk_for(memory, fixed + reserve, plain_bytes_per_location(network), 4096)
         return PlainAnswer(network, image, encoding, size, large_pool)
-    slab = None
+    # A slab works on two planes more than it answers.
+    y, z = network.spec.encoder_shape[1:]
+    plane = plane_bytes(network.spec.channels, network.spec.blocks[0], y * z)
+    held = encoding_bytes(network.encoder, network.spec.shape) + 2 * plane
+    slab = SLAB_BYTES
     if memory is not None:
-        slab = max(min(memory - encoding_bytes(network.encoder, network.spec.shape), SLAB_BYTES), 0)
-    encoding = encode(network.encoder, image, slab)
-    half = precision == "bf16" or (precision == "auto" and fast_bf16(image.device))
-    return FusedAnswer(network, image, encoding, chunk, memory, large_pool, half)
+        require(memory, held + plane + libraries, "encoding this scan")
+        slab = min(memory - libraries - held, SLAB_BYTES)
+    if scan.held is not None:
+        encoding = encode(network.encoder, scan.held, slab)
+    else:
+        encoding = encode_halved(network.encoder, scan.halved(), slab)
+    half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
+    return FusedAnswer(
+        network,
+        scan,
+        encoding,
+        chunk,
+        memory,
+        large_pool,
+        half,
+        device=device,
+        reserve=reserve,
+        encoding_bytes=held + max(slab, plane),
+    )
 
 
 def prepare_multiscale(
     network: MultiscaleNetwork,
-    image: Float[Tensor, "C X Y Z"],
+    scan: Scan,
     *,
+    device: torch.device = _CPU,
     precision: Precision = "auto",
     chunk: int | None = None,
     memory: int | None = None,
+    reserve: int = 0,
+    libraries: int = 0,
     **_: Any,
 ) -> Answer:
-    """The default network: coarse maps of the whole scan now, fine maps where locations are asked."""
-    half = precision == "bf16" or (precision == "auto" and fast_bf16(image.device))
+    """The default network: maps are made where locations are asked."""
+    half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return BlockwiseEncoder(
-        network, image, budget=memory, precision="bf16" if half else "fp32", chunk=chunk or 8192
+        network,
+        scan,
+        device=device,
+        budget=memory,
+        reserve=reserve,
+        libraries=libraries,
+        precision="bf16" if half else "fp32",
+        chunk=chunk or 8192,
     )
 
 

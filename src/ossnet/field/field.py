@@ -14,15 +14,21 @@ import torch
 from jaxtyping import Float, Integer, Num
 from torch import Tensor
 
-from ossnet.data.preparation import prepare_scan
 from ossnet.errors import SettingsError, VolumeError
-from ossnet.field.answer import Answer
+from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
+from ossnet.field.forecast import predicts, surface_voxels
 from ossnet.field.grid import Box, Grid, check_box, moved_box
+from ossnet.field.lattice import Window
+from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
 from ossnet.field.mesh import extract_mesh
 from ossnet.field.model import Model
-from ossnet.field.refinement import refine
+from ossnet.field.octree import Octree
+from ossnet.field.refinement import ask as ask_all
+from ossnet.field.refinement import path_from, refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
+from ossnet.field.scan import Scan
+from ossnet.field.strides import Path, check_path, parts
 from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical
 
 if TYPE_CHECKING:
@@ -55,13 +61,14 @@ class Field:
         model: A trained model.
         volume: The scan; its channels in the order the model was trained with.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
-        memory: Grant for everything above the loaded volume, bytes or as "2GB"; None: no bound.
+        memory: Grant for everything above the loaded volume and the model, bytes or as "2GB"; None: no bound.
         precision: "fp32", "bf16", or "auto": bf16 where the machine computes in it, close calls again in fp32.
         preprocessed: Take the values of the volume as they are (the reference cases).
         chunk: Locations a pass; None chooses.
 
     Raises:
         VolumeError: The scan does not have the model's channels.
+        ResourceError: The grant does not hold what segmenting this scan takes.
     """
 
     def __init__(
@@ -84,25 +91,48 @@ class Field:
             )
         self.model, self.volume = model, volume
         self.device = _device(device)
+        self._grant = None if memory is None else parse_size(memory)
         started = time.perf_counter()
-        scan = prepare_scan(volume, model.preparation, self.device, preprocessed)
-        self._orientation: Orientation = scan.orientation
-        self._fitted: Shape = scan.fit.target
-        self._fit = scan.fit
-        oriented = volume.reoriented(scan.orientation)
+        self._orientation: Orientation = model.preparation.orient(volume.affine)
+        oriented = volume.reoriented(self._orientation)
         self.grid = Grid(oriented.shape, oriented.affine)
         """The scan's grid in the axis order that the network sees."""
+        scan = Scan.bound(volume, model.preparation, preprocessed)
+        self._fit = scan.fit
+        self._fitted: Shape = scan.fit.target
+        rest = self._held_if_resized(scan)
         self._answer: Answer = prepare(
             model.network,
-            scan.image,
+            scan,
             device=self.device,
             precision=precision,
             chunk=chunk,
-            memory=memory,
+            memory=rest,
+            reserve=self._asking_bytes(self.grid),
+            libraries=LIBRARIES,
             **model.engine_options(),
         )
+        self._held = 0 if self._grant is None or rest is None else self._grant - rest
         self.encoder_seconds = time.perf_counter() - started
-        """Wall-clock time of preparing and encoding the scan."""
+        """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
+
+    def _held_if_resized(self, scan: Scan) -> int | None:
+        """Resize once where memory allows, not box by box; what is left of the grant."""
+        if self._grant is None:
+            if scan.fit.resizes:
+                scan.hold()
+            return None
+        if (
+            not scan.fit.resizes
+            or 2 * (scan.hold_bytes + self._asking_bytes(self.grid) + LIBRARIES) > self._grant
+        ):
+            return self._grant
+        scan.hold()
+        return self._grant - scan.image_bytes
+
+    def _asking_bytes(self, grid: Grid) -> int:
+        surface = surface_voxels(self.model, grid.shape, grid.affine)
+        return asking_bytes(grid.shape, max(self.model.classes, 2), surface)
 
     # Asking at points ---------------------------------------------------------------------------------------------
 
@@ -155,20 +185,27 @@ class Field:
 
         Raises:
             SettingsError: Arguments that exclude each other.
+            ResourceError: The grant does not hold the label map.
         """
         if sum(x is not None for x in (spacing, shape, like)) > 1:
             raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
-        started = time.perf_counter()
         if strategy in START_STATES:
             if spacing is not None or shape is not None or like is not None or region is not None:
                 raise SettingsError(
                     "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
                 )
+            self._cover(self.grid, None)
+            started = time.perf_counter()
             labels, evaluated, stages = self._released(strategy, progress, reevaluate)
             grid, orientation = self.grid, self._orientation
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = self._oriented_region(region, grid, orientation)
+            self._require(grid, box)
+            if "stride" in octree:
+                octree["path"] = path_from(octree.pop("stride"))
+            self._cover(grid, box, [1] if self._resolve(strategy) == "dense" else octree.get("path", "auto"))
+            started = time.perf_counter()
             labels, evaluated = self._fill(grid, box, strategy, progress, octree)
             stages = ()
             if box is not None:
@@ -191,18 +228,23 @@ class Field:
     def probability_map(self, progress: Progress | None = None) -> Volume:
         """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
         x, y, z = self.grid.shape
-        out = np.empty((max(self.model.classes, 1), x, y, z), dtype=np.float32)
+        classes = max(self.model.classes, 1)
+        held = self._held + self._answer.fixed_bytes + LIBRARIES
+        require(self._grant, 4 * classes * x * y * z + held, "probabilities of all voxels")
+        self._cover(self.grid, None)
+        # Written through a view in the network's axis order: turning them round afterwards would need them twice.
+        out = np.empty((classes, *self.volume.shape), dtype=np.float32)
+        turned = self._orientation.apply(out)
         done = 0
-        for box, locations in _slabs(self.grid.shape):
+        for box, locations in _slabs(self.grid.shape, voxels=question_locations(classes)):
             found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
             part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
             (x0, y0, z0), (x1, y1, z1) = box
-            out[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
+            turned[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
             done += len(locations)
             if progress:
                 progress(done, x * y * z - done)
-        stored = np.ascontiguousarray(self._orientation.undo(out))
-        return replace(self.volume, data=stored)
+        return replace(self.volume, data=out)
 
     def mesh(
         self,
@@ -250,6 +292,35 @@ class Field:
             f"{structure!r} is none of this model's",
             f"Choose one of {', '.join(f'{k} ({v})' for k, v in names.items())}",
         )
+
+    # Memory and regions -------------------------------------------------------------------------------------------
+
+    def _require(self, grid: Grid, region: Box | None) -> None:
+        """Refuse a label map that the grant does not hold; the scan's own was looked at when it was bound."""
+        wanted = grid if region is None else Grid(_size(region), grid.affine)
+        if self._grant is not None and np.prod(wanted.shape) > np.prod(self.grid.shape):
+            answer = self._answer
+            held = self._held + LIBRARIES + answer.fixed_bytes + answer.chunk * answer.bytes_per_location
+            require(self._grant, held + self._asking_bytes(wanted), f"a label map of {wanted.shape} voxels")
+
+    def _cover(self, grid: Grid, region: Box | None, path: Path = "auto") -> None:
+        """Have the answer prepare what will be asked about, and count that as encoding."""
+        if isinstance(self._answer, Coverable):
+            started = time.perf_counter()
+            self._answer.cover(None if region is None else self._needed(grid, region, path))
+            self.encoder_seconds += time.perf_counter() - started
+
+    def _needed(self, grid: Grid, region: Box, path: Path) -> Box:
+        """Voxels of the network's grid whose prediction and answers decide what the octree finds in a region."""
+        steps = check_path(path, grid.shape)
+        kept = parts(steps, grid.shape, Window(*region), [0] * len(steps), predicted=True)[0].kept
+        low, high = np.array(kept.low) * steps[0], (np.array(kept.high) - 1) * steps[0]
+        to_fitted = self._fit.matrix() @ grid.to(self.grid)
+        corners = np.array(list(product(*zip(low, np.maximum(high, np.array(region[1]) - 1), strict=True))))
+        place = corners @ to_fitted[:3, :3].T + to_fitted[:3, 3]
+        x0, y0, z0 = (int(v) for v in np.floor(place.min(axis=0)))
+        x1, y1, z1 = (int(v) + 1 for v in np.ceil(place.max(axis=0)))
+        return (x0, y0, z0), (x1, y1, z1)
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -319,21 +390,46 @@ class Field:
         if self._resolve(strategy) == "dense":
             return _everywhere(ask, grid.shape, region, classes, progress)
         start = options.pop("start", None)
+        predicted = start is None
         if start is None and self._answer.coarse is not None and self._prediction_pays(grid):
-            start = self._answer.coarse.detach().float().cpu().numpy()
-        found = refine(
-            ask, grid.shape, start=start, classes=classes, region=region, progress=progress, **options
-        )
-        return found.labels, found.evaluated
+            start = self._prediction()
+        batch = options.pop("batch", question_locations(classes))
+        local = region is not None and predicted and isinstance(self._answer, Coverable)
+        if start is None or not local:
+            found = refine(
+                ask,
+                grid.shape,
+                start=start,
+                classes=classes,
+                region=region,
+                progress=progress,
+                batch=batch,
+                **options,
+            )
+            return found.labels, found.evaluated
+        tree = Octree(grid.shape, classes, start=start, region=region, **options)
+        while (voxels := tree.query()) is not None:
+            if tree.grown:
+                # A larger box decides, and its prediction is not there yet.
+                self._cover(grid, None)
+                again = {**options, "batch": batch, "start": self._prediction()}
+                return self._fill(grid, region, "octree", progress, again)
+            tree.update(*ask_all(ask, voxels, batch))
+            if progress is not None:
+                progress(tree.evaluated, tree.pending)
+        return tree.labels(), tree.evaluated
+
+    def _prediction(self) -> np.ndarray:
+        """The answer's coarse logits, or labels."""
+        assert self._answer.coarse is not None
+        coarse = self._answer.coarse.detach().cpu()
+        return np.asarray(coarse.float().numpy() if coarse.is_floating_point() else coarse.numpy())
 
     def _prediction_pays(self, grid: Grid) -> bool:
         """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
         coarse = self._answer.coarse
-        if coarse is None or self._fit.offset != (0, 0, 0) or self._fit.source != self._fitted:
-            return False
-        cells = np.array(grid.shape) / np.array(coarse.shape[-3:])
         same = grid.shape == self.grid.shape and bool((grid.to(self.grid) == np.eye(4)).all())
-        return same and bool((cells <= 16).all())
+        return same and coarse is not None and predicts(coarse.shape, grid.shape, self._fit)
 
     def _released(
         self, strategy: str, progress: Progress | None, reevaluate: bool
@@ -398,11 +494,18 @@ def _background(logits: Tensor, outside: Tensor) -> Tensor:
     return logits
 
 
-def _slabs(shape: Shape, box: Box | None = None, voxels: int = 2**18) -> Sequence[tuple[Box, np.ndarray]]:
-    """Pieces of a box along its first axis, and their voxel indices (N, 3) in C order."""
+def _slabs(shape: Shape, box: Box | None = None, voxels: int = 2**16) -> Sequence[tuple[Box, np.ndarray]]:
+    """Pieces of a box, runs of planes or of rows of a plane, and their voxel indices (N, 3) in C order."""
     (x0, y0, z0), (x1, y1, z1) = box or ((0, 0, 0), shape)
-    step = max(1, voxels // max((y1 - y0) * (z1 - z0), 1))
-    return _Slabs([((x, y0, z0), (min(x + step, x1), y1, z1)) for x in range(x0, x1, step)])
+    planes = max(1, voxels // max((y1 - y0) * (z1 - z0), 1))
+    rows = max(1, voxels // max(z1 - z0, 1)) if planes == 1 else y1 - y0
+    return _Slabs(
+        [
+            ((x, y, z0), (min(x + planes, x1), min(y + rows, y1), z1))
+            for x in range(x0, x1, planes)
+            for y in range(y0, y1, rows)
+        ]
+    )
 
 
 class _Slabs(Sequence[tuple[Box, np.ndarray]]):
@@ -420,6 +523,11 @@ class _Slabs(Sequence[tuple[Box, np.ndarray]]):
         return box, np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
+def _size(box: Box) -> Shape:
+    x, y, z = (high - low for low, high in zip(*box, strict=True))
+    return x, y, z
+
+
 def _everywhere(
     ask: Callable[[np.ndarray], Tensor],
     shape: Shape,
@@ -428,13 +536,14 @@ def _everywhere(
     progress: Progress | None,
 ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
     low, high = region or ((0, 0, 0), shape)
-    size = tuple(h - lo for lo, h in zip(low, high, strict=True))
+    size = _size((low, high))
     out = np.empty(size, dtype=np.uint8 if classes <= 256 else np.uint16)
     done, total = 0, int(np.prod(size))
-    for ((x0, _, _), (x1, _, _)), voxels in _slabs(shape, region):
+    for ((x0, y0, z0), (x1, y1, z1)), voxels in _slabs(shape, region, question_locations(classes)):
         logits = ask(voxels)
         labels = (logits > 0) if logits.ndim == 1 else logits.argmax(dim=1)
-        out[x0 - low[0] : x1 - low[0]] = labels.cpu().numpy().reshape(x1 - x0, *size[1:])
+        part = tuple(slice(a - o, b - o) for a, b, o in zip((x0, y0, z0), (x1, y1, z1), low, strict=True))
+        out[part] = labels.cpu().numpy().reshape(x1 - x0, y1 - y0, z1 - z0)
         done += len(voxels)
         if progress:
             progress(done, total - done)

@@ -1,23 +1,39 @@
-"""What a segmentation will take, said before anything runs."""
+"""What a segmentation will take, said before anything runs.
 
+Letters: N locations, K classes.
+"""
+
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
+from ossnet.data.preparation import Fit
+from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
 from ossnet.field.grid import Grid
+from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size
 from ossnet.field.model import Model
+from ossnet.field.scan import Scan
+from ossnet.field.strides import choose_path
+from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Affine, Shape, spacing_of
 
-SURFACE_LOCATIONS = 2.5
-"""Locations asked per surface voxel (foreground voxel with a neighbour of another label)."""
+SECONDS_PER_VOXEL = 8e-9
+"""The octree's own time, and the two looks at every voxel that normalising takes."""
+
+SWEEPS = 12
+"""Questions that a surface is gone over with: blocks that were not kept are computed again in each."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected locations, wall-clock seconds on this machine, and peak bytes above the loaded scan."""
+    """Expected locations, wall-clock seconds on this machine, and peak bytes above the loaded scan and model."""
 
     locations: int
     seconds: float
@@ -37,6 +53,35 @@ def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
     return float(surface) / float(face)
 
 
+def predicts(coarse: Sequence[int], shape: Shape, fit: Fit) -> bool:
+    """Whether a coarse array is worth using: it covers the scan's own grid, and its cells are fine enough.
+
+    Args:
+        coarse: Shape of the array, its cells last.
+        shape: Voxels of the scan.
+        fit: How the scan lies on the network's grid, which the array covers.
+    """
+    fine = all(n <= 16 * c for n, c in zip(shape, coarse[-3:], strict=True))
+    return fine and fit.offset == (0, 0, 0) and fit.source == fit.target
+
+
+def locations_for(shape: Shape, surface: float, classes: int, predicted: bool) -> float:
+    """Locations that the octree asks.
+
+    Both sides of every surface, and a tenth for wrong predictions: where structures touch each other both sides
+    are surface voxels themselves, so the more structures the less for each.
+
+    Args:
+        shape: Voxels of the answer.
+        surface: Surface voxels (foreground voxels with a neighbour of another label).
+        classes: K, background included.
+        predicted: Whether a coarse array predicts the first lattice; every eighth site is asked then.
+    """
+    lattice = math.prod(-(-n // s) for n, s in zip(shape, choose_path(shape)[0], strict=True))
+    each = 1.1 + 1.1 * math.pow(max(classes - 1, 1), -0.85)
+    return lattice / (8 if predicted else 1) + surface * each
+
+
 def forecast(
     model: Model, shape: Shape, affine: Affine, *, memory: str | int | None = None, device: str = "cpu"
 ) -> Forecast:
@@ -48,37 +93,80 @@ def forecast(
         memory: The grant, as for `Field`.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
+
+    Raises:
+        ResourceError: The grant does not hold what segmenting such a scan takes.
     """
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
     fit = model.preparation.fit_for(grid.shape, spacing_of(grid.affine))
+    classes = max(model.classes, 2)
+    surface = surface_voxels(model, grid.shape, grid.affine)
+    asking = asking_bytes(grid.shape, classes, surface)
     started = time.perf_counter()
-    image = torch.randn(model.channels, *fit.target)
     answer = prepare(
         model.network,
-        image,
+        _noise(model.channels, fit),
         device="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
         precision="auto",
-        memory=memory,
+        memory=None if memory is None else parse_size(memory),
+        reserve=asking,
+        libraries=LIBRARIES,
         **model.engine_options(),
     )
-    encoder = time.perf_counter() - started
-    if getattr(answer, "dense", False):
-        locations = int(np.prod(grid.shape))
-    else:
-        lattice = float(np.prod([-(-n // 8) for n in grid.shape]))
-        locations = int(lattice + SURFACE_LOCATIONS * surface_voxels(model, grid.shape, grid.affine))
-    rng = np.random.default_rng(0)
-    some = torch.from_numpy(rng.integers(0, fit.target, (2 * answer.chunk, 3)))
-    answer(some[: answer.chunk])
+    if isinstance(answer, Coverable):
+        answer.cover()
+    seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(grid.shape)
+    dense = getattr(answer, "dense", False)
+    coarse = answer.coarse
+    predicted = coarse is not None and predicts(coarse.shape, grid.shape, fit)
+    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes, predicted)
+    each, blocks, kept = _measured(answer, surface)
+    held = answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
+    peak = max(held + asking, getattr(answer, "encoding_bytes", 0)) + LIBRARIES
+    return Forecast(int(locations), seconds + blocks + locations * each, int(peak), answer.chunk)
+
+
+def _noise(channels: int, fit: Fit) -> Scan:
+    """A scan of noise that takes no memory: rows of one vector, each begun somewhere else."""
+    x, y, z = fit.target
+    steps = (31, 17, 1)
+    values = np.random.default_rng(0).standard_normal(31 * x + 17 * y + z, dtype=np.float32)
+    strides = (0, *(values.itemsize * s for s in steps))
+    noise = np.lib.stride_tricks.as_strided(
+        values, (channels, x, y, z), strides
+    )  # torch warns of read-only ones
+    return Scan(noise, Fit.none(fit.target))
+
+
+def _measured(answer: Answer, surface: float) -> tuple[float, float, float]:
+    """Seconds for a location; for maps that are made where locations are asked: seconds for all, and their bytes."""
+    some = _patch(answer.shape, 2 * answer.chunk)
+    computed = getattr(answer, "computed", 0)
     started = time.perf_counter()
     answer(some)
-    per_location = (time.perf_counter() - started) / len(some)
-    octree_bytes = 3 * float(np.prod(grid.shape))
-    return Forecast(
-        locations,
-        encoder + locations * per_location,
-        int(answer.fixed_bytes + answer.chunk * answer.bytes_per_location + octree_bytes),
-        answer.chunk,
-    )
+    first = time.perf_counter() - started
+    started = time.perf_counter()
+    answer(some)
+    again = time.perf_counter() - started
+    if not isinstance(answer, BlockwiseEncoder) or answer.computed == computed:
+        return again / len(some), 0.0, 0.0
+    made = answer.computed - computed
+    # Those that a ball with that surface meets; some of its voxels have two or three faces to the outside.
+    edge = 2 * math.sqrt(surface / (1.2 * 4 * math.pi))
+    met = math.prod(min(n, edge + b) / b for n, b in zip(answer.padded, answer.block, strict=True))
+    size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
+    room = math.inf if answer.room is None else answer.room
+    kept = min((met - len(answer.blocks)) * size, room - answer.fixed_bytes)
+    times = 1 if met * size <= room else SWEEPS
+    return again / len(some), met * times * max(first - again, 0.0) / made, max(kept, 0.0)
+
+
+def _patch(shape: Shape, count: int) -> Int[Tensor, "N 3"]:
+    """Voxels of two neighbouring planes, in the order that the octree asks them in."""
+    edge = math.ceil(math.sqrt(count / 2))
+    axes = [np.arange(2), np.arange(edge), np.arange(edge)]
+    place = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)[:count]
+    low = [(n - len(a)) // 2 for n, a in zip(shape, axes, strict=True)]
+    return torch.from_numpy(np.clip(place + low, 0, np.array(shape) - 1))

@@ -18,6 +18,7 @@ from ossnet.field.gather import PatchRows
 from ossnet.field.memory import chunk_for, halving
 from ossnet.field.products import ROWS, Products
 from ossnet.field.replay import Replay
+from ossnet.field.scan import Scan, WindowRows
 from ossnet.networks.encoder import Encoding
 from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import Shape
@@ -38,12 +39,15 @@ class FusedAnswer:
 
     Args:
         network: In evaluation mode, on the device of the image.
-        image: (C, *S) float32, normalised and fitted; kept.
+        image: (C, *S) float32, normalised and fitted, kept; or a scan that is read in boxes (on a CPU).
         encoding: What the encoder says about it, batch of one.
         chunk: Locations at once, at most; None chooses.
         memory: Bytes granted for weights and buffers; None for no limit.
         large_pool: See `PatchSource`.
         half: Compute in bfloat16 and ask again in float32 what is close to a decision.
+        reserve: Bytes of the grant that others need.
+        encoding_bytes: What the encoder took while it ran, for forecasts.
+        device: Where it runs; None: where the image is.
         spectral: Take the first patch convolution apart in float32 (`networks.toeplitz`); None where faster.
 
     Raises:
@@ -53,40 +57,50 @@ class FusedAnswer:
     def __init__(
         self,
         network: OSSNet,
-        image: Float[Tensor, "C X Y Z"],
+        image: Float[Tensor, "C X Y Z"] | Scan,
         encoding: Encoding,
         chunk: int | None = None,
         memory: int | None = None,
         large_pool: Pool = "avg",
         half: bool = False,
         spectral: bool | None = None,
+        device: torch.device | None = None,
+        reserve: int = 0,
+        encoding_bytes: int = 0,
     ) -> None:
+        self.encoding_bytes = encoding_bytes
         self.shape: Shape = network.spec.shape
         self.classes = network.spec.classes
         self.coarse = coarse_logits(encoding.segmentation, self.classes)
-        self._device = image.device
+        scan = image if isinstance(image, Scan) else Scan.of(image)
+        self._device = scan.held.device if scan.held is not None else device or torch.device("cpu")
         self._coordinates = network.decoder.coordinates
         self._turn = threading.Lock()
-        cpu = image.device.type == "cpu"
+        cpu = self._device.type == "cpu"
         kind = network.spec.patches
-        patches = None if kind == "none" else PatchRows(image, kind, large_pool)
+        patches: PatchRows | None = None
+        if kind != "none":
+            held = scan.held
+            patches = (
+                PatchRows(held, kind, large_pool) if held is not None else WindowRows(scan, kind, large_pool)
+            )
         with torch.no_grad():
             folded = fold(network.decoder, encoding.latent[0])
             # One dense product keeps a GPU busier than fourteen small ones.
             apart = cpu if spectral is None else spectral
-            self._exact = Products(folded, patches, torch.float32, apart, image.device)
-            self._fast = Products(folded, patches, torch.bfloat16, False, image.device) if half else None
-            self._allocate(chunk, memory, (_CPU_EXACT, _CPU_FAST) if cpu else (_GPU, _GPU))
+            self._exact = Products(folded, patches, torch.float32, apart, self._device)
+            self._fast = Products(folded, patches, torch.bfloat16, False, self._device) if half else None
+            self._allocate(chunk, memory, reserve, (_CPU_EXACT, _CPU_FAST) if cpu else (_GPU, _GPU))
             self._run_exact = _captured(self._exact)
             self._run_fast = None if self._fast is None else _captured(self._fast)
             self.margin = self._measured_margin()
 
-    def _allocate(self, chunk: int | None, memory: int | None, best: tuple[int, int]) -> None:
+    def _allocate(self, chunk: int | None, memory: int | None, reserve: int, best: tuple[int, int]) -> None:
         """Rows of both precisions, within the grant; halved when the machine has less."""
         main = self._exact if self._fast is None else self._fast
         weights = sum(p.weight_bytes for p in (self._exact, self._fast) if p is not None)
         each = sum(p.bytes_per_row for p in {self._exact, main})
-        wanted = chunk or chunk_for(memory, weights, each, best[0 if self._fast is None else 1])
+        wanted = chunk or chunk_for(memory, weights + reserve, each, best[0 if self._fast is None else 1])
         wanted = max(-(-wanted // ROWS) * ROWS, ROWS)
 
         def take(rows: int) -> None:

@@ -3,9 +3,19 @@
 import re
 import warnings
 from collections.abc import Callable
+from math import prod
 from typing import TypeVar
 
 from ossnet.errors import ResourceError, SettingsError
+from ossnet.volume import Shape
+
+LIBRARIES = 96_000_000
+"""What convolutions and products take on their first use: code, tables and buffers of the libraries."""
+
+_QUESTION_VALUES = 1 << 21
+_QUESTION_LOCATIONS = 1 << 16
+_SURFACE_BYTES = 160
+"""Working memory of the octree for each voxel at a surface: lists of what to ask, and what it is made from."""
 
 Result = TypeVar("Result")
 
@@ -60,12 +70,47 @@ def chunk_for(grant: int | None, fixed: int, per_location: int, preferred: int, 
     chunk = preferred
     while chunk > smallest and fixed + chunk * per_location > grant:
         chunk //= 2
-    if fixed + chunk * per_location > grant:
-        needed = format_size(fixed + smallest * per_location)
-        raise ResourceError(
-            f"{format_size(grant)} of memory are granted, at least {needed} are needed for this scan."
-        )
+    require(grant, fixed + chunk * per_location, "this scan")
     return chunk
+
+
+def label_bytes(shape: Shape, classes: int) -> int:
+    """The octree's state of every voxel, and the label map made from it."""
+    # One voxel of padding on each side, and odd lengths.
+    return (2 if classes <= 127 else 4) * prod(n + 3 for n in shape)
+
+
+def question_locations(classes: int) -> int:
+    """Locations of one question: their logits stay below 8 MB however many classes there are."""
+    return max(min(_QUESTION_LOCATIONS, _QUESTION_VALUES // max(classes, 1)), 1024)
+
+
+def asking_bytes(shape: Shape, classes: int, surface: float) -> int:
+    """What segmenting takes beside the network: label map, questions and answers.
+
+    Args:
+        shape: Voxels of the answer.
+        classes: K.
+        surface: Voxels at surfaces that are expected.
+    """
+    # Logits, a copy that is partly sorted, one that is masked; places as int32, int64 and float32.
+    each = 3 * 4 * max(classes, 1) + 3 * (4 + 8 + 4)
+    questions = question_locations(classes) * each
+    # A structure can hardly have more surface than a tenth of the scan.
+    lists = int(_SURFACE_BYTES * min(surface, 0.1 * prod(shape)))
+    return label_bytes(shape, classes) + questions + lists
+
+
+def require(grant: int | None, needed: float, what: str) -> None:
+    """Refuse what a grant cannot hold, before anything is done.
+
+    Raises:
+        ResourceError: Says how much is needed.
+    """
+    if grant is not None and needed > grant:
+        raise ResourceError(
+            f"{format_size(grant)} of memory are granted, at least {format_size(needed)} are needed for {what}."
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

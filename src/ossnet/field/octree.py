@@ -163,6 +163,11 @@ class Octree:
         """Locations known to be still asked on this lattice; more may follow from their answers."""
         return 0 if self._done else len(self._next) + len(self._rest)
 
+    @property
+    def grown(self) -> bool:
+        """Whether something entered the region unseen, so that more than its own neighbourhood is looked at."""
+        return any(self._growth)
+
     def query(self) -> Int[np.ndarray, "N 3"] | None:
         """The next voxel indices to ask, int32, or None when the label map is complete.
 

@@ -1,8 +1,9 @@
-"""The default network bound to one scan: coarse maps of all of it, fine maps in blocks where they are asked.
+"""The default network bound to one scan: coarse maps of what is covered, fine maps in blocks where they are asked.
 
 Every map is computed in tiles with halos wide enough for the exact result, cut at the scan's border where the
 network itself pads. So tiles, blocks and what was asked before change nothing but rounding (about 1e-6 in
-float32), and memory is bounded for a scan of any size.
+float32), and memory is bounded for a scan of any size. A box of the scan is covered when the coarse maps that its
+answers depend on are there: nothing is at first, questions about a region encode that region with its halo only.
 
 Letters: C channels, S shape of the network's grid, N locations, K classes.
 Boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
@@ -21,6 +22,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.errors import ResourceError, SettingsError
+from ossnet.networks.boxes import Held, Source, windows
 from ossnet.networks.multiscale import (
     MultiscaleNetwork,
     MultiscaleSpec,
@@ -35,6 +37,15 @@ Box = tuple[Triple, Triple]
 
 WORK_BYTES = 256 << 20
 """Working memory of a tile when nothing is granted: smaller tiles recompute more of their halos."""
+
+MANY_CLASSES = 8
+"""With more, the coarse prediction is given as labels: logits of a hundred classes are larger than the scan."""
+
+MARGIN = 32
+"""Voxels around questions that are covered with them: the next ones lie there."""
+
+_SHARE = 2048
+"""Voxels of the scan that may be read for the patch of a location."""
 
 ROWS = 64
 """A broken tile of rows can add up in another order: questions are filled up to multiples of this."""
@@ -56,32 +67,34 @@ class BlockwiseEncoder:
 
     Args:
         network: On `device`; put into evaluation mode.
-        volume: (C, *S) float32, normalised and fitted. Kept, not copied.
+        volume: (C, *S) float32, normalised and fitted, or a source of its boxes. Kept, not copied.
         block: Voxels of a fine block per axis, rounded up to the coarse stride; None chooses by `budget`.
         device: Where the work is done; None: that of the volume.
         budget: Bytes granted above the volume and the weights; None: no limit on what is kept.
+        reserve: Of these, bytes that others need as soon as something is asked.
+        libraries: Of these, bytes that the libraries below take for themselves.
         precision: Of convolutions and products. "bf16" stores maps in bfloat16 as well.
-        chunk: Locations decoded at once.
+        chunk: Locations decoded at once, at most.
 
     Attributes:
         shape: S.
         classes: 1 for binary, otherwise K including background.
-        coarse: float32 logits on a coarse grid over the same space as the scan: (x, y, z) for binary,
-            (K, x, y, z) otherwise.
 
     Raises:
         SettingsError: The volume does not fit the network.
-        ResourceError: The budget does not hold the coarse maps.
+        ResourceError: The budget does not hold the coarse maps of the whole scan.
     """
 
     def __init__(
         self,
         network: MultiscaleNetwork,
-        volume: Float[Tensor, "C X Y Z"],
+        volume: Float[Tensor, "C X Y Z"] | Source,
         *,
         block: int | None = None,
         device: torch.device | str | None = None,
         budget: int | None = None,
+        reserve: int = 0,
+        libraries: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
         chunk: int = 8192,
     ) -> None:
@@ -92,23 +105,33 @@ class BlockwiseEncoder:
                 f"it has {volume.shape[0]} channels, the network was trained with {spec.channels}",
                 "Give the channels it was trained with",
             )
-        self.device = torch.device(device) if device is not None else volume.device
-        self.network, self.volume = network.eval(), volume.to(self.device)
-        self.spec, self.chunk, self.budget = spec, chunk, budget
+        home = volume.device if isinstance(volume, Tensor) else torch.device("cpu")
+        self.device = torch.device(device) if device is not None else home
+        self.network = network.eval()
+        self.source: Source = Held(volume.to(self.device)) if isinstance(volume, Tensor) else volume
+        self.spec, self.budget = spec, budget
+        self.reserve, self.libraries = reserve + libraries, libraries
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        x, y, z = volume.shape[1:]
+        _, x, y, z = self.source.shape
         self.shape: Triple = (x, y, z)
         self.classes = spec.classes
         stride = spec.strides[-1]
         self.padded = _triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
-        self.work = WORK_BYTES if budget is None else max(16 << 20, min(WORK_BYTES, budget // 4))
+        room = None if budget is None else budget - self.reserve
+        self.work = WORK_BYTES if room is None else max(16 << 20, min(WORK_BYTES, room // 4))
+        self.chunk = chunk
+        while room is not None and self.chunk > 4 * ROWS and 8 * self.chunk * self.bytes_per_location > room:
+            self.chunk //= 2
         self.blocks: OrderedDict[Triple, list[_Part]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
+        self.core: Box = ((0, 0, 0), (0, 0, 0))
+        """Voxels that are covered."""
+        self.crop: Box = self.core
+        """Voxels that coarse maps were computed from: the core with its halo."""
+        self._coarse: list[_Part] = []
+        self._prediction: Tensor | None = None
         self._check_budget()
-        with torch.inference_mode():
-            self._coarse = self._coarse_maps()
-            self.coarse: Tensor | None = self._coarse_logits()
         self.block = self._block_shape(block)
 
     @property
@@ -116,13 +139,66 @@ class BlockwiseEncoder:
         """Working memory that grows with the chunk."""
         spec = self.spec
         features = sum(s.features for s in spec.stages) + spec.patch_features + 6
-        return 4 * (2 * features + 8 * 3 * 2 + 4 * spec.decoder_width) + 16 * spec.channels * prod(spec.patch)
+        wide = 2 * features + 8 * 3 * 2 + 4 * spec.decoder_width + 3 * spec.classes
+        return 4 * wide + 16 * spec.channels * prod(spec.patch)
 
     @property
     def fixed_bytes(self) -> int:
         """Memory held without the scan: coarse maps, and the fine blocks that are kept."""
         kept = [m.bytes for m in self._coarse] + [m.bytes for maps in self.blocks.values() for m in maps]
         return sum(kept)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes for maps, of what is granted; None without a limit."""
+        if self.budget is None:
+            return None
+        return self.budget - self.reserve - self.work - self.chunk * self.bytes_per_location
+
+    @property
+    def encoding_bytes(self) -> int:
+        """What covering the whole scan takes while it lasts."""
+        first = self.network.coarse_stage
+        cells = prod(self.padded) / prod(self.spec.strides[first])
+        return int(cells * 2 * self.spec.stages[first].width * self.dtype.itemsize) + self.work
+
+    @property
+    def coarse(self) -> Tensor | None:
+        """A prediction on a coarse grid over the same space as the scan; background where nothing is covered.
+
+        float32 logits (x, y, z) for binary and (K, x, y, z) for K classes; int16 labels (x, y, z) for more
+        classes than `MANY_CLASSES`. Without anything covered yet, of the whole scan.
+        """
+        if not self._coarse:
+            self.cover()
+        if self._prediction is None:
+            with torch.inference_mode():
+                self._prediction = self._coarse_prediction()
+        return self._prediction
+
+    def cover(self, box: Box | None = None) -> None:
+        """Encode what answers in a box depend on: the box with the receptive field around it.
+
+        Args:
+            box: Voxels; joined with what is covered already. None: the whole scan.
+        """
+        whole: Box = ((0, 0, 0), self.shape)
+        box = whole if box is None else _clip(list(_pairs(box)), self.shape)
+        if self._coarse:
+            if _holds(self.core, box):
+                return
+            box = _join(self.core, box)
+        halo, last = receptive_halo(self.spec), self.spec.strides[-1]
+        around = zip(_pairs(box), halo, last, strict=True)
+        crop = _clip([(a // s * s - h, ceil(b / s) * s + h) for (a, b), h, s in around], self.padded)
+        # Nearly all of it: then all of it, and nothing is encoded twice.
+        if 4 * _voxels(crop) > 3 * prod(self.padded):
+            box, crop = whole, ((0, 0, 0), self.padded)
+        self.blocks.clear()
+        self._coarse, self._prediction = [], None
+        self.core, self.crop = box, crop
+        with torch.inference_mode():
+            self._coarse = self._coarse_maps()
 
     @torch.inference_mode()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
@@ -136,6 +212,7 @@ class BlockwiseEncoder:
         places = torch.minimum(locations.to(self.device, torch.float32).clamp(min=0), last)
         out = torch.empty(len(places), self.classes, dtype=torch.float32, device=self.device)
         if len(places):
+            self._cover_places(places)
             order, runs = self._by_block(places)
             for first in range(0, len(order), self.chunk):
                 chosen = order[first : first + self.chunk]
@@ -143,6 +220,12 @@ class BlockwiseEncoder:
                     places[chosen], self._runs_within(runs, first, first + len(chosen))
                 )
         return out[:, 0] if self.classes == 1 else out
+
+    def _cover_places(self, places: Tensor) -> None:
+        low = _triple(places.amin(0).floor().long().tolist())
+        high = _triple((places.amax(0).floor().long() + 1).tolist())
+        if not (self._coarse and _holds(self.core, (low, high))):
+            self.cover((_triple(n - MARGIN for n in low), _triple(n + MARGIN for n in high)))
 
     def _by_block(self, places: Tensor) -> tuple[Tensor, list[tuple[Triple, int, int]]]:
         """An order with the locations of a block next to each other, and its runs (block, first, stop)."""
@@ -182,13 +265,25 @@ class BlockwiseEncoder:
             part.sample(to_cells(places, stride))
             for part, stride in zip(self._coarse, self.spec.strides[fine:], strict=True)
         ]
-        patches = gather_patches(self.volume[None], places[None], self.spec.patch)[0]
-        rows = [torch.cat(parts, dim=-1), patches, offsets_in_cells(places, self.spec)]
+        rows = [torch.cat(parts, dim=-1), self._patches(places), offsets_in_cells(places, self.spec)]
         if missing:
             rows = [torch.cat([r, r[-1:].expand(missing, -1)]) for r in rows]
         with self._autocast():
             logits: Tensor = self.network.decoder(*rows)
         return logits[: len(places)].float()
+
+    def _patches(self, places: Tensor) -> Tensor:
+        """Raw voxels around each location; boxes are read where the scan is not in memory."""
+        patch = self.spec.patch
+        if self.source.held is not None:
+            return gather_patches(self.source.held[None], places[None], patch)[0]
+        out = torch.empty(len(places), self.spec.channels * prod(patch), device=self.device)
+        reach = max(patch) // 2
+        # The voxel nearest to a location is the one below it or the next.
+        for part, low, high in windows(places, self.shape, reach, reach + 1, _SHARE):
+            box = self.source.read(low, high)
+            out[part] = gather_patches(box[None], (places[part] - places.new_tensor(low))[None], patch)[0]
+        return out
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -201,8 +296,8 @@ class BlockwiseEncoder:
         maps = self._compute_block(block)
         self.computed += 1
         size = sum(m.bytes for m in maps)
-        if self.budget is not None:
-            while self.blocks and self.fixed_bytes + size + self.work > self.budget:
+        if self.room is not None:
+            while self.blocks and self.fixed_bytes + size > self.room:
                 self.blocks.popitem(last=False)
         self.blocks[block] = maps
         return maps
@@ -210,9 +305,10 @@ class BlockwiseEncoder:
     def _compute_block(self, block: Triple) -> list["_Part"]:
         spec, first = self.spec, self.network.coarse_stage
         unit = spec.strides[first]
-        box = _clip(tuple((i * b, (i + 1) * b) for i, b in zip(block, self.block, strict=True)), self.padded)
+        # What lies beyond the core is wrong, and never asked.
+        box = _meet(_triple(i * b for i, b in zip(block, self.block, strict=True)), self.block, self.crop)
         halo = self._halo(first)
-        wide = _clip([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], self.padded)
+        wide = _within([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], self.crop)
         with self._autocast():
             x = self._read(wide)
             trunk = []
@@ -227,7 +323,7 @@ class BlockwiseEncoder:
                 stride = spec.strides[i]
                 whole = _triple(n // s for n, s in zip(self.padded, stride, strict=True))
                 cells = _divide(box, stride)
-                keep = _clip([(a - 1, b + 1) for a, b in _pairs(cells)], whole)
+                keep = _within([(a - 1, b + 1) for a, b in _pairs(cells)], self._span(i))
                 origin = _divide(wide, stride)[0]
                 part = above[(0, slice(None), *_slices(keep, origin))]
                 maps.append(_Part.of(part, whole, keep[0], self.dtype))
@@ -255,35 +351,37 @@ class BlockwiseEncoder:
             shape[axis] = max(unit[axis], ceil(shape[axis] / 2 / unit[axis]) * unit[axis])
         return _triple(shape)
 
+    def _span(self, i: int) -> Box:
+        """Cells of stage i that are computed."""
+        return _divide(self.crop, self.spec.strides[i])
+
     def _coarse_maps(self) -> list["_Part"]:
-        """Maps of the coarse stages over the whole scan, from fine to coarse."""
+        """Maps of the coarse stages over the crop, from fine to coarse."""
         spec, first = self.spec, self.network.coarse_stage
-        shapes = [
-            _triple(n // s for n, s in zip(self.padded, stride, strict=True)) for stride in spec.strides
-        ]
         trunk: list[Tensor] = []
         for i in range(first, len(spec.stages)):
-            x = self._entered(i, shapes[i], trunk[-1] if trunk else None)
-            trunk.append(self._refined(i, shapes[i], x))
+            x = self._entered(i, trunk[-1] if trunk else None)
+            trunk.append(self._refined(i, x))
             del x
         maps: list[_Part] = []
         above: Tensor | None = None
         for i in reversed(range(first, len(spec.stages))):
-            above = self._mapped(i, shapes[i], trunk.pop(), above)
-            maps.append(_Part.of(above[0], shapes[i], (0, 0, 0), self.dtype))
+            above = self._mapped(i, trunk.pop(), above)
+            whole = _triple(n // s for n, s in zip(self.padded, spec.strides[i], strict=True))
+            maps.append(_Part.of(above[0], whole, self._span(i)[0], self.dtype))
         return maps[::-1]
 
-    def _entered(self, i: int, shape: Triple, before: Tensor | None) -> Tensor:
+    def _entered(self, i: int, before: Tensor | None) -> Tensor:
         """Start of the trunk of stage i: from the trunk above, for the first coarse stage from the scan."""
         spec, network = self.spec, self.network
         if before is not None:
-            trunk, step = before, spec.stages[i].stride
+            trunk, step, origin = before, spec.stages[i].stride, self._span(i - 1)[0]
 
             def from_trunk(box: Box) -> Tensor:
-                return network.stage(i).enter(_cut(trunk, _multiply(box, step)))
+                return network.stage(i).enter(_cut(trunk, _multiply(box, step), origin))
 
             cost = 4 * spec.stages[i - 1].width * prod(step)
-            return self._tiled(from_trunk, shape, spec.stages[i].width, (0, 0, 0), cost)
+            return self._tiled(from_trunk, self._span(i), spec.stages[i].width, (0, 0, 0), cost)
 
         def from_scan(box: Box) -> Tensor:
             x = self._read(_multiply(box, spec.strides[i]))
@@ -294,63 +392,67 @@ class BlockwiseEncoder:
         margin = _chain(spec, i, (0, 0, 0), trunk_of_last=False)
         halo = _triple(ceil(m / s) for m, s in zip(margin, spec.strides[i], strict=True))
         widest = max(spec.stages[j].width * prod(_ratio(spec, j, i)) for j in range(i + 1))
-        return self._tiled(from_scan, shape, spec.stages[i].width, halo, 4 * widest)
+        return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest)
 
-    def _refined(self, i: int, shape: Triple, x: Tensor) -> Tensor:
+    def _refined(self, i: int, x: Tensor) -> Tensor:
         """End of the trunk of stage i."""
-        stage = self.spec.stages[i]
+        stage, span = self.spec.stages[i], self._span(i)
         if not stage.trunk:
             return x
 
         def blocks(box: Box) -> Tensor:
-            out: Tensor = self.network.stage(i).trunk(_cut(x, box))
+            out: Tensor = self.network.stage(i).trunk(_cut(x, box, span[0]))
             return out
 
-        return self._tiled(blocks, shape, stage.width, _reach(self.spec, i, stage.trunk), 4 * stage.width)
+        return self._tiled(blocks, span, stage.width, _reach(self.spec, i, stage.trunk), 4 * stage.width)
 
-    def _mapped(self, i: int, shape: Triple, x: Tensor, above: Tensor | None) -> Tensor:
+    def _mapped(self, i: int, x: Tensor, above: Tensor | None) -> Tensor:
         """Map of stage i."""
-        spec = self.spec
+        spec, span = self.spec, self._span(i)
         stage = spec.stages[i]
         step = spec.stages[i + 1].stride if i + 1 < len(spec.stages) else (1, 1, 1)
+        origin = _divide(span, step)[0]
 
         def lateral(box: Box) -> Tensor:
             # Boxes are widened to whole cells of the coarser map, and the surplus is cut off again.
             cells = zip(_pairs(box), step, strict=True)
-            wide = _clip([(a // n * n, ceil(b / n) * n) for (a, b), n in cells], shape)
-            upper = None if above is None else _cut(above, _divide(wide, step))
-            out = self.network.stage(i).map(_cut(x, wide), upper, step)
+            wide = _within([(a // n * n, ceil(b / n) * n) for (a, b), n in cells], span)
+            upper = None if above is None else _cut(above, _divide(wide, step), origin)
+            out = self.network.stage(i).map(_cut(x, wide, span[0]), upper, step)
             return out[(slice(None), slice(None), *_slices(box, wide[0]))]
 
-        return self._tiled(lateral, shape, stage.features, _reach(spec, i, stage.lateral), 4 * stage.width)
+        return self._tiled(lateral, span, stage.features, _reach(spec, i, stage.lateral), 4 * stage.width)
 
     def _tiled(
-        self, function: Callable[[Box], Tensor], shape: Triple, channels: int, halo: Triple, cost: int
+        self, function: Callable[[Box], Tensor], span: Box, channels: int, halo: Triple, cost: int
     ) -> Tensor:
-        """(1, channels, *shape), computed tile by tile.
+        """(1, channels, *size of span), computed tile by tile.
 
         Args:
             function: Output cells of a box (start, stop), right where no cell within `halo` is cut off.
+            span: The cells wanted; what a tile reads is cut off at its ends.
             cost: Values at work per output cell.
         """
-        tile = list(shape)
+        size = _size(span)
+        tile = list(size)
         itemsize = self.dtype.itemsize
         while (
-            prod(min(n + 2 * h, s) for n, h, s in zip(tile, halo, shape, strict=True)) * cost * itemsize
+            prod(min(n + 2 * h, s) for n, h, s in zip(tile, halo, size, strict=True)) * cost * itemsize
             > self.work
         ):
             axis = max(range(3), key=lambda a: tile[a])
             if tile[axis] <= 4:
                 break
             tile[axis] = ceil(tile[axis] / 2)
-        out = torch.empty(1, channels, *shape, dtype=self.dtype, device=self.device)
-        for corner in product(*(range(0, n, t) for n, t in zip(shape, tile, strict=True))):
-            box = _clip([(c, c + t) for c, t in zip(corner, tile, strict=True)], shape)
-            wide = _clip([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], shape)
+        out = torch.empty(1, channels, *size, dtype=self.dtype, device=self.device)
+        starts = (range(a, b, t) for (a, b), t in zip(_pairs(span), tile, strict=True))
+        for corner in product(*starts):
+            box = _meet(corner, _triple(tile), span)
+            wide = _within([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], span)
             with self._autocast():
                 result = function(wide)
             every = (slice(None), slice(None))
-            out[(*every, *_slices(box, (0, 0, 0)))] = result[(*every, *_slices(box, wide[0]))].to(self.dtype)
+            out[(*every, *_slices(box, span[0]))] = result[(*every, *_slices(box, wide[0]))].to(self.dtype)
         return out
 
     def _read(self, box: Box) -> Tensor:
@@ -359,43 +461,56 @@ class BlockwiseEncoder:
         inner = [min(b, n) for b, n in zip(stop, self.shape, strict=True)]
         # A box can lie in the padding altogether.
         first = [min(a, n - 1) for a, n in zip(start, self.shape, strict=True)]
-        part = self.volume[
-            (slice(None), *(slice(a, max(b, a + 1)) for a, b in zip(first, inner, strict=True)))
-        ]
+        part = self.source.read(
+            _triple(first), _triple(max(b, a + 1) for a, b in zip(first, inner, strict=True))
+        )
         padding: list[int] = []
         for axis in reversed(range(3)):
             padding += [0, stop[axis] - start[axis] - part.shape[axis + 1]]
         return F.pad(part[None], padding, mode="replicate") if any(padding) else part[None]
 
-    def _coarse_logits(self) -> Tensor:
-        """Coarse logits on a grid that covers the scan itself, without the padding."""
+    def _coarse_prediction(self) -> Tensor:
+        """`coarse`: on a grid that covers the scan itself, without the padding."""
         stage = self.network.coarse_stage
         stride = self.spec.strides[stage]
         table = self._coarse[0]
-        grid = [ceil(n / s) for n, s in zip(self.shape, stride, strict=True)]
-        axes = [
-            (torch.arange(g, dtype=torch.float32, device=self.device) + 0.5) * (n / g) - 0.5
-            for g, n in zip(grid, self.shape, strict=True)
-        ]
+        axes, covered = [], []
+        for n, s, low, high in zip(self.shape, stride, *self.core, strict=True):
+            cells = ceil(n / s)
+            at = (torch.arange(cells, dtype=torch.float32, device=self.device) + 0.5) * (n / cells) - 0.5
+            inside = ((at >= low) & (at <= high - 1)).nonzero()[:, 0]
+            first = int(inside[0]) if len(inside) else 0
+            axes.append(at)
+            covered.append(slice(first, first + len(inside)))
         weight, bias = self.network.coarse.weight.flatten(1).float(), self.network.coarse.bias.float()
-        planes = []
-        for x in axes[0]:
-            places = torch.stack(torch.meshgrid(x[None], axes[1], axes[2], indexing="ij"), -1).reshape(-1, 3)
-            planes.append(F.linear(table.sample(to_cells(places, stride)), weight, bias))
-        logits = torch.stack(planes).view(*grid, -1)
-        return logits[..., 0].contiguous() if self.classes == 1 else logits.permute(3, 0, 1, 2).contiguous()
+        grid = [len(at) for at in axes]
+        many = self.classes > MANY_CLASSES
+        kind = torch.int16 if many else torch.float32
+        out = torch.full((1 if many else self.classes, *grid), 0 if many else -1.0, dtype=kind)
+        if self.classes > 1 and not many:
+            out[0] = 1.0
+        x, y, z = (at[part] for at, part in zip(axes, covered, strict=True))
+        for i in range(len(x)):
+            places = torch.stack(torch.meshgrid(x[i : i + 1], y, z, indexing="ij"), -1).reshape(-1, 3)
+            found = F.linear(table.sample(to_cells(places, stride)), weight, bias)
+            values = found.argmax(1, keepdim=True) if many else found
+            part = (slice(None), covered[0].start + i, covered[1], covered[2])
+            out[part] = values.T.reshape(len(out), len(y), len(z)).to(kind)
+        return (out[0] if many or self.classes == 1 else out).to(self.device)
 
     def _check_budget(self) -> None:
         if self.budget is None:
             return
         first = self.network.coarse_stage
-        stage = self.spec.stages[first]
-        cells = prod(self.padded) / prod(self.spec.strides[first])
-        needed = int(cells * 2 * stage.width * self.dtype.itemsize) + self.work
+        stages = self.spec.stages[first:]
+        cells = [prod(self.padded) / prod(s) for s in self.spec.strides[first:]]
+        held = sum(n * s.features for n, s in zip(cells, stages, strict=True)) * self.dtype.itemsize
+        asked = held + self.reserve + self.work + self.chunk * self.bytes_per_location
+        needed = int(max(self.encoding_bytes + self.libraries, asked))
         if needed > self.budget:
             raise ResourceError(
                 f"{self.budget / 1e6:.0f} MB of memory are granted, at least {needed / 1e6:.0f} MB are "
-                "needed for the coarse features of this scan. Grant more, or segment a region."
+                "needed for this scan. Grant more."
             )
 
 
@@ -510,5 +625,36 @@ def _slices(box: Box, origin: Triple) -> tuple[slice, slice, slice]:
     return x, y, z
 
 
-def _cut(x: Tensor, box: Box) -> Tensor:
-    return x[(slice(None), slice(None), *_slices(box, (0, 0, 0)))]
+def _cut(x: Tensor, box: Box, origin: Triple) -> Tensor:
+    """A box of a tensor whose first cell is `origin`."""
+    return x[(slice(None), slice(None), *_slices(box, origin))]
+
+
+def _size(box: Box) -> Triple:
+    return _triple(b - a for a, b in _pairs(box))
+
+
+def _voxels(box: Box) -> int:
+    return prod(_size(box))
+
+
+def _holds(outer: Box, inner: Box) -> bool:
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(_pairs(outer), _pairs(inner), strict=True))
+
+
+def _join(one: Box, other: Box) -> Box:
+    """The smallest box around both."""
+    return _triple(map(min, one[0], other[0])), _triple(map(max, one[1], other[1]))
+
+
+def _within(pairs: Sequence[tuple[int, int]], outer: Box) -> Box:
+    """What a box has in common with another."""
+    return (
+        _triple(max(a, low) for (a, _), low in zip(pairs, outer[0], strict=True)),
+        _triple(min(b, high) for (_, b), high in zip(pairs, outer[1], strict=True)),
+    )
+
+
+def _meet(corner: Sequence[int], size: Triple, outer: Box) -> Box:
+    """The part of a box of a size that lies in another."""
+    return _within([(c, c + n) for c, n in zip(corner, size, strict=True)], outer)

@@ -1,0 +1,167 @@
+"""Networks do all their work, and a known object answers: costs at full size without training a network.
+
+An ellipsoid cut into sectors around its long axis, one a class. The answers of the engine are computed and put
+aside; the octree gets logits that fall off with the distance to the nearest surface, as a trained network's do.
+
+Letters: N locations, K classes.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ossnet.field.answer import Answer, Coverable
+from ossnet.field.engine import PREPARERS, prepare_multiscale, prepare_ossnet
+from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.ossnet import OSSNet
+from ossnet.volume import Shape, Volume
+
+SHAPE = np.array([1.0, 0.9, 1.2])
+"""Half axes of the ellipsoid, in units of its size."""
+
+
+class Sectors:
+    """The object.
+
+    Args:
+        shape: Voxels of the scan.
+        classes: K, background included.
+        surface: About this many foreground voxels shall have a neighbour of another label.
+    """
+
+    def __init__(self, shape: Shape, classes: int, surface: int) -> None:
+        self.shape, self.classes = shape, classes
+        self.middle = np.array(shape) / 2 + [0.3, -0.2, 0.1]
+        low, high = 1.0, 0.5 * min(shape) / SHAPE.max() - 1
+        for _ in range(12):
+            self.size = (low + high) / 2
+            low, high = (self.size, high) if self.surface() < surface else (low, self.size)
+
+    def logits(self, places: Tensor) -> Tensor:
+        """(N,) for one class, (N, K) otherwise; one unit a voxel, at most 8."""
+        p = places.double() - torch.from_numpy(self.middle)
+        radius = (p / torch.from_numpy(SHAPE * self.size)).square().sum(1).sqrt()
+        outer = ((1 - radius) * self.size * SHAPE.mean()).clamp(-8, 8).float()
+        if self.classes <= 2:
+            return outer if self.classes == 1 else torch.stack([-outer, outer], 1)
+        parts = self.classes - 1
+        turn = (torch.atan2(p[:, 1], p[:, 0]) / (2 * np.pi) + 0.5) * parts
+        sector = turn.floor().long() % parts
+        aside = turn - turn.floor() - 0.5
+        gap = p[:, :2].norm(dim=1) * torch.sin((0.5 - aside.abs()) * 2 * np.pi / parts)
+        other = (sector + torch.where(aside > 0, 1, -1)) % parts
+        out = torch.full((len(p), self.classes), -8.0)
+        out[:, 0] = -outer
+        own = outer[:, None]
+        out.scatter_(1, other[:, None] + 1, own - gap.clamp(max=8).float()[:, None])
+        return out.scatter_(1, sector[:, None] + 1, own)
+
+    def labels(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Labels of a box of voxels."""
+        axes = [torch.arange(int(a), int(b)) for a, b in zip(low, high, strict=True)]
+        out = []
+        for x in axes[0]:
+            logits = self.logits(
+                torch.stack(torch.meshgrid(x[None], *axes[1:], indexing="ij"), -1).reshape(-1, 3)
+            )
+            found = logits > 0 if logits.ndim == 1 else logits.argmax(1)
+            out.append(found.reshape(len(axes[1]), len(axes[2])).numpy().astype(np.uint8))
+        return np.stack(out)
+
+    @property
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels around the object."""
+        reach = SHAPE * self.size + 2
+        low = np.maximum(np.floor(self.middle - reach), 0).astype(int)
+        return low, np.minimum(np.ceil(self.middle + reach) + 1, self.shape).astype(int)
+
+    def surface(self) -> int:
+        """Foreground voxels with a 6-neighbour of another label."""
+        return surface_voxels(self.labels(*self.box))
+
+    def scan(self) -> Volume:
+        """A noisy int16 scan of the object, 1 mm voxels."""
+        rng = np.random.default_rng(0)
+        out = np.empty((1, *self.shape), dtype=np.int16)
+        noise = rng.normal(0, 50, self.shape[1:]).astype(np.int16)
+        for x in range(self.shape[0]):
+            out[0, x] = np.roll(noise, (7 * x, 3 * x), axis=(0, 1))
+        low, high = self.box
+        inside = self.labels(low, high) > 0
+        out[0][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] += (200 * inside).astype(np.int16)
+        return Volume(out, np.eye(4))
+
+
+def surface_voxels(labels: np.ndarray) -> int:
+    """Foreground voxels with a 6-neighbour of another label."""
+    touched = np.zeros(labels.shape, dtype=bool)
+    for axis in range(3):
+        moved, other = np.moveaxis(labels, axis, 0), np.moveaxis(touched, axis, 0)
+        differ = moved[1:] != moved[:-1]
+        other[1:] |= differ
+        other[:-1] |= differ
+    return int((touched & (labels > 0)).sum())
+
+
+class Oracle:
+    """An answer that does what the network's does, and then says what the object says."""
+
+    def __init__(self, answer: Answer, truth: Sectors) -> None:
+        self.answer, self.truth = answer, truth
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.answer, name)
+
+    def __call__(self, locations: Tensor) -> Tensor:
+        self.answer(locations)
+        return self.truth.logits(locations)
+
+    @property
+    def coarse(self) -> Tensor | None:
+        """The object's prediction in the form of the network's."""
+        known = self.answer.coarse
+        if known is None:
+            return None
+        cells = known.shape[-3:]
+        axes = [(torch.arange(c) + 0.5) * (n / c) - 0.5 for c, n in zip(cells, self.truth.shape, strict=True)]
+        planes = []
+        for x in axes[0]:
+            logits = self.truth.logits(
+                torch.stack(torch.meshgrid(x[None], *axes[1:], indexing="ij"), -1).reshape(-1, 3)
+            )
+            planes.append(logits if known.is_floating_point() else logits.argmax(1))
+        out = torch.stack(planes).view(*cells, -1)
+        if known.ndim == 4:
+            return out.permute(3, 0, 1, 2).contiguous()
+        return out[..., 0].to(known.dtype)
+
+
+class CoverableOracle(Oracle):
+    """As `Oracle`, for answers that are prepared for a part of their scan."""
+
+    def cover(self, box: Any = None) -> None:
+        """See `Coverable`."""
+        self.answer.cover(box)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def installed(truth: Sectors) -> Iterator[None]:
+    """Meanwhile every network is bound as an oracle for the object."""
+
+    def prepared(make: Any) -> Any:
+        def prepare(*arguments: Any, **options: Any) -> Oracle:
+            answer = make(*arguments, **options)
+            return (CoverableOracle if isinstance(answer, Coverable) else Oracle)(answer, truth)
+
+        return prepare
+
+    PREPARERS[OSSNet] = prepared(prepare_ossnet)
+    PREPARERS[MultiscaleNetwork] = prepared(prepare_multiscale)
+    try:
+        yield
+    finally:
+        PREPARERS[OSSNet], PREPARERS[MultiscaleNetwork] = prepare_ossnet, prepare_multiscale

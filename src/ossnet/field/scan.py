@@ -1,0 +1,181 @@
+"""A scan as its network sees it, read in boxes: what is asked about is converted, the rest stays as it was loaded.
+
+Letters: C channels, X Y Z voxels of the oriented scan, S shape of the network's grid, N locations.
+Boxes are (low, high) in voxels of the network's grid, ends excluded.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Num
+from torch import Tensor
+
+from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
+from ossnet.field.gather import PatchRows
+from ossnet.networks.boxes import WINDOW, windows
+from ossnet.volume import Shape, Volume
+
+
+class Scan:
+    """Boxes of a scan on the network's grid, float32, normalised and fitted.
+
+    Args:
+        data: (C, X, Y, Z) any real type, oriented; a view, kept as it is.
+        fit: How it lies on the network's grid.
+        preparation: With `statistics` how values are normalised; None: they are taken as they are.
+    """
+
+    def __init__(
+        self, data: Num[np.ndarray, "C X Y Z"], fit: Fit, preparation: Preparation | None = None
+    ) -> None:
+        self.data, self.fit = data, fit
+        self.shape: tuple[int, int, int, int] = (len(data), *fit.target)
+        self.held: Tensor | None = None
+        """The whole image, where it is in memory: what `of` was given or `hold` made."""
+        self._normalise = None
+        if preparation is not None:
+            statistics = preparation.statistics(_as_stored(data))
+            self._normalise = partial(preparation.normalised, statistics=statistics)
+
+    @classmethod
+    def of(cls, image: Float[Tensor, "C X Y Z"]) -> "Scan":
+        """An image that is prepared and in memory already."""
+        x, y, z = image.shape[1:]
+        made = cls(np.empty((len(image), 0, 0, 0), dtype=np.float32), Fit.none((x, y, z)))
+        made.held = image
+        return made
+
+    @classmethod
+    def bound(cls, volume: Volume, preparation: Preparation, preprocessed: bool = False) -> "Scan":
+        """A volume in the orientation and on the grid of a model; its voxels are not copied.
+
+        Args:
+            preprocessed: Take the values as they are: no normalisation.
+        """
+        oriented = volume.reoriented(preparation.orient(volume.affine))
+        fit = preparation.fit_for(oriented.shape, oriented.spacing, str(volume.source or "scan"))
+        return cls(oriented.data, fit, None if preprocessed else preparation)
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory of the whole image."""
+        return 4 * prod(self.shape)
+
+    @property
+    def hold_bytes(self) -> int:
+        """Memory that `hold` takes while it works: the scan as float32, normalised, and fitted."""
+        return 8 * self.data.size + self.image_bytes
+
+    def hold(self, device: torch.device | str = "cpu") -> Float[Tensor, "C SX SY SZ"]:
+        """The whole image, in memory on a device from now on."""
+        if self.held is None:
+            image = as_float(self.data, device)
+            if self._normalise is not None:
+                image = self._normalise(image)
+            self.held = self.fit.volume(image)
+        self.held = self.held.to(device)
+        return self.held
+
+    def read(self, low: Shape, high: Shape) -> Float[Tensor, "C x y z"]:
+        """A box within the grid."""
+        if self.held is not None:
+            return self.held[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+        return self._resized(low, high) if self.fit.resizes else self._padded(low, high)
+
+    def halved(self) -> Float[Tensor, "C HX HY HZ"]:
+        """The image at half the resolution (`reduce_by_two`); every axis of S is even."""
+        c, x, y, z = self.shape
+        out = torch.empty(c, x // 2, y // 2, z // 2)
+        step = max(WINDOW // (y * z) // 2, 1)
+        for start in range(0, x // 2, step):
+            stop = min(start + step, x // 2)
+            out[:, start:stop] = reduce_by_two(self.read((2 * start, 0, 0), (2 * stop, y, z)))
+        return out
+
+    def _source(self, low: list[int], high: list[int]) -> Tensor:
+        """A box of the oriented scan, normalised."""
+        box = self.data[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+        part = as_float(box)
+        return part if self._normalise is None else self._normalise(part)
+
+    def _padded(self, low: Shape, high: Shape) -> Tensor:
+        """Voxels of the scan with zeros around them."""
+        first, last, padding = [], [], []
+        for a, b, offset, n in zip(low, high, self.fit.offset, self.fit.source, strict=True):
+            start, stop = max(a - offset, 0), min(b - offset, n)
+            if start >= stop:
+                return torch.zeros(len(self.data), *(v - u for u, v in zip(low, high, strict=True)))
+            first.append(start)
+            last.append(stop)
+            padding.append((start - (a - offset), b - offset - stop))
+        part = self._source(first, last)
+        around = [n for pair in reversed(padding) for n in pair]
+        return F.pad(part, around) if any(around) else part
+
+    def _resized(self, low: Shape, high: Shape) -> Tensor:
+        """Trilinear as `Fit.volume`, without aligned corners."""
+        below, above, rest, first, last = [], [], [], [], []
+        for a, b, scale, n in zip(low, high, self.fit.scale, self.fit.source, strict=True):
+            at = np.clip((np.arange(a, b) + 0.5) / scale - 0.5, 0, n - 1)
+            under = np.floor(at).astype(np.int64)
+            over = np.minimum(under + 1, n - 1)
+            first.append(int(under[0]))
+            last.append(int(over[-1]) + 1)
+            below.append(torch.from_numpy(under - under[0]))
+            above.append(torch.from_numpy(over - under[0]))
+            rest.append(torch.from_numpy((at - under).astype(np.float32)))
+        out = self._source(first, last)
+        for axis in range(3):
+            weight = rest[axis].view(-1, *[1] * (2 - axis))
+            out = torch.lerp(
+                out.index_select(axis + 1, below[axis]), out.index_select(axis + 1, above[axis]), weight
+            )
+        return out
+
+
+class WindowRows(PatchRows):
+    """`PatchRows` of a scan that is not in memory as a whole: boxes of it are read where locations are asked.
+
+    Args:
+        scan: On the CPU.
+        kind, large_pool: See `PatchRows`.
+    """
+
+    _REACH = 7
+    """Voxels that patches need to each side."""
+    _SHARE = 8 * (2 * _REACH + 1) ** 3
+
+    def __init__(self, scan: Scan, kind: str, large_pool: str = "avg") -> None:
+        self.scan, self._options = scan, (kind, large_pool)
+        x, y, z = scan.shape[1:]
+        self._grid: Shape = (x, y, z)
+        super().__init__(scan.read((0, 0, 0), (1, 1, 1)), kind, large_pool)  # type: ignore[arg-type]
+
+    def rows(self, locations: Float[Tensor, "N 3"], out: Float[Tensor, "N K"]) -> None:
+        """See `PatchRows.rows`."""
+        for part, own, local in self._windows(locations):
+            own.rows(local, out[part])
+
+    def spectra(
+        self, locations: Float[Tensor, "N 3"], transform: Float[Tensor, "14 7"], out: Float[Tensor, "14 N K"]
+    ) -> None:
+        """See `PatchRows.spectra`."""
+        for part, own, local in self._windows(locations):
+            own.spectra(local, transform, out[:, part])
+
+    def _windows(self, locations: Tensor) -> Iterator[tuple[slice, PatchRows, Tensor]]:
+        for part, low, high in windows(locations, self._grid, self._REACH, self._REACH, self._SHARE):
+            # Exact: a float32 index less a smaller whole number keeps its fraction to the last bit.
+            local = (locations[part] - locations.new_tensor(low)).contiguous()
+            yield part, PatchRows(self.scan.read(low, high), *self._options), local  # type: ignore[arg-type]
+
+
+def _as_stored(data: Num[np.ndarray, "C X Y Z"]) -> Num[np.ndarray, "C X Y Z"]:
+    """The same voxels in the order they lie in memory: flattening them then needs no copy."""
+    turned = data[(slice(None), *(slice(None, None, -1 if s < 0 else 1) for s in data.strides[1:]))]
+    order = sorted(range(1, 4), key=lambda axis: -turned.strides[axis])
+    return turned.transpose(0, *order)

@@ -1,0 +1,118 @@
+"""A scan read in boxes is the prepared scan, whatever its grid, its order in memory and what is asked."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests import tiny
+
+from ossnet.data.preparation import Preparation, prepare_scan, reduce_by_two
+from ossnet.errors import ResourceError
+from ossnet.field.gather import PatchRows
+from ossnet.field.scan import Scan, WindowRows
+from ossnet.volume import Orientation, Volume
+
+FITS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "pad": {"fit": "pad", "shape": (20, 17, 16)},
+    "resize": {"fit": "resize", "shape": (20, 9, 16)},
+}
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("turned", [False, True])
+def test_boxes_are_parts_of_the_prepared_scan(fit: str, turned: bool) -> None:
+    volume = tiny.scan((14, 12, 9), channels=2)
+    if turned:
+        volume = volume.reoriented(Orientation((2, 0, 1), (True, False, True)))
+    preparation = Preparation(**FITS[fit])
+    whole = prepare_scan(volume, preparation).image
+    scan = Scan.bound(volume, preparation)
+    assert scan.shape == tuple(whole.shape)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        low = [int(rng.integers(n)) for n in whole.shape[1:]]
+        high = [int(rng.integers(a + 1, n + 1)) for a, n in zip(low, whole.shape[1:], strict=True)]
+        box = scan.read((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+        expected = whole[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+        torch.testing.assert_close(box, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scan.hold(), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_half_the_resolution() -> None:
+    volume = tiny.scan((16, 12, 10))
+    scan = Scan.bound(volume, Preparation())
+    torch.testing.assert_close(scan.halved(), reduce_by_two(prepare_scan(volume, Preparation()).image))
+
+
+@pytest.mark.parametrize("kind", ["small", "small+large"])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_patches_from_boxes_are_those_of_the_whole(
+    kind: Any, scattered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if scattered:
+        monkeypatch.setattr("ossnet.networks.boxes.WINDOW", 100)
+    volume = tiny.scan((40, 30, 20), channels=2)
+    scan = Scan.bound(volume, Preparation())
+    whole = prepare_scan(volume, Preparation()).image
+    places = torch.rand(64, 3) * torch.tensor([39.0, 29.0, 19.0])
+    places[:32] = places[:32].round()
+    columns = 2 * 343 * (2 if kind == "small+large" else 1)
+    one, other = torch.zeros(64, columns), torch.zeros(64, columns)
+    PatchRows(whole, kind).rows(places, one)
+    WindowRows(scan, kind).rows(places, other)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["multiscale", "C"])
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_grant_changes_nothing_but_memory(family: str, classes: int) -> None:
+    model, scan = tiny.model(family, classes), tiny.scan((24, 20, 18))
+    free = model.field(scan, device="cpu", precision="fp32").segment()
+    bound = model.field(scan, device="cpu", precision="fp32", memory="200MB").segment()
+    np.testing.assert_array_equal(bound.data, free.data)
+    assert bound.evaluated == free.evaluated
+
+
+def test_what_a_grant_cannot_hold_is_refused_early() -> None:
+    model = tiny.model("multiscale", 3)
+    large = Volume(np.zeros((1, 600, 600, 600), dtype=np.int8), np.eye(4))
+    with pytest.raises(ResourceError, match="at least"):
+        model.field(large, device="cpu", memory="100MB", preprocessed=True)
+    field = model.field(tiny.scan(), device="cpu", memory="200MB")
+    with pytest.raises(ResourceError, match="label map"):
+        field.segment(shape=(2000, 2000, 2000))
+    with pytest.raises(ResourceError, match="probabilities"):
+        model.field(tiny.scan((300, 300, 300)), device="cpu", memory="300MB").probability_map()
+
+
+def test_a_region_is_the_whole_answer_in_it() -> None:
+    """Of a long scan, so that a region is encoded alone."""
+    model, scan = tiny.model("multiscale", 3), tiny.scan((1500, 16, 14))
+    whole = model.field(scan, device="cpu", precision="fp32")
+    expected = whole.segment().data
+    rng = np.random.default_rng(3)
+    alone = 0
+    for _ in range(10):
+        low = [int(rng.integers(n - 4)) for n in scan.shape]
+        high = [int(min(a + rng.integers(4, 40), n)) for a, n in zip(low, scan.shape, strict=True)]
+        box = ((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+        field = model.field(scan, device="cpu", precision="fp32")
+        found = field.segment(region=box)
+        np.testing.assert_array_equal(found.data, expected[tuple(map(slice, low, high))])
+        (first, _, _), (last, _, _) = field._answer.crop  # type: ignore[attr-defined]
+        alone += last - first < 1500
+    # Noise has structures everywhere that enter a region unseen: then the whole scan decides.
+    assert alone > 0
+
+
+def test_points_are_answered_at_the_cost_of_their_place() -> None:
+    model, scan = tiny.model("multiscale", 1), tiny.scan((1500, 16, 14))
+    whole = model.field(scan, device="cpu", precision="fp32")
+    whole.segment()
+    near = np.array([[300, 3, 4], [310.5, 7.25, 3]])
+    far = np.array([[10, 3, 4], [1460.0, 7.25, 3]])
+    field = model.field(scan, device="cpu", precision="fp32")
+    for points in (near, far, near):
+        np.testing.assert_allclose(field.logits(points), whole.logits(points), atol=1e-5)
