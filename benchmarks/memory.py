@@ -100,11 +100,9 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def measured(job: dict[str, Any]) -> dict[str, Any]:
+def measured(job: dict[str, Any], script: str = __file__) -> dict[str, Any]:
     """One measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--here", json.dumps(job)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, script, "--here", json.dumps(job)], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
     if not lines:
         return {"failed": done.returncode, "last": done.stderr.splitlines()[-3:]}

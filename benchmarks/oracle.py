@@ -108,16 +108,21 @@ def surface_voxels(labels: np.ndarray) -> int:
 
 
 class Oracle:
-    """An answer that does what the network's does, and then says what the object says."""
+    """An answer that does what the network's does, and then says what the object says.
 
-    def __init__(self, answer: Answer, truth: Sectors) -> None:
-        self.answer, self.truth = answer, truth
+    Args:
+        work: Whether the network is asked at all.
+    """
+
+    def __init__(self, answer: Answer, truth: Sectors, work: bool = True) -> None:
+        self.answer, self.truth, self.work = answer, truth, work
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.answer, name)
 
     def __call__(self, locations: Tensor) -> Tensor:
-        self.answer(locations)
+        if self.work:
+            self.answer(locations)
         return self.truth.logits(locations)
 
     @property
@@ -149,13 +154,13 @@ class CoverableOracle(Oracle):
 
 
 @contextmanager
-def installed(truth: Sectors) -> Iterator[None]:
-    """Meanwhile every network is bound as an oracle for the object."""
+def installed(truth: Sectors, work: bool = True) -> Iterator[None]:
+    """Meanwhile every network is bound as an oracle for the object; see `Oracle`."""
 
     def prepared(make: Any) -> Any:
         def prepare(*arguments: Any, **options: Any) -> Oracle:
             answer = make(*arguments, **options)
-            return (CoverableOracle if isinstance(answer, Coverable) else Oracle)(answer, truth)
+            return (CoverableOracle if isinstance(answer, Coverable) else Oracle)(answer, truth, work)
 
         return prepare
 

@@ -1,44 +1,34 @@
 """One scan, whole: ours against the released algorithm and against MONAI's residual U-Net, on this machine, in one run.
 
     python benchmarks/whole_volume.py --model runs/atrium_c --image LA_001_0000.nii.gz
+    python benchmarks/whole_volume.py --shape 256,256,160 --surface 10000,30000,60000
 
-Without arguments: a synthetic ellipsoid and an untrained network of variant C, so that the command always runs.
-The released algorithm asks its own locations (counted exactly, with our engine answering); its time is that count
-times the measured time of its unfused decoder at 2^14 locations a pass, patches included, and the same encoder pass.
+With a shape: an untrained variant C of full size does all its work on a synthetic scan, and an object with about so
+many surface voxels answers in its place (`oracle`). Without arguments a small one, so that the command always runs.
+The released algorithm asks its own locations, counted exactly; its time is that count times the measured time of
+its unfused decoder at 2^14 locations a pass, patches included, and our encoder's pass.
+
+Everything is measured in a process of its own: seconds are medians, memory is the peak above what was resident with
+scan and network loaded. A process that would need more than `--limit` is stopped and says so.
 """
 
 import argparse
+import json
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from measuring import machine, write
-from released_reference import released_decode
+from memory import RESULT, measured, model_for, start_counting, status
 
-from ossnet.data.patches import PatchSource
-from ossnet.data.preparation import Preparation, prepare_scan, reduce_by_two
-from ossnet.field.model import Model, versions
-from ossnet.files.nifti import read_volume
-from ossnet.networks.ossnet import OSSNet
-from ossnet.networks.variants import spec_for
-from ossnet.volume import Volume
-
-
-def synthetic() -> tuple[Model, Volume]:
-    """A bright ellipsoid, and a network whose patch path was set by hand to follow brightness."""
-    torch.manual_seed(0)
-    shape = (64, 64, 64)
-    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
-    inside = sum((a / r) ** 2 for a, r in zip(axes, (0.6, 0.5, 0.4), strict=True)) < 1
-    network = OSSNet(spec_for("C", 1, 1, shape))
-    preparation = Preparation(fit="pad", shape=shape)
-    scan = Volume((1000 * inside).astype(np.int16)[None], np.eye(4))
-    return Model(network, preparation, {1: "ellipsoid"}), scan
+UNET = ("whole", "sliding")
+PRECISIONS = ("fp32", "bf16")
+WINDOW, OVERLAP = 128, 0.5
+PASS = 2**14
+"""Locations a pass of the released code."""
 
 
 def timed(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
@@ -51,112 +41,250 @@ def timed(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
     return statistics.median(seconds), result
 
 
-def surface(labels: np.ndarray) -> int:
-    """Foreground voxels with a 6-neighbour of another label."""
-    inside = np.pad(labels > 0, 1)
-    core = inside.copy()
-    for axis in range(3):
-        core &= np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
-    return int((inside & ~core).sum())
+# In processes of their own ------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def released_microseconds(model: Model, scan: Volume, locations: int = 2**14) -> float:
-    """Time of the released formulation for a location, at the released chunk."""
+def loaded(job: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Model, scan, and the object that answers in the network's place (None: the network does)."""
+    from oracle import Sectors
+
+    from ossnet.field.model import Model
+    from ossnet.files.nifti import read_volume
+
+    if job["model"]:
+        return Model.load(job["model"]), read_volume(Path(job["image"])), None
+    x, y, z = job["shape"]
+    truth = Sectors((x, y, z), 1, job["surface"])
+    return model_for("C", (x, y, z), 2, job["surface"]), truth.scan(), truth
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """Encoder, octree and decoder; `dense`: all voxels one by one, too."""
+    from contextlib import nullcontext
+
+    from oracle import installed, surface_voxels
+
+    model, scan, truth = loaded(job)
+    before = start_counting()
+    with installed(truth) if truth is not None else nullcontext():
+        # Median of the whole way, each time with a field of its own.
+        runs = []
+        for _ in range(job["rounds"]):
+            field = model.field(scan, device="cpu", memory=job["memory"])
+            found = field.segment()
+            runs.append((field.encoder_seconds, found.seconds))
+    encoder, octree = (statistics.median(column) for column in zip(*runs, strict=True))
+    out = {
+        "shape": list(scan.shape),
+        "network_grid": list(model.preparation.shape or ()),
+        "surface_voxels": surface_voxels(found.data),
+        "locations": found.evaluated,
+        "encoder_seconds": encoder,
+        "octree_and_decoder_seconds": octree,
+        "total_seconds": encoder + octree,
+        "peak_bytes": status("VmHWM") - before,
+    }
+    if job["dense"]:
+        everywhere = field.segment(strategy="dense")
+        differ = everywhere.data != found.data
+        out["dense"] = {
+            "seconds": everywhere.seconds,
+            "voxels_differing": int(differ.sum()),
+            "share_differing": float(differ.mean()),
+        }
+    return out
+
+
+def released_count(job: dict[str, Any]) -> dict[str, Any]:
+    """Locations of the released algorithm, its re-evaluation included."""
+    from contextlib import nullcontext
+
+    from oracle import installed
+
+    model, scan, truth = loaded(job)
+    with installed(truth, work=False) if truth is not None else nullcontext():
+        field = model.field(scan, device="cpu")
+        found = field.segment(strategy="original", reevaluate=True)
+    own = field.segment()
+    return {"locations": found.evaluated, "voxels_differing_from_ours": int((found.data != own.data).sum())}
+
+
+def released_pass(job: dict[str, Any]) -> dict[str, Any]:
+    """Time and memory of the released formulation at the released number of locations a pass."""
+    import numpy as np
+    import torch
+    from released_reference import released_decode
+
+    from ossnet.data.patches import PatchSource
+    from ossnet.data.preparation import prepare_scan, reduce_by_two
+
+    model, scan, _ = loaded(job)
     network = model.network
-    image = prepare_scan(scan, model.preparation).image
-    latent = network.encode(reduce_by_two(image)[None]).latent  # type: ignore[operator, union-attr]
-    source = PatchSource(image, network.spec.patches)  # type: ignore[union-attr, arg-type]
-    rng = np.random.default_rng(0)
-    asked = torch.from_numpy(rng.integers(0, image.shape[1:], (locations, 3)))
-    started = time.perf_counter()
-    patches = source(asked)
-    batch = None if patches is None else patches[None]
-    released_decode(network.decoder, asked[None].float(), batch, latent)  # type: ignore[arg-type]
-    return (time.perf_counter() - started) / locations * 1e6
+    before = start_counting()
+    with torch.inference_mode():
+        image = prepare_scan(scan, model.preparation).image
+        latent = network.encode(reduce_by_two(image)[None]).latent
+        source = PatchSource(image, network.spec.patches)
+        asked = torch.from_numpy(np.random.default_rng(0).integers(0, image.shape[1:], (job["pass"], 3)))
+
+        def once() -> None:
+            patches = source(asked)
+            batch = None if patches is None else patches[None]
+            released_decode(network.decoder, asked[None].float(), batch, latent)
+
+        seconds, _ = timed(once, job["rounds"])
+    return {
+        "microseconds_per_location": seconds / job["pass"] * 1e6,
+        "peak_bytes": status("VmHWM") - before,
+    }
 
 
-def unet_seconds(channels: int, shape: tuple[int, ...], window: int, rounds: int) -> dict[str, Any]:
-    """MONAI's residual UNet (8, 32, 128, 384), whole volume and sliding window, in its better precision."""
+def unet(job: dict[str, Any]) -> dict[str, Any]:
+    """MONAI's residual UNet (8, 32, 128, 384), whole or by sliding window, in one precision."""
+    import torch
     from monai.inferers import sliding_window_inference
     from monai.networks.nets import UNet
 
-    network = UNet(3, channels, 1, (8, 32, 128, 384), (2, 2, 2), num_res_units=2, norm="INSTANCE").eval()
-    image = torch.randn(1, channels, *(-(-n // 8) * 8 for n in shape))
-    out: dict[str, Any] = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            out[f"whole_{name}"], _ = timed(lambda: network(image), rounds)
-            size = tuple(min(window, n) for n in image.shape[2:])
-            out[f"sliding_{name}"], _ = timed(
-                lambda size=size: sliding_window_inference(image, size, 1, network, overlap=0.5), 1
-            )
+    network = UNet(
+        3, job["channels"], 1, (8, 32, 128, 384), (2, 2, 2), num_res_units=2, norm="INSTANCE"
+    ).eval()
+    image = torch.randn(1, job["channels"], *(-(-n // 8) * 8 for n in job["shape"]))
+    size = tuple(min(WINDOW, n) for n in image.shape[2:])
+    before = start_counting()
+
+    def once() -> None:
+        if job["how"] == "whole":
+            network(image)
+        else:
+            sliding_window_inference(image, size, 1, network, overlap=OVERLAP)
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=job["precision"] == "bf16"):
+        seconds, _ = timed(once, job["rounds"])
+    return {"seconds": seconds, "peak_bytes": status("VmHWM") - before}
+
+
+def here(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement, in this process."""
+    resource.setrlimit(resource.RLIMIT_AS, (job["limit"], job["limit"]))
+    try:
+        return globals()[job["what"]](job)  # type: ignore[no-any-return]
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return {"failed": f"needs more than {job['limit'] / 1e9:.0f} GB"}
+
+
+# The parent, which stays small --------------------------------------------------------------------------------------
+
+
+def compared(job: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """Ours and the released algorithm on one scan."""
+    fast, count = measure(job | {"what": "ours"}), measure(job | {"what": "released_count"})
+    if "total_seconds" not in fast or "locations" not in count or "peak_bytes" not in decoder:
+        return {"ours": fast, "released": count | decoder}
+    border = max(fast["surface_voxels"], 1)
+    seconds = count["locations"] * decoder["microseconds_per_location"] / 1e6
+    slow = (
+        count
+        | decoder
+        | {
+            "per_surface_voxel": count["locations"] / border,
+            "octree_and_decoder_seconds": seconds,
+            "total_seconds": seconds + fast["encoder_seconds"],
+        }
+    )
     return {
-        "whole_seconds": min(out["whole_fp32"], out["whole_bf16"]),
-        "sliding_seconds": min(out["sliding_fp32"], out["sliding_bf16"]),
-        "all": out,
+        "ours": fast | {"per_surface_voxel": fast["locations"] / border},
+        "released": slow,
+        "times_faster_than_released": seconds / fast["octree_and_decoder_seconds"],
+        "times_faster_than_released_with_encoder": slow["total_seconds"] / fast["total_seconds"],
     }
+
+
+def better(rows: dict[str, dict[str, Any]], how: str) -> dict[str, Any]:
+    """The faster precision of one way to use the U-Net."""
+    done = {p: rows[f"{how}_{p}"] for p in PRECISIONS if "seconds" in rows[f"{how}_{p}"]}
+    if not done:
+        return rows[f"{how}_{PRECISIONS[0]}"]
+    best = min(done, key=lambda p: done[p]["seconds"])
+    return done[best] | {"precision": best}
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    found = measured(job, __file__)
+    print(
+        job["what"],
+        job.get("how", ""),
+        job.get("precision", ""),
+        json.dumps(found),
+        file=sys.stderr,
+        flush=True,
+    )
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="a trained model of one of the paper's variants, with --image")
     parser.add_argument("--image", type=Path)
+    parser.add_argument("--shape", default="64,64,64")
+    parser.add_argument("--surface", default="3000", help="surface voxels of the object, several with commas")
+    parser.add_argument("--memory", help="grant for ours")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--released-pass", type=int, default=PASS, help="locations a pass of the released code"
+    )
     parser.add_argument("--dense", action="store_true", help="also ask everywhere, and compare")
+    parser.add_argument("--limit", type=float, default=16, help="GB of address space for each process")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    if given.model and given.image:
-        model, scan = Model.load(given.model), read_volume(given.image)
-    else:
-        model, scan = synthetic()
+    if (given.model is None) != (given.image is None):
+        parser.error("--model and --image belong together")
+    from measuring import machine, write
 
-    field = model.field(scan, device="cpu")
-    encoder, _ = timed(lambda: model.field(scan, device="cpu"), given.rounds)
-    ours, labels = timed(field.segment, given.rounds)
-    border = surface(labels.data)
-    released = field.segment(strategy="original", reevaluate=True)
-    microseconds = released_microseconds(model, scan)
-    released_seconds = released.evaluated * microseconds / 1e6
-    unet = unet_seconds(model.channels, field.grid.shape, 128, given.rounds)
-    results: dict[str, Any] = {
-        "image": given.image.name if given.image else "synthetic",
-        "shape": list(scan.shape),
-        "network_grid": list(model.preparation.shape or ()),
-        "surface_voxels": border,
-        "encoder_seconds": encoder,
-        "ours": {
-            "locations": labels.evaluated,
-            "per_surface_voxel": labels.evaluated / max(border, 1),
-            "octree_and_decoder_seconds": ours,
-            "total_seconds": ours + encoder,
-        },
-        "released": {
-            "locations": released.evaluated,
-            "per_surface_voxel": released.evaluated / max(border, 1),
-            "microseconds_per_location": microseconds,
-            "octree_and_decoder_seconds": released_seconds,
-            "total_seconds": released_seconds + encoder,
-            "voxels_differing_from_ours": int((released.data != labels.data).sum()),
-        },
-        "times_faster_than_released": released_seconds / ours,
-        "times_faster_than_released_with_encoder": (released_seconds + encoder) / (ours + encoder),
-        "monai_unet": unet,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    from ossnet.field.model import Model, versions
+    from ossnet.files.validate import read_header
+
+    real = given.model is not None
+    header = read_header(given.image) if real else None
+    shape = list(header.shape) if header else [int(n) for n in given.shape.split(",")]
+    surfaces = [0] if real else [int(n) for n in given.surface.split(",")]
+    job = {
+        "model": given.model,
+        "image": str(given.image) if real else None,
+        "shape": shape,
+        "surface": surfaces[0],
+        "channels": Model.load(given.model).channels if real else 1,
+        "memory": given.memory,
+        "rounds": given.rounds,
+        "pass": given.released_pass,
+        "dense": given.dense,
+        "limit": int(given.limit * 1e9),
+    }
+    decoder = measure(job | {"what": "released_pass"})
+    rows = [compared(job | {"surface": n}, decoder) for n in surfaces]
+    unets = {
+        f"{how}_{precision}": measure(job | {"what": "unet", "how": how, "precision": precision})
+        for how in UNET
+        for precision in PRECISIONS
+    }
+    results = {
+        "image": given.image.name if real else "synthetic",
+        "shape": shape,
+        "rounds": given.rounds,
+        "rows": rows,
+        "monai_unet": {how: better(unets, how) for how in UNET} | {"all": unets},
         "machine": machine(),
         "versions": versions(),
     }
-    if given.dense:
-        everywhere = field.segment(strategy="dense")
-        results["dense"] = {
-            "seconds": everywhere.seconds,
-            "voxels_differing": int((everywhere.data != labels.data).sum()),
-            "share_differing": float((everywhere.data != labels.data).mean()),
-        }
     write(given.output, results)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--here"]:
+        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
+    else:
+        main()
