@@ -152,15 +152,17 @@ def _measured(answer: Answer, surface: float) -> tuple[float, float, float]:
     again = time.perf_counter() - started
     if not isinstance(answer, BlockwiseEncoder) or answer.computed == computed:
         return again / len(some), 0.0, 0.0
-    made = answer.computed - computed
+    each_block = max(first - again, 0.0) / (answer.computed - computed)
+    # The octree's first lattice looks into every block once.
+    blocks = math.prod(-(-n // b) for n, b in zip(answer.padded, answer.block, strict=True))
+    size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
+    room = math.inf if answer.room is None else answer.room
+    kept = min((blocks - len(answer.blocks)) * size, room - answer.fixed_bytes)
     # Those that a ball with that surface meets; some of its voxels have two or three faces to the outside.
     edge = 2 * math.sqrt(surface / (1.2 * 4 * math.pi))
     met = math.prod(min(n, edge + b) / b for n, b in zip(answer.padded, answer.block, strict=True))
-    size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
-    room = math.inf if answer.room is None else answer.room
-    kept = min((met - len(answer.blocks)) * size, room - answer.fixed_bytes)
-    times = 1 if met * size <= room else SWEEPS
-    return again / len(some), met * times * max(first - again, 0.0) / made, max(kept, 0.0)
+    again_and_again = 0 if min(met, blocks) * size <= room else SWEEPS * min(met, blocks)
+    return again / len(some), (blocks + again_and_again) * each_block, max(kept, 0.0)
 
 
 def _patch(shape: Shape, count: int) -> Int[Tensor, "N 3"]:
