@@ -46,6 +46,7 @@ def refine(
     margin: float | None = None,
     seeds: bool = False,
     trust: float | None = None,
+    safety: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
     """The label map of a function of position, asking it near its surfaces only.
@@ -81,6 +82,7 @@ def refine(
         margin: Hint for small islands, see `Octree`.
         seeds: Hint for small islands, see `Octree`.
         trust: Stop short of certainty, see `Octree`.
+        safety: With a prediction: every how many sites of the coarsest lattice are asked all the same.
         progress: Called with the locations asked so far and those known to follow on this lattice.
 
     Raises:
@@ -90,7 +92,9 @@ def refine(
         raise SettingsError("batch", f"is {batch}", "Give at least 1")
     if stride is not None:
         path = path_from(stride)
-    octree = _questions(shape, start, segmentation, classes, path, region, certain, margin, seeds, trust)
+    octree = _questions(
+        shape, start, segmentation, classes, path, region, certain, margin, seeds, trust, safety
+    )
     while (voxels := octree.query()) is not None:
         labels, margins = ask(function, voxels, batch)
         octree.update(labels, margins)
@@ -133,6 +137,7 @@ def _questions(
     margin: float | None,
     seeds: bool,
     trust: float | None,
+    safety: int,
 ) -> Octree | ReleasedStages:
     if isinstance(start, str) and start in START_STATES:
         if region is not None or classes != 2:
@@ -154,6 +159,7 @@ def _questions(
         classes,
         path,
         start,
+        safety=safety,
         region=region,
         certain=certain,
         margin=margin,
