@@ -1,0 +1,85 @@
+"""What the default network costs on scans of any size: seconds and memory within a grant.
+
+    python benchmarks/default_costs.py --memory 2GB --output FILE.json
+
+Untrained networks do all their work, a known object with about so many surface voxels answers in their place
+(`oracle`). Every row is a process of its own; memory is the peak above what was resident with scan and network
+loaded.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import RESULT, measured, model_for, start_counting, status
+
+ROWS = (
+    ("256,256,160", 30_000),
+    ("512,512,256", 60_000),
+    ("512,512,119", 70_000),
+    ("1024,1024,1024", 60_000),
+)
+"""Voxels and surface voxels; the third is an abdominal CT with a liver in it."""
+
+
+def here(job: dict[str, Any]) -> dict[str, Any]:
+    """One scan, in this process."""
+    import torch
+    from oracle import Sectors, installed
+
+    torch.set_num_threads(job["threads"])
+    x, y, z = job["shape"]
+    truth = Sectors((x, y, z), 1, job["surface"])
+    model = model_for("multiscale", (x, y, z), 2, truth.surface())
+    scan = truth.scan()
+    before, started = start_counting(), time.perf_counter()
+    with installed(truth):
+        field = model.field(scan, device="cpu", memory=job["memory"])
+        bound = time.perf_counter() - started
+        found = field.segment()
+    seconds = time.perf_counter() - started
+    low, high = truth.box
+    part = found.data[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    return {
+        "surface_voxels": truth.surface(),
+        "seconds": round(seconds, 2),
+        "binding_seconds": round(bound, 2),
+        "encoder_seconds": round(field.encoder_seconds, 2),
+        "locations": found.evaluated,
+        "peak_bytes": status("VmHWM") - before,
+        "wrong_voxels": int((part != truth.labels(low, high)).sum()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--memory", default="2GB")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help="this shape alone")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    from measuring import machine, write
+
+    from ossnet.field.model import versions
+
+    rows = []
+    for shape, surface in ROWS:
+        if given.only in (None, shape):
+            job = {"shape": [int(n) for n in shape.split(",")], "surface": surface}
+            job |= {"memory": given.memory, "threads": given.threads}
+            rows.append({"shape": shape} | measured(job, __file__))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    results = {"memory": given.memory, "rows": rows, "machine": machine() | {"threads": given.threads}}
+    write(given.output, results | {"versions": versions()})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--here"]:
+        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
+    else:
+        main()
