@@ -133,15 +133,50 @@ def test_bfloat16_is_close() -> None:
 def test_coarse_logits_cover_the_scan(classes: int) -> None:
     network = trained(replace(SPEC, classes=classes))
     answer = BlockwiseEncoder(network, torch.randn(1, 33, 16, 9))
+    assert answer.coarse is None
+    answer.cover()
     assert answer.coarse is not None
     assert answer.coarse.shape == ((5, 2, 3) if classes == 1 else (3, 5, 2, 3))
     # Where the scan needs no padding, cells are those of the network.
     volume = torch.randn(1, 32, 16, 16)
     with torch.inference_mode():
         _, expected = network(volume[None], torch.zeros(1, 1, 3))
-    coarse = BlockwiseEncoder(network, volume).coarse
+    answer = BlockwiseEncoder(network, volume)
+    answer.cover()
+    coarse = answer.coarse
     assert coarse is not None
     assert torch.allclose(coarse, expected[0, 0] if classes == 1 else expected[0], atol=1e-5)
+
+
+def test_the_prediction_of_many_classes_is_labels() -> None:
+    network, volume = trained(replace(SPEC, classes=12)), torch.randn(1, 32, 16, 16)
+    with torch.inference_mode():
+        _, expected = network(volume[None], torch.zeros(1, 1, 3))
+    answer = BlockwiseEncoder(network, volume)
+    answer.cover()
+    coarse = answer.coarse
+    assert coarse is not None
+    assert not coarse.is_floating_point()
+    assert torch.equal(coarse.long(), expected[0].argmax(0))
+
+
+def test_what_is_covered_grows_with_the_questions() -> None:
+    network, volume = trained(), torch.randn(1, 900, 16, 16)
+    answer, whole = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder(network, volume, block=16)
+    whole.cover()
+    locations = random_locations((20, 16, 16))
+    for start in (400.0, 460.0, 0.0, 880.0):
+        here = locations + torch.tensor([start, 0.0, 0.0])
+        assert torch.allclose(answer(here), whole(here), atol=1e-5)
+        covered = answer.core[1][0] - answer.core[0][0]
+        assert covered < 900 or start in (0.0, 880.0)
+    # The prediction is background where nothing is covered.
+    part = BlockwiseEncoder(network, volume)
+    part.cover(((400, 0, 0), (440, 16, 16)))
+    assert part.coarse is not None
+    assert whole.coarse is not None
+    assert torch.allclose(part.coarse[50:55], whole.coarse[50:55], atol=1e-5)
+    assert bool((part.coarse[:50] < 0).all())
 
 
 def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:

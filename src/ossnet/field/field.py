@@ -17,7 +17,7 @@ from torch import Tensor
 from ossnet.errors import SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
-from ossnet.field.forecast import predicts, surface_voxels
+from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, check_box, moved_box
 from ossnet.field.lattice import Window
 from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
@@ -434,8 +434,11 @@ class Field:
     def _prediction_pays(self, grid: Grid) -> bool:
         """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
         coarse = self._answer.coarse
+        if coarse is None or self._fit.offset != (0, 0, 0) or self._fit.source != self._fitted:
+            return False
+        cells = np.array(grid.shape) / np.array(coarse.shape[-3:])
         same = grid.shape == self.grid.shape and bool((grid.to(self.grid) == np.eye(4)).all())
-        return same and coarse is not None and predicts(coarse.shape, grid.shape, self._fit)
+        return same and bool((cells <= 16).all())
 
     def _released(
         self, strategy: str, progress: Progress | None, reevaluate: bool

@@ -5,7 +5,6 @@ Letters: N locations, K classes.
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,33 +52,20 @@ def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
     return float(surface) / float(face)
 
 
-def predicts(coarse: Sequence[int], shape: Shape, fit: Fit) -> bool:
-    """Whether a coarse array is worth using: it covers the scan's own grid, and its cells are fine enough.
+def locations_for(shape: Shape, surface: int | float, classes: int) -> float:
+    """Locations that the octree asks, as `Field` sets it: its first lattice and what lies at surfaces.
 
-    Args:
-        coarse: Shape of the array, its cells last.
-        shape: Voxels of the scan.
-        fit: How the scan lies on the network's grid, which the array covers.
-    """
-    fine = all(n <= 16 * c for n, c in zip(shape, coarse[-3:], strict=True))
-    return fine and fit.offset == (0, 0, 0) and fit.source == fit.target
-
-
-def locations_for(shape: Shape, surface: float, classes: int, predicted: bool) -> float:
-    """Locations that the octree asks.
-
-    Both sides of every surface, and a tenth for wrong predictions: where structures touch each other both sides
-    are surface voxels themselves, so the more structures the less for each.
+    Both sides of every surface, and a seventh for wrong predictions and small islands. Where structures touch each
+    other both sides are surface voxels themselves: the more structures, the less for each.
 
     Args:
         shape: Voxels of the answer.
         surface: Surface voxels (foreground voxels with a neighbour of another label).
         classes: K, background included.
-        predicted: Whether a coarse array predicts the first lattice; every eighth site is asked then.
     """
     lattice = math.prod(-(-n // s) for n, s in zip(shape, choose_path(shape)[0], strict=True))
-    each = 1.1 + 1.1 * math.pow(max(classes - 1, 1), -0.85)
-    return lattice / (8 if predicted else 1) + surface * each
+    each = 1.15 + 1.15 * math.pow(max(classes - 1, 1), -0.65)
+    return lattice + surface * each
 
 
 def forecast(
@@ -119,9 +105,7 @@ def forecast(
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(grid.shape)
     dense = getattr(answer, "dense", False)
-    coarse = answer.coarse
-    predicted = coarse is not None and predicts(coarse.shape, grid.shape, fit)
-    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes, predicted)
+    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes)
     each, blocks, kept = _measured(answer, surface)
     held = answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
     peak = max(held + asking, getattr(answer, "encoding_bytes", 0)) + LIBRARIES

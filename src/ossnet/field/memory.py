@@ -85,7 +85,7 @@ def question_locations(classes: int) -> int:
     return max(min(_QUESTION_LOCATIONS, _QUESTION_VALUES // max(classes, 1)), 1024)
 
 
-def asking_bytes(shape: Shape, classes: int, surface: float) -> int:
+def asking_bytes(shape: Shape, classes: int, surface: int | float) -> int:
     """What segmenting takes beside the network: label map, questions and answers.
 
     Args:
@@ -101,7 +101,7 @@ def asking_bytes(shape: Shape, classes: int, surface: float) -> int:
     return label_bytes(shape, classes) + questions + lists
 
 
-def require(grant: int | None, needed: float, what: str) -> None:
+def require(grant: int | None, needed: int | float, what: str) -> None:
     """Refuse what a grant cannot hold, before anything is done.
 
     Raises:

@@ -167,11 +167,9 @@ class BlockwiseEncoder:
         """A prediction on a coarse grid over the same space as the scan; background where nothing is covered.
 
         float32 logits (x, y, z) for binary and (K, x, y, z) for K classes; int16 labels (x, y, z) for more
-        classes than `MANY_CLASSES`. Without anything covered yet, of the whole scan.
+        classes than `MANY_CLASSES`. None as long as nothing is covered.
         """
-        if not self._coarse:
-            self.cover()
-        if self._prediction is None:
+        if self._coarse and self._prediction is None:
             with torch.inference_mode():
                 self._prediction = self._coarse_prediction()
         return self._prediction

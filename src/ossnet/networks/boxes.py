@@ -5,7 +5,7 @@ Boxes are (low, high) along each axis, high excluded.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -17,6 +17,7 @@ WINDOW = 1 << 21
 """Voxels of a box around locations, at most, unless a single location needs more."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A normalised and fitted scan."""
 

@@ -1,0 +1,41 @@
+"""What is said before a segmentation, against what happens."""
+
+import numpy as np
+import pytest
+from tests import tiny
+
+from ossnet.errors import ResourceError
+from ossnet.field.forecast import forecast, locations_for, surface_voxels
+from ossnet.field.octree import Octree
+from ossnet.volume import LabelMap
+
+
+@pytest.mark.parametrize(("edge", "radius"), [(64, 22.0), (170, 40.0)])
+def test_locations_of_a_ball(edge: int, radius: float) -> None:
+    def ball(voxels: np.ndarray) -> np.ndarray:
+        return radius - np.linalg.norm(voxels - edge / 2 - 0.3, axis=1)
+
+    shape = (edge, edge, edge)
+    octree = Octree(shape, margin=2.0, seeds=True)
+    while (voxels := octree.query()) is not None:
+        octree.update(ball(voxels))
+    surface = LabelMap(octree.labels(), np.eye(4)).surface_voxels()
+    assert locations_for(shape, surface, 2) == pytest.approx(octree.evaluated, rel=0.1)
+
+
+def test_the_surface_of_the_training_is_that_of_the_scan() -> None:
+    model = tiny.model("multiscale")
+    model.metadata["surface_mm2"] = 800.0
+    # Voxels of 8 mm³ have faces of 4 mm².
+    assert surface_voxels(model, (20, 20, 20), np.diag([1.0, 2.0, 4.0, 1.0])) == pytest.approx(200)
+    del model.metadata["surface_mm2"]
+    assert surface_voxels(model, (20, 20, 20), np.eye(4)) > 100
+
+
+@pytest.mark.parametrize("family", ["multiscale", "C"])
+def test_a_grant_is_forecast(family: str) -> None:
+    model = tiny.model(family)
+    expected = forecast(model, (24, 20, 18), np.eye(4), memory="200MB")
+    assert 0 < expected.memory_bytes <= 200e6
+    with pytest.raises(ResourceError, match="at least"):
+        forecast(model, (24, 20, 18), np.eye(4), memory="50MB")
