@@ -174,7 +174,7 @@ class WindowRows(PatchRows):
             yield part, PatchRows(self.scan.read(low, high), *self._options), local  # type: ignore[arg-type]
 
 
-def _as_stored(data: Num[np.ndarray, "C X Y Z"]) -> Num[np.ndarray, "C X Y Z"]:
+def _as_stored(data: Num[np.ndarray, "C X Y Z"]) -> Num[np.ndarray, "C U V W"]:
     """The same voxels in the order they lie in memory: flattening them then needs no copy."""
     turned = data[(slice(None), *(slice(None, None, -1 if s < 0 else 1) for s in data.strides[1:]))]
     order = sorted(range(1, 4), key=lambda axis: -turned.strides[axis])
