@@ -1,0 +1,92 @@
+"""What a training step of the default network takes beside one of variant C, at equal batch and locations.
+
+    python benchmarks/step_costs.py Dataset101_LeftAtrium --output FILE.json
+
+Variant C with the fast step of this package, in its own precision (fp32); the default in its own (bf16 where the
+machine computes in it). One process each, one thread; CPU seconds, and the peak above what was resident with data and
+network.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import RESULT, measured, start_counting, status
+
+STEPS = 5
+
+
+def here(job: dict[str, Any]) -> dict[str, Any]:
+    """A few steps, in this process."""
+    import numpy as np
+    import torch
+
+    from ossnet.data.cache import load_case
+    from ossnet.data.layouts import open_dataset
+    from ossnet.data.splits import split
+    from ossnet.networks.machine import fast_bf16
+    from ossnet.training.planning import make_plan
+    from ossnet.training.settings import make_settings
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    dataset = open_dataset(job["data"])
+    train = [dataset[name] for name in split(dataset, 0).train]
+    settings = make_settings(
+        job["variant"],
+        changes=[f"schedule.batch_size={job['batch']}", f"sampling.locations={job['locations']}"],
+    )
+    plan = make_plan(dataset, train, settings)
+    recipe, network = plan.recipe, plan.model.network.requires_grad_(True).train()
+    cases = [load_case(dataset, case, plan.model.preparation, plan.classes, 13, None) for case in train[:4]]
+    before, seconds = start_counting(), []
+    optimisers = recipe.optimisers()
+    half = job["variant"] == "multiscale" and fast_bf16(device)
+    for step in range(STEPS):
+        started = time.thread_time()
+        drawn = [
+            recipe.example(cases[(step + i) % len(cases)], np.random.default_rng([step, i]))
+            for i in range(job["batch"])
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = recipe.loss(network, drawn, device)
+        loss.total.backward()
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.thread_time() - started)
+    return {
+        "cpu_seconds_a_step": round(statistics.median(seconds[1:]), 3),
+        "peak_bytes": status("VmHWM") - before,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--locations", type=int, default=4096)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    from measuring import machine, write
+
+    rows = []
+    for batch in (1, 2):
+        job = {"data": str(given.data), "batch": batch, "locations": given.locations}
+        pair = {v: measured(job | {"variant": v}, __file__) for v in ("multiscale", "C")}
+        ratios = {key: round(pair["multiscale"][key] / pair["C"][key], 3) for key in pair["C"]}
+        rows.append({"batch": batch, **pair, "multiscale_to_C": ratios})
+        print(rows[-1], file=sys.stderr, flush=True)
+    write(given.output, {"data": given.data.name, "rows": rows, "machine": machine()})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--here"]:
+        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
+    else:
+        main()
