@@ -1,6 +1,7 @@
 """What a region costs, and that it is the whole answer in its box.
 
     python benchmarks/region.py [--shape 1024,192,192] [--sizes 16,32,64,128] [--boxes 10] [--output FILE]
+    python benchmarks/region.py --model runs/atrium --data Dataset101_LeftAtrium --cases 2 --boxes 5
 
 Untrained networks of both families do all their work, a known object answers in their place (`oracle`). The
 receptive field of the default network is 145 voxels to each side, and the octree looks up to 170 voxels around a
@@ -9,6 +10,7 @@ only locations are saved. A second check asks the networks themselves in random 
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from measuring import machine, write
 from memory import model_for
 from oracle import Sectors, installed
 
+from ossnet.data.layouts import open_dataset
 from ossnet.field.grid import Box
 from ossnet.field.model import Model, versions
 from ossnet.volume import Volume
@@ -54,6 +57,20 @@ def compared(model: Model, scan: Volume, boxes: list[Box]) -> dict[str, Any]:
     return {"whole_seconds": round(seconds, 3), "whole_locations": whole.evaluated, "boxes": rows}
 
 
+def trained(model: str, data: Path, cases: int, boxes: int) -> dict[str, Any]:
+    """Cubes of several sizes around voxels of the structure, of scans that the model was validated on."""
+    dataset, rng = open_dataset(data), np.random.default_rng(0)
+    names = json.loads((Path(model) / "splits.json").read_text())["val"][:cases]
+    results: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    for name in names:
+        scan, labels = dataset.read(dataset[name])
+        inside = np.argwhere(labels.data > 0)
+        sizes = [int(size) for size in np.resize([16, 24, 32, 48, 64], boxes)]
+        some = [random_box(scan.shape, size, rng, inside) for size in sizes]
+        results[name] = {"shape": list(scan.shape), **compared(Model.load(model), scan, some)}
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,8 +80,14 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=10, help="random boxes in which the networks answer")
     parser.add_argument("--surface", type=int, default=20_000, help="voxels at surfaces")
     parser.add_argument("--families", default="multiscale,C")
+    parser.add_argument("--model", help="a trained model instead, on the first validation cases of --data")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--cases", type=int, default=2)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.model:
+        write(given.output, trained(given.model, given.data, given.cases, given.boxes))
+        return
     x, y, z = (int(n) for n in given.shape.split(","))
     shape, rng = (x, y, z), np.random.default_rng(0)
     truth = Sectors(shape, 1, given.surface)
