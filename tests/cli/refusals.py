@@ -50,7 +50,9 @@ def started(*arguments: object, limit_bytes: int | None = None) -> subprocess.Po
     Args:
         limit_bytes: Largest file that it can write: then the system says what it says of a full disk.
     """
-    code = "from ossnet.cli.main import run; run()"
+    # Shells start what runs in their background with Ctrl-C ignored, and children inherit that.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from ossnet.cli.main import run; run()"
     if limit_bytes is not None:
         # Beyond the limit a signal comes first, which would end the process; ignored, writing fails (EFBIG).
         limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes}, {limit_bytes}))"

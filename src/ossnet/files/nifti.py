@@ -301,7 +301,8 @@ def _integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarr
             f"a label is negative ({low})",
             "Is it an image? Otherwise give labels from 0 upwards",
         )
-    return raw.astype(np.min_scalar_type(high), copy=False)
+    # By its name: numpy may answer "ulonglong", which is uint64 under a name that few know.
+    return raw.astype(np.min_scalar_type(high).str, copy=False)
 
 
 def _write(
