@@ -215,6 +215,47 @@ def test_the_safety_lattice_finds_what_the_prediction_overlooks() -> None:
     assert not octree.labels().any()
 
 
+def test_a_doubtful_prediction_is_asked_about_and_a_certain_one_is_not() -> None:
+    shape = (64, 64, 64)
+    values = ball(shape, (16, 16, 16), 12.0)
+    # Nothing is predicted anywhere, but less surely so around the ball.
+    nothing = np.full((4, 4, 4), -9.0)
+    nothing[:2, :2, :2] = -5.0
+    asked = []
+
+    def ask(voxels: np.ndarray) -> np.ndarray:
+        asked.append(voxels)
+        return np.asarray(look_up(values)(voxels))
+
+    found = refine(ask, shape, start=nothing, safety=0, doubt=8.0)
+    assert (found.labels == (values > 0)).all()
+    assert np.concatenate(asked).max() <= 40
+    # An array of labels says nothing about how sure it is.
+    everything = refine(
+        look_up(values), shape, start=np.zeros((4, 4, 4), dtype=np.uint8), safety=0, doubt=8.0
+    )
+    assert (
+        everything.evaluated
+        == refine(look_up(values), shape, start=np.full((4, 4, 4), -9.0), safety=1).evaluated
+    )
+    assert (everything.labels == (values > 0)).all()
+
+
+def test_the_label_map_takes_over_the_memory_of_the_octree() -> None:
+    shape = (200, 190, 180)
+    values = ball(shape, (90, 95, 88), 30.0)
+    octree = Octree(shape)
+    answered(octree, look_up(values))
+    tracemalloc.start()
+    labels = octree.labels()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.05 * labels.nbytes
+    assert labels.flags.c_contiguous
+    assert octree.labels() is labels
+    assert (labels == (values > 0)).all()
+
+
 def test_an_island_between_the_sites_is_missed_whole_and_hints_find_it() -> None:
     shape = (64, 64, 64)
     body, island = ball(shape, (24, 24, 24), 14.0), ball(shape, (52, 51, 53), 2.0)

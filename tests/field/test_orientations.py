@@ -12,6 +12,7 @@ from tests import tiny
 
 from ossnet.data.preparation import FitWarning
 from ossnet.field.field import Field
+from ossnet.field.grid import Grid
 from ossnet.field.model import Model
 from ossnet.files.nifti import read_labels, read_volume
 from ossnet.volume import (
@@ -280,3 +281,15 @@ def test_moving_a_scan_moves_the_answer(models: dict[str, Model]) -> None:
     np.testing.assert_allclose(
         here.probability(points, space="world"), there.probability(moved, space="world"), atol=2e-5
     )
+
+
+def test_grids_over_the_same_extent_share_a_prediction() -> None:
+    base = Grid((20, 30, 12), PLACE)
+    assert base.spans(base)
+    assert Grid.with_shape(base, (41, 60, 7)).spans(base)
+    assert Grid.with_spacing(base, 0.7).spans(base)
+    shifted, turned = np.eye(4), np.eye(4)[[1, 0, 2, 3]]
+    shifted[0, 3] = 2
+    assert not Grid((20, 30, 12), PLACE @ shifted).spans(base)
+    assert not Grid((30, 20, 12), PLACE @ turned).spans(base)
+    assert not Grid((20, 30, 10), PLACE).spans(base)

@@ -75,6 +75,18 @@ def test_a_grant_changes_nothing_but_memory(family: str, classes: int) -> None:
     assert bound.evaluated == free.evaluated
 
 
+def test_a_tight_grant_gives_the_label_map_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Voxels that are stored the other way round are not copied into file order then."""
+    model, scan = tiny.model("multiscale"), tiny.scan(affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    field = model.field(scan, device="cpu", precision="fp32", memory="200MB")
+    expected = field.segment()
+    assert expected.data.flags.c_contiguous
+    monkeypatch.setattr("ossnet.field.field.LIBRARIES", 200_000_000)
+    found = field.segment()
+    assert not found.data.flags.c_contiguous
+    np.testing.assert_array_equal(found.data, expected.data)
+
+
 def test_what_a_grant_cannot_hold_is_refused_early() -> None:
     model = tiny.model("multiscale", 3)
     large = Volume(np.zeros((1, 600, 600, 600), dtype=np.int8), np.eye(4))

@@ -37,14 +37,17 @@ if TYPE_CHECKING:
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
 Progress = Callable[[int, int], None]
 
-THOROUGH: dict[str, Any] = {"safety": 1, "margin": 2.0, "seeds": True}
-"""How the octree looks for islands smaller than its lattice: for a tenth more locations it overlooks a tenth of those
-that it would overlook otherwise (`benchmarks/agreement.py`)."""
+THOROUGH: dict[str, Any] = {"safety": 0, "doubt": 8.0, "margin": 2.0, "seeds": True}
+"""How the octree looks for islands smaller than its lattice: where the coarse logits are not certain that there is
+none. It overlooks a tenth of those that it would overlook otherwise (`benchmarks/agreement.py`), and scans of any size
+are looked at in detail only near their structures."""
 
 
 @dataclass(frozen=True)
 class Segmentation(LabelMap):
     """A label map with how it was found.
+
+    Its `data` is a view with strides of its own where a memory grant does not hold the label map twice.
 
     Attributes:
         evaluated: Locations asked.
@@ -185,8 +188,8 @@ class Field:
                 algorithm and its improved start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
-            octree: Further arguments of `refine`; `safety=2, margin=None, seeds=False` asks a tenth less and
-                overlooks more islands of a few voxels.
+            octree: Further arguments of `refine`; `doubt=None, safety=2, margin=None, seeds=False` asks a little
+                less and overlooks more islands of a few voxels, `safety=1` asks the whole first lattice.
 
         Raises:
             SettingsError: Arguments that exclude each other.
@@ -220,7 +223,7 @@ class Field:
         stored = orientation.undo(labels)
         x, y, z = stored.shape
         return Segmentation(
-            data=np.ascontiguousarray(stored),
+            data=np.ascontiguousarray(stored) if self._allows(2 * labels.nbytes) else stored,
             affine=_stored_affine(grid, orientation, (x, y, z)),
             header=(like or self.volume).header,
             names=self.model.label_names,
@@ -307,6 +310,11 @@ class Field:
             answer = self._answer
             held = self._held + LIBRARIES + answer.fixed_bytes + answer.chunk * answer.bytes_per_location
             require(self._grant, held + self._asking_bytes(wanted), f"a label map of {wanted.shape} voxels")
+
+    def _allows(self, size: int) -> bool:
+        """Whether the grant holds so many bytes beside what is kept for this scan."""
+        held = self._held + LIBRARIES + self._answer.fixed_bytes
+        return self._grant is None or held + size <= self._grant
 
     def _cover(self, grid: Grid, region: Box | None, path: Path = "auto") -> None:
         """Have the answer prepare what will be asked about, and count that as encoding."""
@@ -433,12 +441,11 @@ class Field:
 
     def _prediction_pays(self, grid: Grid) -> bool:
         """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
-        coarse = self._answer.coarse
-        if coarse is None or self._fit.offset != (0, 0, 0) or self._fit.source != self._fitted:
+        coarse, fit = self._answer.coarse, self._fit
+        # A scan with a border around it lies in a part of the coarse array.
+        if coarse is None or not (fit.resizes or fit.source == self._fitted) or not grid.spans(self.grid):
             return False
-        cells = np.array(grid.shape) / np.array(coarse.shape[-3:])
-        same = grid.shape == self.grid.shape and bool((grid.to(self.grid) == np.eye(4)).all())
-        return same and bool((cells <= 16).all())
+        return bool((np.array(grid.shape) <= 16 * np.array(coarse.shape[-3:])).all())
 
     def _released(
         self, strategy: str, progress: Progress | None, reevaluate: bool

@@ -52,7 +52,7 @@ def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
     return float(surface) / float(face)
 
 
-def locations_for(shape: Shape, surface: int | float, classes: int) -> float:
+def locations_for(shape: Shape, surface: int | float, classes: int, predicted: bool = False) -> float:
     """Locations that the octree asks, as `Field` sets it: its first lattice and what lies at surfaces.
 
     Both sides of every surface, and a seventh for wrong predictions and small islands. Where structures touch each
@@ -62,8 +62,11 @@ def locations_for(shape: Shape, surface: int | float, classes: int) -> float:
         shape: Voxels of the answer.
         surface: Surface voxels (foreground voxels with a neighbour of another label).
         classes: K, background included.
+        predicted: The network's coarse logits stand for the first lattice, but for what lies at surfaces.
     """
-    lattice = math.prod(-(-n // s) for n, s in zip(shape, choose_path(shape)[0], strict=True))
+    lattice = (
+        0 if predicted else math.prod(-(-n // s) for n, s in zip(shape, choose_path(shape)[0], strict=True))
+    )
     each = 1.15 + 1.15 * math.pow(max(classes - 1, 1), -0.65)
     return lattice + surface * each
 
@@ -105,8 +108,9 @@ def forecast(
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(grid.shape)
     dense = getattr(answer, "dense", False)
-    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes)
-    each, blocks, kept = _measured(answer, surface)
+    predicted = answer.coarse is not None and answer.coarse.is_floating_point()
+    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes, predicted)
+    each, blocks, kept = _measured(answer, surface, predicted)
     held = answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
     peak = max(held + asking, getattr(answer, "encoding_bytes", 0)) + LIBRARIES
     return Forecast(int(locations), seconds + blocks + locations * each, int(peak), answer.chunk)
@@ -124,7 +128,7 @@ def _noise(channels: int, fit: Fit) -> Scan:
     return Scan(noise, Fit.none(fit.target))
 
 
-def _measured(answer: Answer, surface: float) -> tuple[float, float, float]:
+def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, float, float]:
     """Seconds for a location; for maps that are made where locations are asked: seconds for all, and their bytes."""
     some = _patch(answer.shape, 2 * answer.chunk)
     computed = getattr(answer, "computed", 0)
@@ -137,15 +141,17 @@ def _measured(answer: Answer, surface: float) -> tuple[float, float, float]:
     if not isinstance(answer, BlockwiseEncoder) or answer.computed == computed:
         return again / len(some), 0.0, 0.0
     each_block = max(first - again, 0.0) / (answer.computed - computed)
-    # The octree's first lattice looks into every block once.
-    blocks = math.prod(-(-n // b) for n, b in zip(answer.padded, answer.block, strict=True))
-    size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
-    room = math.inf if answer.room is None else answer.room
-    kept = min((blocks - len(answer.blocks)) * size, room - answer.fixed_bytes)
     # Those that a ball with that surface meets; some of its voxels have two or three faces to the outside.
     edge = 2 * math.sqrt(surface / (1.2 * 4 * math.pi))
     met = math.prod(min(n, edge + b) / b for n, b in zip(answer.padded, answer.block, strict=True))
-    again_and_again = 0 if min(met, blocks) * size <= room else SWEEPS * min(met, blocks)
+    every = math.prod(-(-n // b) for n, b in zip(answer.padded, answer.block, strict=True))
+    met = min(met, every)
+    # A first lattice that is not predicted looks into every block once.
+    blocks = met if predicted else every
+    size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
+    room = math.inf if answer.room is None else answer.room
+    kept = min((blocks - len(answer.blocks)) * size, room - answer.fixed_bytes)
+    again_and_again = 0 if met * size <= room else SWEEPS * met
     return again / len(some), (blocks + again_and_again) * each_block, max(kept, 0.0)
 
 

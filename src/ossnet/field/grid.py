@@ -64,6 +64,12 @@ class Grid:
         furthest = np.abs(out - near)[:3] @ [*self.shape, 1]
         return near if bool((furthest < 1e-3).all()) else out
 
+    def spans(self, other: "Grid") -> bool:
+        """Whether both cover the same part of the world, axis by axis, to within a voxel of the other."""
+        corners = np.array(list(product((0, 1), repeat=3)))
+        mapped = (corners * self.shape - 0.5) @ self.to(other)[:3, :3].T + self.to(other)[:3, 3]
+        return bool((np.abs(mapped - (corners * other.shape - 0.5)) <= 1).all())
+
 
 def check_box(box: Box, shape: Shape) -> Box:
     """A box ((x0, y0, z0), (x1, y1, z1)) of voxels, ends excluded, inside a grid.

@@ -101,6 +101,15 @@ class Lattice:
         """Current labels of the window (a copy)."""
         return np.asarray(self.box(self.cells) & self.label_bits)
 
+    def released(self, part: tuple[slice, ...]) -> Integer[np.ndarray, "X Y Z"]:
+        """Labels of a part of the window, in the memory of `cells`, which are given up for it."""
+        chosen = self.box(self.cells)[part]
+        out = self.cells[: chosen.size].reshape(chosen.shape)
+        # Every plane moves towards the front: none is overwritten before it was read.
+        for plane, found in zip(out, chosen, strict=True):
+            np.bitwise_and(found, self.label_bits, out=plane)
+        return out
+
     def keep_margins(
         self, values: Float[np.ndarray, "X Y Z"] | float, dtype: type[np.floating] = np.float32
     ) -> None:

@@ -75,9 +75,9 @@ def chunk_for(grant: int | None, fixed: int, per_location: int, preferred: int, 
 
 
 def label_bytes(shape: Shape, classes: int) -> int:
-    """The octree's state of every voxel, and the label map made from it."""
+    """The octree's state of every voxel, which becomes the label map."""
     # One voxel of padding on each side, and odd lengths.
-    return (2 if classes <= 127 else 4) * prod(n + 3 for n in shape)
+    return (1 if classes <= 127 else 2) * prod(n + 3 for n in shape)
 
 
 def question_locations(classes: int) -> int:

@@ -93,6 +93,8 @@ class Octree:
             coarsest lattice. Array cell i covers the voxels from i·X/a to (i+1)·X/a.
         safety: With a start array: every how many sites of the coarsest lattice one is evaluated whatever the
             array says, so that what it overlooks can be hit; 0 for none.
+        doubt: With a start array of logits: also evaluate the sites of the coarsest lattice where it comes
+            closer to the decision than this. An array of labels leaves all of them in doubt.
         region: ((x0, y0, z0), (x1, y1, z1)), ends exclusive: only this box is wanted. The lattices stay those
             of the whole volume, and the box comes out as it would there, at the cost of the box.
         certain: With a region: prove that. What is evaluated in the box depends on what lies around it only
@@ -120,6 +122,7 @@ class Octree:
         start: Num[np.ndarray, "..."] | None = None,
         *,
         safety: int = 2,
+        doubt: float | None = None,
         region: Box | None = None,
         certain: bool = True,
         margin: float | None = None,
@@ -137,12 +140,13 @@ class Octree:
         """Locations asked so far."""
         self.rounds = 0
         """Questions answered so far."""
-        self._start, self._safety = start, safety
+        self._start, self._safety, self._doubt = start, safety, doubt
         self._region = check_region(region, shape)
         self._certain = certain and region is not None and trust is None
         self._growth = [0] * len(self.path)
         self._values: bool | None = None  # whether answers carry margins; None until the first
         self._done = False
+        self._labels: Integer[np.ndarray, "X Y Z"] | None = None
         self._parts: tuple[Part, ...]
         self._lattice: Lattice
         self._level: int
@@ -237,16 +241,21 @@ class Octree:
     def labels(self) -> Integer[np.ndarray, "X Y Z"]:
         """The label map of the volume, or of the region; uint8, uint16 for more than 127 classes.
 
+        It takes over the octree's own memory: the state of every voxel is as large.
+
         Raises:
             SettingsError: If questions are still open.
         """
+        if self._labels is not None:
+            return self._labels
         if self.query() is not None:
             raise SettingsError(
                 "labels", "the octree still has questions", "Answer until query() returns None"
             )
         low = [r - w for r, w in zip(self._region.low, self._lattice.window.low, strict=True)]
         part = tuple(slice(o, o + n) for o, n in zip(low, self._region.size, strict=True))
-        return np.asarray(self._lattice.box(self._lattice.cells)[part] & self._lattice.label_bits)
+        self._labels = self._lattice.released(part)
+        return self._labels
 
     @property
     def _trust(self) -> float | None:
@@ -265,7 +274,7 @@ class Octree:
             self._next = self._lattice.all_sites()
         else:
             self._predict(self._start)
-            self._next = self._lattice.all_sites(self._safety) if self._safety else self._rest
+            self._next = sorted_unique(np.concatenate((self._doubted(), self._safety_lattice())))
         self._keep_values()
         if not len(self._next):
             self._close()
@@ -299,6 +308,17 @@ class Octree:
         self._lattice.box(self._lattice.cells)[...] = labels
         if margins is not None:
             self._lattice.keep_margins(margins)
+
+    def _safety_lattice(self) -> Indices:
+        """Sites of the coarsest lattice that are evaluated whatever was predicted."""
+        return self._lattice.all_sites(self._safety) if self._safety else self._rest
+
+    def _doubted(self) -> Indices:
+        """Sites of the coarsest lattice whose prediction is close to the decision."""
+        if self._doubt is None:
+            return self._rest
+        every, margins = self._lattice.all_sites(), self._lattice.margins
+        return every if margins is None else every[margins[every] < self._doubt]
 
     def _close(self) -> None:
         """Begin the closure of the coarsest level by looking through all of it."""

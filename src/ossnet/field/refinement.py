@@ -47,6 +47,7 @@ def refine(
     seeds: bool = False,
     trust: float | None = None,
     safety: int = 2,
+    doubt: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refinement:
     """The label map of a function of position, asking it near its surfaces only.
@@ -83,6 +84,7 @@ def refine(
         seeds: Hint for small islands, see `Octree`.
         trust: Stop short of certainty, see `Octree`.
         safety: With a prediction: every how many sites of the coarsest lattice are asked all the same.
+        doubt: With predicted logits: sites of the coarsest lattice that are asked for them, see `Octree`.
         progress: Called with the locations asked so far and those known to follow on this lattice.
 
     Raises:
@@ -93,7 +95,7 @@ def refine(
     if stride is not None:
         path = path_from(stride)
     octree = _questions(
-        shape, start, segmentation, classes, path, region, certain, margin, seeds, trust, safety
+        shape, start, segmentation, classes, path, region, certain, margin, seeds, trust, safety, doubt
     )
     while (voxels := octree.query()) is not None:
         labels, margins = ask(function, voxels, batch)
@@ -138,6 +140,7 @@ def _questions(
     seeds: bool,
     trust: float | None,
     safety: int,
+    doubt: float | None,
 ) -> Octree | ReleasedStages:
     if isinstance(start, str) and start in START_STATES:
         if region is not None or classes != 2:
@@ -160,6 +163,7 @@ def _questions(
         path,
         start,
         safety=safety,
+        doubt=doubt,
         region=region,
         certain=certain,
         margin=margin,

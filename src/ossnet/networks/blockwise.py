@@ -175,13 +175,17 @@ class BlockwiseEncoder:
         return self._prediction
 
     def cover(self, box: Box | None = None) -> None:
-        """Encode what answers in a box depend on: the box with the receptive field around it.
+        """Encode what answers and predictions in a box depend on: the box with the receptive field around it.
 
         Args:
             box: Voxels; joined with what is covered already. None: the whole scan.
         """
         whole: Box = ((0, 0, 0), self.shape)
-        box = whole if box is None else _clip(list(_pairs(box)), self.shape)
+        if box is not None:
+            # A prediction is interpolated from the coarse cells around it.
+            cell = self.spec.strides[self.network.coarse_stage]
+            box = _clip([(a - c, b + c) for (a, b), c in zip(_pairs(box), cell, strict=True)], self.shape)
+        box = whole if box is None else box
         if self._coarse:
             if _holds(self.core, box):
                 return
