@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from memory import RESULT, measured, model_for, start_counting, status
+from isolated import measured, run, start_counting, status
 
 ROWS = (
     ("256,256,160", 30_000),
@@ -28,7 +28,7 @@ ROWS = (
 def here(job: dict[str, Any]) -> dict[str, Any]:
     """One scan, in this process."""
     import torch
-    from oracle import Sectors, installed
+    from oracle import Sectors, installed, model_for
 
     torch.set_num_threads(job["threads"])
     x, y, z = job["shape"]
@@ -79,7 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]:
-        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
-    else:
-        main()
+    run(here, main)

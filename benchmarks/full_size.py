@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surfaces import surface_voxels
+
 PAPER = (
     "schedule.epochs=1",
     "validation.dense=false",
@@ -218,22 +220,9 @@ def compare_here(scan: Sequence[Path], labels: Path, model: Path, box: Sequence[
         "box_wrong": int(wrong.sum()),
         "box_components_torn": torn,
         "box_labels": {int(k): int(n) for k, n in zip(*np.unique(part.data, return_counts=True), strict=True)},
-        "surface_voxels": surface(data),
+        "surface_voxels": surface_voxels(data)[0],
         "labels": {int(k): int(n) for k, n in zip(*np.unique(data, return_counts=True), strict=True)},
     }))  # fmt: skip
-
-
-def surface(labels: Any) -> int:
-    """Foreground voxels with a 6-neighbour of another label."""
-    import numpy as np
-
-    touched = np.zeros(labels.shape, dtype=bool)
-    for axis in range(3):
-        moved, other = np.moveaxis(labels, axis, 0), np.moveaxis(touched, axis, 0)
-        differ = moved[1:] != moved[:-1]
-        other[1:] |= differ
-        other[:-1] |= differ
-    return int((touched & (labels > 0)).sum())
 
 
 # The parent, which stays small --------------------------------------------------------------------------------------

@@ -8,59 +8,19 @@ networks are untrained and do all their work; a known object answers in their pl
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-RESULT = "result: "
-
-
-def status(key: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
-def start_counting() -> int:
-    """Give back what is free, forget the peak so far; resident bytes now."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def model_for(family: str, shape: tuple[int, int, int], classes: int, surface: int) -> Any:
-    """An untrained network of full size."""
-    import torch
-
-    from ossnet.data.preparation import Preparation
-    from ossnet.field.model import Model
-    from ossnet.networks.multiscale import MultiscaleNetwork, plan
-    from ossnet.networks.ossnet import OSSNet
-    from ossnet.networks.variants import spec_for
-
-    torch.manual_seed(0)
-    k = 1 if classes == 2 else classes
-    names = {label: f"part {label}" for label in range(1, classes)}
-    surfaces = {"surface_mm2": float(surface)}
-    if family == "C":
-        network: torch.nn.Module = OSSNet(spec_for("C", 1, k, shape))
-        return Model(network, Preparation(fit="pad", shape=shape), names, metadata=surfaces)
-    network = MultiscaleNetwork(plan((1.0, 1.0, 1.0), shape, 1, k).spec)
-    return Model(network, Preparation(), names, metadata=surfaces)
+from isolated import measured, run, start_counting, status
 
 
 def here(job: dict[str, Any]) -> dict[str, Any]:
     """One measurement, in this process."""
-    from oracle import Sectors, installed
+    from oracle import Sectors, installed, model_for
 
     from ossnet.errors import ResourceError
     from ossnet.field.forecast import forecast
@@ -100,18 +60,9 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def measured(job: dict[str, Any], script: str = __file__) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    done = subprocess.run([sys.executable, script, "--here", json.dumps(job)], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(RESULT)]
-    if not lines:
-        return {"failed": done.returncode, "last": done.stderr.splitlines()[-3:]}
-    return dict(json.loads(lines[-1][len(RESULT) :]))
-
-
 def row(job: dict[str, Any]) -> dict[str, Any]:
     """Forecast and measurement beside each other."""
-    expected, found = measured(job | {"what": "forecast"}), measured(job | {"what": "segment"})
+    expected, found = (measured(job | {"what": what}, __file__) for what in ("forecast", "segment"))
     out = {k: job[k] for k in ("family", "classes", "grant")} | {"measured": found, "forecast": expected}
     if "peak_bytes" in found and "memory_bytes" in expected:
         out["within_grant"] = found["peak_bytes"] <= job["grant"]
@@ -152,7 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]:
-        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
-    else:
-        main()
+    run(here, main)

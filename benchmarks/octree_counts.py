@@ -21,6 +21,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+from surfaces import surface_voxels
 
 from ossnet.field.octree import Octree
 from ossnet.field.refinement import ask
@@ -28,17 +29,6 @@ from ossnet.field.released_stages import ReleasedStages
 from ossnet.files.atomic import write_text
 
 SIX = ndimage.generate_binary_structure(3, 1)
-
-
-def surface(labels: np.ndarray) -> tuple[int, int]:
-    """|B1| and |B2|."""
-    touched = np.zeros(labels.shape, dtype=bool)
-    for axis in range(3):
-        moved, other = np.moveaxis(labels, axis, 0), np.moveaxis(touched, axis, 0)
-        differ = moved[1:] != moved[:-1]
-        other[1:] |= differ
-        other[:-1] |= differ
-    return int((touched & (labels > 0)).sum()), int(touched.sum())
 
 
 def synthetic_logits(labels: np.ndarray, clip: float = 4.0) -> np.ndarray:
@@ -84,7 +74,7 @@ def run(octree: Octree | ReleasedStages, values: np.ndarray, truth: np.ndarray) 
     begin = time.process_time()
     found = octree.labels()
     own += time.process_time() - begin
-    b1, b2 = surface(truth)
+    b1, b2 = surface_voxels(truth)
     wrong = found != truth
     return {
         "evaluated": octree.evaluated,
@@ -199,7 +189,7 @@ def main() -> None:
             "released": run(ReleasedStages(shape, "original", reevaluate=True), mask, mask),
             "released, no repetition": run(ReleasedStages(shape, "original"), mask, mask),
         }
-        b1, b2 = surface(mask)
+        b1, b2 = surface_voxels(mask)
         report["cases"][name] = {
             "shape": list(shape),
             "b1": b1,

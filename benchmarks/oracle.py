@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from surfaces import surface_voxels
+from torch import Tensor, nn
 
+from ossnet.data.preparation import Preparation
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import PREPARERS, prepare_multiscale, prepare_ossnet
-from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.field.model import Model
+from ossnet.networks.multiscale import MultiscaleNetwork, plan
 from ossnet.networks.ossnet import OSSNet
+from ossnet.networks.variants import spec_for
 from ossnet.volume import Shape, Volume
 
 SHAPE = np.array([1.0, 0.9, 1.2])
@@ -81,7 +85,7 @@ class Sectors:
 
     def surface(self) -> int:
         """Foreground voxels with a 6-neighbour of another label."""
-        return surface_voxels(self.labels(*self.box))
+        return surface_voxels(self.labels(*self.box))[0]
 
     def scan(self) -> Volume:
         """A noisy int16 scan of the object, 1 mm voxels."""
@@ -96,15 +100,17 @@ class Sectors:
         return Volume(out, np.eye(4))
 
 
-def surface_voxels(labels: np.ndarray) -> int:
-    """Foreground voxels with a 6-neighbour of another label."""
-    touched = np.zeros(labels.shape, dtype=bool)
-    for axis in range(3):
-        moved, other = np.moveaxis(labels, axis, 0), np.moveaxis(touched, axis, 0)
-        differ = moved[1:] != moved[:-1]
-        other[1:] |= differ
-        other[:-1] |= differ
-    return int((touched & (labels > 0)).sum())
+def model_for(family: str, shape: tuple[int, int, int], classes: int, surface: int) -> Model:
+    """An untrained network of full size."""
+    torch.manual_seed(0)
+    k = 1 if classes == 2 else classes
+    names = {label: f"part {label}" for label in range(1, classes)}
+    surfaces = {"surface_mm2": float(surface)}
+    if family == "C":
+        network: nn.Module = OSSNet(spec_for("C", 1, k, shape))
+        return Model(network, Preparation(fit="pad", shape=shape), names, metadata=surfaces)
+    network = MultiscaleNetwork(plan((1.0, 1.0, 1.0), shape, 1, k).spec)
+    return Model(network, Preparation(), names, metadata=surfaces)
 
 
 class Oracle:

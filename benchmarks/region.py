@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 from measuring import machine, write
-from memory import model_for
-from oracle import Sectors, installed
+from oracle import Sectors, installed, model_for
 
 from ossnet.data.layouts import open_dataset
 from ossnet.field.grid import Box

@@ -8,14 +8,13 @@ network.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from memory import RESULT, measured, start_counting, status
+from isolated import measured, run, start_counting, status
 
 STEPS = 5
 
@@ -86,7 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]:
-        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
-    else:
-        main()
+    run(here, main)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from memory import RESULT, measured, model_for, start_counting, status
+from isolated import measured, run, start_counting, status
 
 UNET = ("whole", "sliding")
 PRECISIONS = ("fp32", "bf16")
@@ -46,7 +46,7 @@ def timed(work: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 
 def loaded(job: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Model, scan, and the object that answers in the network's place (None: the network does)."""
-    from oracle import Sectors
+    from oracle import Sectors, model_for
 
     from ossnet.field.model import Model
     from ossnet.files.nifti import read_volume
@@ -284,7 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--here"]:
-        print(RESULT + json.dumps(here(json.loads(sys.argv[2]))))
-    else:
-        main()
+    run(here, main)
