@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from provenance import commit, processor
 from surfaces import surface_voxels
 
 PAPER = (
@@ -287,16 +288,8 @@ def machine() -> dict[str, Any]:
     import os
     from importlib.metadata import version
 
-    model = platform.processor()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            model = line.split(":")[1].strip()
-            break
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "load": [round(v, 1) for v in os.getloadavg()],  # others may use the machine: compare processor time
@@ -304,7 +297,7 @@ def machine() -> dict[str, Any]:
         "torch": version("torch"),
         "numpy": version("numpy"),
         "ossnet": version("ossnet"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 

@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from provenance import command, commit
+
 RESULT = Path(__file__).parent / "results" / "kill.json"
 SETTINGS = (
     "data.shape=32,32,32",
@@ -218,13 +220,6 @@ def kill_segmenting(data: Path, run: Path, work: Path, kills: int, rng: random.R
     }
 
 
-def commit() -> str:
-    """The state of the project."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return found.stdout.strip() or "unknown"
-
-
 def measure(data: Path, work: Path, kills: int, segment_kills: int, seed: int) -> dict[str, Any]:
     """Everything, as `results/kill.json` holds it."""
     rng, state = random.Random(seed), commit()
@@ -233,7 +228,7 @@ def measure(data: Path, work: Path, kills: int, segment_kills: int, seed: int) -
     segmenting = kill_segmenting(data, work / "alone", work, segment_kills, rng)
     return {
         "what": "kill -9 at random moments; variant C on ten scans of 12 x 22 x 18 voxels, through the command line",
-        "command": f"python benchmarks/kill.py --kills {kills} --segment-kills {segment_kills} --seed {seed}",
+        "command": command(),
         "commit": state,
         "versions": {name: version(name) for name in ("ossnet", "torch", "numpy", "safetensors")},
         "settings": SETTINGS,

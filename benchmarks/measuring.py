@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import command, commit, processor
 
 from ossnet.files.atomic import write_text
 
@@ -38,14 +39,8 @@ def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], object]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    processor = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "processor": processor,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -53,8 +48,8 @@ def machine() -> dict[str, Any]:
 
 
 def write(file: Path | None, results: Mapping[str, Any]) -> None:
-    """To the terminal, and into a file if one is named."""
-    text = json.dumps(results, indent=1)
+    """To the terminal, and into a file if one is named; with the command and the state of the project."""
+    text = json.dumps({"command": command(), "commit": commit(), **results}, indent=1)
     print(text)
     if file is not None:
         write_text(file, text + "\n")

@@ -6,7 +6,6 @@ python benchmarks/record_run.py runs/hippocampus --name hippocampus_default --co
 import argparse
 import csv
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,9 @@ def main() -> None:
     parser.add_argument("--command", required=True)
     parser.add_argument("--note", default="")
     given = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     result = {
         "command": given.command,
         "note": given.note,
-        "commit": commit.stdout.strip(),
         "machine": machine(),
         "versions": versions(),
         **read(given.run),
