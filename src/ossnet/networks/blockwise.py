@@ -35,8 +35,9 @@ from ossnet.networks.multiscale import (
 
 Box = tuple[Triple, Triple]
 
-WORK_BYTES = 256 << 20
-"""Working memory of a tile when nothing is granted: smaller tiles recompute more of their halos."""
+WORK_BYTES = 64 << 20
+"""Working memory of a tile, at most: larger ones leave the caches and encode more where nothing is asked, smaller ones
+compute more of their halos again."""
 
 MANY_CLASSES = 8
 """With more, the coarse prediction is given as labels: logits of a hundred classes are larger than the scan."""
