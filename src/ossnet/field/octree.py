@@ -33,6 +33,8 @@ Array = Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
 # own.
 _PRIOR_MARGIN = 4.0
 
+NONE: Indices = np.empty(0, dtype=np.int64)
+
 
 def decide(answers: Array) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
     """Labels and margins of the answers of a function.
@@ -268,7 +270,7 @@ class Octree:
         self._parts = parts(self.path, self.shape, self._region, self._growth, predicted=predicted)
         self._level, self._round, self._checking = 0, 0, False
         self._lattice = Lattice(self.path[0], self.shape, self._parts[0].kept, self.classes)
-        self._asked, self._rest = None, np.empty(0, dtype=np.int64)
+        self._asked, self._rest = None, NONE
         self._lattice.box(self._lattice.cells)[...] = 0
         if self._start is None:
             self._next = self._lattice.all_sites()
@@ -311,12 +313,12 @@ class Octree:
 
     def _safety_lattice(self) -> Indices:
         """Sites of the coarsest lattice that are evaluated whatever was predicted."""
-        return self._lattice.all_sites(self._safety) if self._safety else self._rest
+        return self._lattice.all_sites(self._safety) if self._safety else NONE
 
     def _doubted(self) -> Indices:
         """Sites of the coarsest lattice whose prediction is close to the decision."""
         if self._doubt is None:
-            return self._rest
+            return NONE
         every, margins = self._lattice.all_sites(), self._lattice.margins
         return every if margins is None else every[margins[every] < self._doubt]
 
