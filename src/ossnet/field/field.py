@@ -277,12 +277,11 @@ class Field:
         """
         label = self._label(structure)
         known = labels if labels is not None else self.segment()
-        oriented = np.ascontiguousarray(self._orientation.apply(known.data))
         return extract_mesh(
             self.asker(self.grid),
             self.grid.shape,
             self.grid.affine,
-            labels=oriented,
+            labels=self._orientation.apply(known.data),
             label=label,
             classes=max(self.model.classes, 2),
             faces=faces,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from scipy import ndimage
 from skimage import measure
 
@@ -40,33 +40,57 @@ class Surface:
     fixed: Bool[np.ndarray, " V"]
 
 
-def narrow_band(mask: Bool[np.ndarray, "X Y Z"]) -> Bool[np.ndarray, "X Y Z"]:
-    """Voxels with a 6-neighbour on the other side; beyond its end a volume counts as outside."""
-    other = ndimage.binary_dilation(~mask, border_value=1) & mask
-    return np.asarray(other | (ndimage.binary_dilation(mask) & ~mask))
+def bounding_box(labels: Integer[np.ndarray, "X Y Z"], label: int) -> tuple[slice, slice, slice] | None:
+    """The smallest box around a structure, found plane by plane; None where it is absent."""
+    planes = np.zeros(labels.shape[0], dtype=bool)
+    shadow = np.zeros(labels.shape[1:], dtype=bool)
+    for x, plane in enumerate(labels):
+        inside = plane == label
+        planes[x] = inside.any()
+        shadow |= inside
+    sides = [np.flatnonzero(seen) for seen in (planes, shadow.any(axis=1), shadow.any(axis=0))]
+    if not len(sides[0]):
+        return None
+    x, y, z = (slice(int(side[0]), int(side[-1]) + 1) for side in sides)
+    return x, y, z
 
 
-def marching_cubes(mask: Bool[np.ndarray, "X Y Z"], values: Values) -> Surface:
+def narrow_band(mask: Bool[np.ndarray, "X Y Z"]) -> Int[np.ndarray, "N 3"]:
+    """Voxels with a 6-neighbour on the other side; beyond its end a mask counts as outside."""
+    thickness = max(1, _SLAB // max(1, mask[0].size))
+    found = []
+    for start in range(0, len(mask), thickness):
+        first = max(start - 1, 0)
+        part = mask[first : start + thickness + 1]
+        band = ndimage.binary_dilation(~part, border_value=1) & part
+        band |= ndimage.binary_dilation(part) & ~part
+        # The planes at the ends are there for their neighbours only.
+        sites = np.argwhere(band[start - first : start - first + thickness])
+        sites[:, 0] += start
+        found.append(sites)
+    return np.concatenate(found)
+
+
+def marching_cubes(mask: Bool[np.ndarray, "X Y Z"], values: Values, corner: Triple, shape: Triple) -> Surface:
     """The closed surface of a mask, its vertices placed by field values.
 
     Args:
-        mask: Inside (True) or outside, for every voxel.
+        mask: Inside (True) or outside, for every voxel of a box of the volume; outside all of it is outside.
         values: Asked for voxels in the narrow band: above 0 inside. Where the sign contradicts the mask, the
             mask holds.
+        corner: The box's first voxel.
+        shape: Voxels of the volume.
 
     Returns:
-        The surface; empty when nothing is inside. It is closed also where the structure leaves the volume.
+        The surface, in voxel indices of the volume; empty when nothing is inside. It is closed also where the
+        structure leaves the volume.
     """
-    box = ndimage.find_objects(mask.astype(np.uint8))
-    if not box:
+    if not mask.any():
         return Surface(np.empty((0, 3)), np.empty((0, 3), dtype=np.int64), np.empty(0, dtype=bool))
-    # One more voxel around what is inside: a ring of the volume, or one that stands for what lies beyond it.
-    low = np.array([s.start - 1 for s in box[0]])
-    high = np.array([s.stop + 1 for s in box[0]])
-    around = _padded(mask, low, high, fill=False)
-    band = narrow_band(around)
-    sites = np.argwhere(band)
-    in_volume = ((sites + low >= 0) & (sites + low < mask.shape)).all(axis=1)
+    # One more voxel around: a ring of the volume, or one that stands for what lies beyond it.
+    around, low = np.pad(mask, 1), np.array(corner) - 1
+    sites = narrow_band(around)
+    in_volume = ((sites + low >= 0) & (sites + low < shape)).all(axis=1)
     asked = sites[in_volume]
     answers = np.asarray(values((asked + low).astype(np.float64)), dtype=np.float32)
     scale = float(np.median(np.abs(answers))) or 1.0
@@ -85,7 +109,7 @@ def marching_cubes(mask: Bool[np.ndarray, "X Y Z"], values: Values) -> Surface:
         i, j, k = asked[begin:end].T
         part[i - start, j, k] = signed[begin:end]
         first = low + np.array([start, 0, 0])
-        _close_at_ends(part, around[start:stop], first, np.array(mask.shape))
+        _close_at_ends(part, around[start:stop], first, np.array(shape))
         if part.min() > 0 or part.max() < 0:
             continue
         cubes: Any = measure.marching_cubes
@@ -95,7 +119,7 @@ def marching_cubes(mask: Bool[np.ndarray, "X Y Z"], values: Values) -> Surface:
         count += len(found)
     seams = np.arange(thickness, around.shape[0] - 1, thickness) + low[0]
     points, triangles = _merged(np.concatenate(vertices), np.concatenate(faces), seams)
-    fixed = np.asarray(((points < 0) | (points > np.array(mask.shape) - 1)).any(axis=1))
+    fixed = np.asarray(((points < 0) | (points > np.array(shape) - 1)).any(axis=1))
     return Surface(points, outward(points, triangles), fixed)
 
 
@@ -103,18 +127,6 @@ def outward(points: Float[np.ndarray, "V 3"], faces: Int[np.ndarray, "F 3"]) -> 
     """The faces, all turned around if the volume that they enclose would be negative."""
     a, b, c = (points[faces[:, i]] for i in range(3))
     return faces if float(np.einsum("ij,ij->", a, np.cross(b, c))) >= 0 else faces[:, ::-1].copy()
-
-
-def _padded(
-    mask: Bool[np.ndarray, "X Y Z"], low: Int[np.ndarray, "3"], high: Int[np.ndarray, "3"], fill: bool
-) -> Bool[np.ndarray, "x y z"]:
-    """The box from low to high, which may reach beyond the volume."""
-    out = np.full(tuple(high - low), fill)
-    first, last = np.maximum(low, 0), np.minimum(high, mask.shape)
-    part = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
-    place = tuple(slice(a - lo, b - lo) for a, b, lo in zip(first, last, low, strict=True))
-    out[place] = mask[part]
-    return out
 
 
 def _close_at_ends(

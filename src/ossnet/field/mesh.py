@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer
 from scipy import ndimage
 
 from ossnet.errors import InputError, SettingsError
-from ossnet.field.isosurface import Surface, marching_cubes, outward
+from ossnet.field.isosurface import Surface, bounding_box, marching_cubes, outward
 from ossnet.field.projection import along_edges, along_gradient, central_differences, paper_refinement
 from ossnet.field.refinement import refine
 from ossnet.files.atomic import atomic_write
@@ -92,11 +92,12 @@ def extract_mesh(
     )
     if labels is None:
         labels = refine(function, shape, classes=classes, batch=batch).labels
-    mask = labels == label
+    x, y, z = bounding_box(labels, label) or (slice(0, 1),) * 3
+    mask = labels[x, y, z] == label
     if min_voxels:
         mask = drop_small_parts(mask, min_voxels)
 
-    surface = marching_cubes(mask, values)
+    surface = marching_cubes(mask, values, (x.start, y.start, z.start), shape)
     points, triangles, fixed = surface.vertices, surface.faces, surface.fixed
     project = refinement == "projection" and steps > 0
     if project and len(points):
