@@ -87,14 +87,19 @@ def test_a_tight_grant_gives_the_label_map_once(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(found.data, expected.data)
 
 
-def test_what_a_grant_cannot_hold_is_refused_early() -> None:
+def test_what_a_grant_cannot_hold_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("multiscale", 3)
     large = Volume(np.zeros((1, 600, 600, 600), dtype=np.int8), np.eye(4))
     with pytest.raises(ResourceError, match="at least"):
-        model.field(large, device="cpu", memory="100MB", preprocessed=True)
+        model.field(large, device="cpu", memory="100MB", preprocessed=True).segment()
+    with pytest.raises(ResourceError, match="at least"):
+        model.field(large, device="cpu", memory="10MB", preprocessed=True)
     field = model.field(tiny.scan(), device="cpu", memory="200MB")
     with pytest.raises(ResourceError, match="label map"):
         field.segment(shape=(2000, 2000, 2000))
+    monkeypatch.setattr("ossnet.field.mesh._SLABS_BYTES", 200_000_000)
+    with pytest.raises(ResourceError, match="granted"):
+        field.mesh(2)
     with pytest.raises(ResourceError, match="probabilities"):
         model.field(tiny.scan((300, 300, 300)), device="cpu", memory="300MB").probability_map()
 

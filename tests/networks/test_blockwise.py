@@ -121,6 +121,35 @@ def test_memory_is_bounded_by_the_budget() -> None:
         BlockwiseEncoder(network, volume, budget=1 << 20)
 
 
+def test_a_part_of_a_scan_needs_the_budget_of_the_part() -> None:
+    network, volume = trained(), torch.randn(1, 4000, 16, 16)
+    free = BlockwiseEncoder(network, volume)
+    free.cover()
+    held = sum(m.bytes for m in free._coarse)
+    answer = BlockwiseEncoder(
+        network, volume, chunk=256, budget=(16 << 20) + 256 * free.bytes_per_location + held // 2
+    )
+    answer.cover(((400, 0, 0), (440, 16, 16)))
+    locations = random_locations((40, 16, 16)) + torch.tensor([400.0, 0.0, 0.0])
+    assert torch.allclose(answer(locations), free(locations), atol=1e-5)
+    with pytest.raises(ResourceError, match="Grant more"):
+        answer.cover()
+    with pytest.raises(ResourceError, match="Grant more"):
+        answer.set_aside(held)
+    assert torch.allclose(answer(locations), free(locations), atol=1e-5)
+
+
+def test_what_is_set_aside_takes_the_place_of_blocks() -> None:
+    network, volume = trained(), torch.randn(1, 96, 96, 32)
+    answer = BlockwiseEncoder(network, volume, block=16, budget=64 << 20, chunk=512)
+    locations = random_locations((96, 96, 32), 2000)
+    expected, held = answer(locations), answer.fixed_bytes
+    assert answer.room is not None
+    answer.set_aside(answer.room - held + held // 4)
+    assert held // 2 < answer.fixed_bytes <= answer.room < held
+    assert torch.equal(answer(locations), expected)
+
+
 def test_bfloat16_is_close() -> None:
     volume, locations = torch.randn(1, 32, 32, 16), random_locations((32, 32, 16))
     exact = BlockwiseEncoder(trained(), volume)(locations)

@@ -60,6 +60,13 @@ class Coverable(Protocol):
     def cover(self, box: tuple[Shape, Shape] | None = None) -> None:
         """Prepare all that answers in a box (low, high excluded) depend on, on the network's grid; None: all."""
 
+    def set_aside(self, size: int) -> None:
+        """Leave so many bytes of the grant to those that ask, from now on.
+
+        Raises:
+            ResourceError: The grant does not hold both.
+        """
+
 
 def coarse_logits(segmentation: Float[Tensor, "1 C X Y Z"] | None, classes: int) -> Tensor | None:
     """The segmentation head's logits in the form of `Answer.coarse`.

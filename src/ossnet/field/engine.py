@@ -67,7 +67,8 @@ def prepare(
             takes it where the machine computes it fast.
         chunk: Locations at once; None chooses by measurement and `memory`.
         memory: Grant for everything above the image: bytes, or "2GB"; None for no limit.
-        reserve: Bytes of the grant that others need once locations are asked.
+        reserve: Bytes of the grant that others need once locations are asked; the default network is told by
+            `Coverable.set_aside`.
         libraries: Bytes of the grant that the libraries below take for themselves (`field.memory.LIBRARIES`).
         large_pool: How 14³ patches are pooled: "avg" (paper) or "max" (released inference, SPEC §7.3).
         engine: "plain" runs the training-time module, for comparison.
@@ -163,7 +164,6 @@ def prepare_multiscale(
     precision: Precision = "auto",
     chunk: int | None = None,
     memory: int | None = None,
-    reserve: int = 0,
     libraries: int = 0,
     **_: Any,
 ) -> Answer:
@@ -174,7 +174,6 @@ def prepare_multiscale(
         scan,
         device=device,
         budget=memory,
-        reserve=reserve,
         libraries=libraries,
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,

@@ -21,7 +21,7 @@ from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, check_box, moved_box
 from ossnet.field.lattice import Window
 from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
-from ossnet.field.mesh import extract_mesh
+from ossnet.field.mesh import extract_mesh, mesh_bytes
 from ossnet.field.model import Model
 from ossnet.field.octree import Octree
 from ossnet.field.refinement import ask as ask_all
@@ -75,7 +75,8 @@ class Field:
 
     Raises:
         VolumeError: The scan does not have the model's channels.
-        ResourceError: The grant does not hold what segmenting this scan takes.
+        ResourceError: The grant does not hold what segmenting this scan takes. With the default network, which
+            encodes nothing before it is asked, `segment` says so instead.
     """
 
     def __init__(
@@ -137,9 +138,15 @@ class Field:
         scan.hold()
         return self._grant - scan.image_bytes
 
-    def _asking_bytes(self, grid: Grid) -> int:
+    def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
         surface = surface_voxels(self.model, grid.shape, grid.affine)
-        return asking_bytes(grid.shape, max(self.model.classes, 2), surface)
+        shape = grid.shape if region is None else _size(region)
+        return asking_bytes(shape, max(self.model.classes, 2), surface)
+
+    def _set_aside(self, size: int) -> None:
+        """Leave room in the grant for what is about to be made; the paper's variants did when they were bound."""
+        if isinstance(self._answer, Coverable):
+            self._answer.set_aside(size)
 
     # Asking at points ---------------------------------------------------------------------------------------------
 
@@ -202,6 +209,7 @@ class Field:
                 raise SettingsError(
                     "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
                 )
+            self._set_aside(self._asking_bytes(self.grid))
             self._cover(self.grid, None)
             started = time.perf_counter()
             labels, evaluated, stages = self._released(strategy, progress, reevaluate)
@@ -210,6 +218,7 @@ class Field:
             grid, orientation = self._target(spacing, shape, like)
             box = self._oriented_region(region, grid, orientation)
             self._require(grid, box)
+            self._set_aside(self._asking_bytes(grid, box))
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
             self._cover(grid, box, [1] if self._resolve(strategy) == "dense" else octree.get("path", "auto"))
@@ -239,6 +248,7 @@ class Field:
         classes = max(self.model.classes, 1)
         held = self._held + self._answer.fixed_bytes + LIBRARIES
         require(self._grant, 4 * classes * x * y * z + held, "probabilities of all voxels")
+        self._set_aside(4 * classes * x * y * z)
         self._cover(self.grid, None)
         # Written through a view in the network's axis order: turning them round afterwards would need them twice.
         out = np.empty((classes, *self.volume.shape), dtype=np.float32)
@@ -274,14 +284,20 @@ class Field:
 
         Raises:
             SettingsError: No such structure, or the extra `mesh` is not installed.
+            ResourceError: The grant does not hold the label map and the mesh.
         """
         label = self._label(structure)
         known = labels if labels is not None else self.segment()
+        oriented = self._orientation.apply(known.data)
+        if self._grant is not None:
+            needed = known.data.nbytes + mesh_bytes(oriented, label)
+            self._set_aside(needed)
+            require(self._grant, self._held_for_answers() + needed, "this mesh")
         return extract_mesh(
             self.asker(self.grid),
             self.grid.shape,
             self.grid.affine,
-            labels=self._orientation.apply(known.data),
+            labels=oriented,
             label=label,
             classes=max(self.model.classes, 2),
             faces=faces,
@@ -306,9 +322,13 @@ class Field:
         """Refuse a label map that the grant does not hold; the scan's own was looked at when it was bound."""
         wanted = grid if region is None else Grid(_size(region), grid.affine)
         if self._grant is not None and np.prod(wanted.shape) > np.prod(self.grid.shape):
-            answer = self._answer
-            held = self._held + LIBRARIES + answer.fixed_bytes + answer.chunk * answer.bytes_per_location
-            require(self._grant, held + self._asking_bytes(wanted), f"a label map of {wanted.shape} voxels")
+            needed = self._held_for_answers() + self._asking_bytes(wanted)
+            require(self._grant, needed, f"a label map of {wanted.shape} voxels")
+
+    def _held_for_answers(self) -> int:
+        """Bytes of the grant that the scan, the network's maps and a chunk of locations take."""
+        answer = self._answer
+        return self._held + LIBRARIES + answer.fixed_bytes + answer.chunk * answer.bytes_per_location
 
     def _allows(self, size: int) -> bool:
         """Whether the grant holds so many bytes beside what is kept for this scan."""

@@ -105,6 +105,7 @@ def forecast(
         **model.engine_options(),
     )
     if isinstance(answer, Coverable):
+        answer.set_aside(asking)
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(grid.shape)
     dense = getattr(answer, "dense", False)

@@ -18,7 +18,7 @@ Triple = tuple[int, int, int]
 Values = Callable[[Float[np.ndarray, "N 3"]], Float[np.ndarray, " N"]]
 
 # Voxels of one slab: bounds the dense float array that marching cubes needs.
-_SLAB = 2**22
+_SLAB = 2**20
 # Smallest and largest distance of a value from the level, relative to the median: no vertex falls onto a
 # voxel, where several would coincide.
 _NEAREST, _FURTHEST = 1e-3, 1e3
@@ -51,8 +51,8 @@ def bounding_box(labels: Integer[np.ndarray, "X Y Z"], label: int) -> tuple[slic
     sides = [np.flatnonzero(seen) for seen in (planes, shadow.any(axis=1), shadow.any(axis=0))]
     if not len(sides[0]):
         return None
-    x, y, z = (slice(int(side[0]), int(side[-1]) + 1) for side in sides)
-    return x, y, z
+    first, second, third = (slice(int(side[0]), int(side[-1]) + 1) for side in sides)
+    return first, second, third
 
 
 def narrow_band(mask: Bool[np.ndarray, "X Y Z"]) -> Int[np.ndarray, "N 3"]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Integer
 from scipy import ndimage
 
 from ossnet.errors import InputError, SettingsError
-from ossnet.field.isosurface import Surface, bounding_box, marching_cubes, outward
+from ossnet.field.isosurface import Surface, bounding_box, marching_cubes, narrow_band, outward
 from ossnet.field.projection import along_edges, along_gradient, central_differences, paper_refinement
 from ossnet.field.refinement import refine
 from ossnet.files.atomic import atomic_write
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 Triple = tuple[int, int, int]
 MeshRefinement = Literal["projection", "paper"]
+_BAND_BYTES = 1000
+"""Measured, for each voxel on either side of a surface: vertices, triangles, and places on the way to the surface."""
+_SLABS_BYTES = 16_000_000
 MESH_FORMATS = ("stl", "ply", "obj", "glb")
 
 
@@ -118,6 +121,15 @@ def extract_mesh(
     mesh = library.Trimesh(vertices=world, faces=outward(world, triangles), process=False)
     mesh.units = "mm"
     return cast("trimesh.Trimesh", mesh)
+
+
+def mesh_bytes(labels: Integer[np.ndarray, "X Y Z"], label: int) -> int:
+    """What `extract_mesh` takes beside the labels: the structure's box, slabs of it, vertices and triangles."""
+    box = bounding_box(labels, label)
+    if box is None:
+        return 0
+    mask = np.asarray(labels[box] == label)
+    return int(2 * mask.size + _BAND_BYTES * len(narrow_band(mask)) + _SLABS_BYTES)
 
 
 def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:

@@ -72,7 +72,6 @@ class BlockwiseEncoder:
         block: Voxels of a fine block per axis, rounded up to the coarse stride; None chooses by `budget`.
         device: Where the work is done; None: that of the volume.
         budget: Bytes granted above the volume and the weights; None: no limit on what is kept.
-        reserve: Of these, bytes that others need as soon as something is asked.
         libraries: Of these, bytes that the libraries below take for themselves.
         precision: Of convolutions and products. "bf16" stores maps in bfloat16 as well.
         chunk: Locations decoded at once, at most.
@@ -83,7 +82,7 @@ class BlockwiseEncoder:
 
     Raises:
         SettingsError: The volume does not fit the network.
-        ResourceError: The budget does not hold the coarse maps of the whole scan.
+        ResourceError: The budget holds no work at all; `cover` and `set_aside` say so of the maps of a box.
     """
 
     def __init__(
@@ -94,7 +93,6 @@ class BlockwiseEncoder:
         block: int | None = None,
         device: torch.device | str | None = None,
         budget: int | None = None,
-        reserve: int = 0,
         libraries: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
         chunk: int = 8192,
@@ -111,18 +109,14 @@ class BlockwiseEncoder:
         self.network = network.eval()
         self.source: Source = Held(volume.to(self.device)) if isinstance(volume, Tensor) else volume
         self.spec, self.budget = spec, budget
-        self.reserve, self.libraries = reserve + libraries, libraries
+        self.reserve, self.libraries = libraries, libraries
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         _, x, y, z = self.source.shape
         self.shape: Triple = (x, y, z)
         self.classes = spec.classes
         stride = spec.strides[-1]
         self.padded = _triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
-        room = None if budget is None else budget - self.reserve
-        self.work = WORK_BYTES if room is None else max(16 << 20, min(WORK_BYTES, room // 4))
-        self.chunk = chunk
-        while room is not None and self.chunk > 4 * ROWS and 8 * self.chunk * self.bytes_per_location > room:
-            self.chunk //= 2
+        self._wanted = chunk, block
         self.blocks: OrderedDict[Triple, list[_Part]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
@@ -132,8 +126,8 @@ class BlockwiseEncoder:
         """Voxels that coarse maps were computed from: the core with its halo."""
         self._coarse: list[_Part] = []
         self._prediction: Tensor | None = None
-        self._check_budget()
-        self.block = self._block_shape(block)
+        self.work, self.chunk, self.block = WORK_BYTES, chunk, self.padded
+        self.set_aside(0)
 
     @property
     def bytes_per_location(self) -> int:
@@ -156,11 +150,40 @@ class BlockwiseEncoder:
             return None
         return self.budget - self.reserve - self.work - self.chunk * self.bytes_per_location
 
+    def set_aside(self, size: int) -> None:
+        """See `Coverable`; what is done at once becomes smaller or larger with it, kept blocks give way."""
+        before = self.reserve, self.work, self.chunk
+        self.reserve = size + self.libraries
+        chunk, block = self._wanted
+        room = None if self.budget is None else self.budget - self.reserve
+        self.work = WORK_BYTES if room is None else max(16 << 20, min(WORK_BYTES, room // 4))
+        while room is not None and chunk > 4 * ROWS and 8 * chunk * self.bytes_per_location > room:
+            chunk //= 2
+        self.chunk = chunk
+        try:
+            self._check_budget(self.crop)
+        except ResourceError:
+            self.reserve, self.work, self.chunk = before
+            raise
+        shape = self._block_shape(block)
+        if shape != self.block:
+            self.blocks.clear()
+        self.block = shape
+        self._make_room(0)
+
+    def _make_room(self, size: int) -> None:
+        """Give up the blocks that were used least lately, until so many bytes fit."""
+        while self.room is not None and self.blocks and self.fixed_bytes + size > self.room:
+            self.blocks.popitem(last=False)
+
     @property
     def encoding_bytes(self) -> int:
         """What covering the whole scan takes while it lasts."""
+        return self._encoding_bytes(((0, 0, 0), self.padded))
+
+    def _encoding_bytes(self, crop: Box) -> int:
         first = self.network.coarse_stage
-        cells = prod(self.padded) / prod(self.spec.strides[first])
+        cells = _voxels(crop) / prod(self.spec.strides[first])
         return int(cells * 2 * self.spec.stages[first].width * self.dtype.itemsize) + self.work
 
     @property
@@ -180,6 +203,9 @@ class BlockwiseEncoder:
 
         Args:
             box: Voxels; joined with what is covered already. None: the whole scan.
+
+        Raises:
+            ResourceError: The budget does not hold the maps.
         """
         whole: Box = ((0, 0, 0), self.shape)
         if box is not None:
@@ -197,6 +223,7 @@ class BlockwiseEncoder:
         # Nearly all of it: then all of it, and nothing is encoded twice.
         if 4 * _voxels(crop) > 3 * prod(self.padded):
             box, crop = whole, ((0, 0, 0), self.padded)
+        self._check_budget(crop)
         self.blocks.clear()
         self._coarse, self._prediction = [], None
         self.core, self.crop = box, crop
@@ -299,9 +326,7 @@ class BlockwiseEncoder:
         maps = self._compute_block(block)
         self.computed += 1
         size = sum(m.bytes for m in maps)
-        if self.room is not None:
-            while self.blocks and self.fixed_bytes + size > self.room:
-                self.blocks.popitem(last=False)
+        self._make_room(size)
         self.blocks[block] = maps
         return maps
 
@@ -501,15 +526,16 @@ class BlockwiseEncoder:
             out[part] = values.T.reshape(len(out), len(y), len(z)).to(kind)
         return (out[0] if many or self.classes == 1 else out).to(self.device)
 
-    def _check_budget(self) -> None:
+    def _check_budget(self, crop: Box) -> None:
+        """Refuse what the budget does not hold: coarse maps of a box, and room to work."""
         if self.budget is None:
             return
         first = self.network.coarse_stage
         stages = self.spec.stages[first:]
-        cells = [prod(self.padded) / prod(s) for s in self.spec.strides[first:]]
+        cells = [_voxels(crop) / prod(s) for s in self.spec.strides[first:]]
         held = sum(n * s.features for n, s in zip(cells, stages, strict=True)) * self.dtype.itemsize
         asked = held + self.reserve + self.work + self.chunk * self.bytes_per_location
-        needed = int(max(self.encoding_bytes + self.libraries, asked))
+        needed = int(max(self._encoding_bytes(crop) + self.libraries, asked))
         if needed > self.budget:
             raise ResourceError(
                 f"{self.budget / 1e6:.0f} MB of memory are granted, at least {needed / 1e6:.0f} MB are "
