@@ -4,6 +4,7 @@ Letters: C channels, X Y Z voxels in file order, N locations.
 Voxel centres lie at integer indices; world coordinates are millimetres, RAS+ as NIfTI defines them.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -207,8 +208,12 @@ class LabelMap(_Placed):
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""
         voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
-        values, counts = np.unique(self.data, return_counts=True)
-        return {int(v): float(n) * voxel_ml for v, n in zip(values, counts, strict=True) if v != 0}
+        voxels: Counter[int] = Counter()
+        # Plane by plane and without the background: sorting the whole map would need its size several times.
+        for plane in self.data:
+            values, counts = np.unique(plane[plane != 0], return_counts=True)
+            voxels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        return {label: voxels[label] * voxel_ml for label in sorted(voxels)}
 
     def surface_voxels(self) -> int:
         """Foreground voxels with a 6-neighbour of another label; beyond the grid lies background."""
