@@ -37,5 +37,8 @@ def test_a_grant_is_forecast(family: str) -> None:
     model = tiny.model(family)
     expected = forecast(model, (24, 20, 18), np.eye(4), memory="200MB")
     assert 0 < expected.memory_bytes <= 200e6
+    finer = forecast(model, (24, 20, 18), np.eye(4), spacing=0.5)
+    assert finer.locations > 3 * expected.locations
+    assert forecast(model, (24, 20, 18), np.eye(4), spacing=2.0, dense=True).locations == 12 * 10 * 9
     with pytest.raises(ResourceError, match="at least"):
         forecast(model, (24, 20, 18), np.eye(4), memory="50MB")

@@ -93,6 +93,7 @@ def command(
             say(
                 f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
                 f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan"
+                + (" without --region" if region else "")
             )
         return
     with progress("Segmenting", len(jobs)) as done:

@@ -72,14 +72,23 @@ def locations_for(shape: Shape, surface: int | float, classes: int, predicted: b
 
 
 def forecast(
-    model: Model, shape: Shape, affine: Affine, *, memory: str | int | None = None, device: str = "cpu"
+    model: Model,
+    shape: Shape,
+    affine: Affine,
+    *,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    spacing: float | None = None,
+    dense: bool = False,
 ) -> Forecast:
-    """Work out what `segment` will take on the scan's own grid.
+    """Work out what `segment` will take; a region of the scan takes less.
 
     Args:
         shape: Voxels as stored.
         affine: Voxel index → world mm.
         memory: The grant, as for `Field`.
+        spacing: Voxel size in mm of the answer; None: the scan's own grid.
+        dense: All voxels are asked.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
@@ -91,8 +100,9 @@ def forecast(
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
     fit = model.preparation.fit_for(grid.shape, spacing_of(grid.affine))
     classes = max(model.classes, 2)
-    surface = surface_voxels(model, grid.shape, grid.affine)
-    asking = asking_bytes(grid.shape, classes, surface)
+    target = grid if spacing is None else Grid.with_spacing(grid, spacing)
+    surface = surface_voxels(model, target.shape, target.affine)
+    asking = asking_bytes(target.shape, classes, surface)
     started = time.perf_counter()
     answer = prepare(
         model.network,
@@ -107,11 +117,15 @@ def forecast(
     if isinstance(answer, Coverable):
         answer.set_aside(asking)
         answer.cover()
-    seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(grid.shape)
-    dense = getattr(answer, "dense", False)
+    seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
     predicted = answer.coarse is not None and answer.coarse.is_floating_point()
-    locations = math.prod(grid.shape) if dense else locations_for(grid.shape, surface, classes, predicted)
-    each, blocks, kept = _measured(answer, surface, predicted)
+    if dense or getattr(answer, "dense", False):
+        locations, predicted = float(math.prod(target.shape)), False
+    else:
+        locations = locations_for(target.shape, surface, classes, predicted)
+    # Blocks of the network's maps are met on the scan's own grid, whatever is asked.
+    own_surface = surface_voxels(model, grid.shape, grid.affine)
+    each, blocks, kept = _measured(answer, own_surface, predicted)
     held = answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
     peak = max(held + asking, getattr(answer, "encoding_bytes", 0)) + LIBRARIES
     return Forecast(int(locations), seconds + blocks + locations * each, int(peak), answer.chunk)
