@@ -37,6 +37,7 @@ def test_a_grant_is_forecast(family: str) -> None:
     model = tiny.model(family)
     expected = forecast(model, (24, 20, 18), np.eye(4), memory="200MB")
     assert 0 < expected.memory_bytes <= 200e6
+    assert model.forecast(tiny.scan((24, 20, 18)), memory="200MB").locations == expected.locations
     finer = forecast(model, (24, 20, 18), np.eye(4), spacing=0.5)
     assert finer.locations > 3 * expected.locations
     assert forecast(model, (24, 20, 18), np.eye(4), spacing=2.0, dense=True).locations == 12 * 10 * 9

@@ -1,5 +1,6 @@
 """Models that come with the package: small, described, found by name, at work."""
 
+import doctest
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import ossnet.field.model
 from ossnet.errors import ModelError
 from ossnet.field.model import SHIPPED, Model, shipped_models
 from ossnet.volume import Volume
@@ -72,3 +74,9 @@ def test_half_precision_changes_close_calls_only(tmp_path: Path) -> None:
         for kind in ("half", "full")
     ]
     assert np.abs(answers[0] - answers[1]).max() < 0.1
+
+
+def test_the_examples_in_the_documentation() -> None:
+    failed, tried = doctest.testmod(ossnet.field.model)
+    assert failed == 0
+    assert tried > 0

@@ -24,6 +24,7 @@ from ossnet.volume import Shape, Volume
 
 if TYPE_CHECKING:
     from ossnet.field.field import Field
+    from ossnet.field.forecast import Forecast
 
 FORMAT = 1
 FILES = ("model.json", "weights.safetensors")
@@ -95,6 +96,18 @@ class Model:
         from ossnet.field.field import Field
 
         return Field(self, volume, **options)
+
+    def forecast(self, volume: Volume, **options: Any) -> "Forecast":
+        """Locations, seconds and memory that segmenting a scan will take (see `field.forecast.forecast`).
+
+        >>> import numpy as np, ossnet
+        >>> scan = ossnet.Volume(np.zeros((1, 40, 56, 40), np.float32), np.eye(4))
+        >>> ossnet.load("hippocampus").forecast(scan, memory="1GB").memory_bytes < 1e9
+        True
+        """
+        from ossnet.field.forecast import forecast
+
+        return forecast(self, volume.shape, volume.affine, **options)
 
     def description(self) -> dict[str, Any]:
         """What `model.json` holds."""
