@@ -133,3 +133,21 @@ def test_points_are_answered_at_the_cost_of_their_place() -> None:
     field = model.field(scan, device="cpu", precision="fp32")
     for points in (near, far, near):
         np.testing.assert_allclose(field.logits(points), whole.logits(points), atol=1e-5)
+
+
+def test_progress_ends_at_what_was_asked_and_true_is_quiet_in_a_pipe(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    field = tiny.model("multiscale").field(tiny.scan(), device="cpu")
+    said: list[tuple[int, int]] = []
+    found = field.segment(progress=lambda asked, pending: said.append((asked, pending)))
+    assert said[-1] == (found.evaluated, 0)
+    np.testing.assert_array_equal(field.segment(progress=True).data, found.data)
+    field.probability_map(progress=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tiny.model("multiscale").field(tiny.scan(), device="cpu").segment(progress=True)
+    assert "Locations" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_lo
 from ossnet.field.mesh import extract_mesh, mesh_bytes
 from ossnet.field.model import Model
 from ossnet.field.octree import Octree
+from ossnet.field.progress import Report, reporting
 from ossnet.field.refinement import ask as ask_all
 from ossnet.field.refinement import path_from, refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import trimesh
 
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
-Progress = Callable[[int, int], None]
 
 THOROUGH: dict[str, Any] = {"safety": 0, "doubt": 8.0, "margin": 2.0, "seeds": True}
 """How the octree looks for islands smaller than its lattice: where the coarse logits are not certain that there is
@@ -179,7 +179,7 @@ class Field:
         like: Volume | LabelMap | None = None,
         region: Box | None = None,
         strategy: Strategy = "auto",
-        progress: Progress | None = None,
+        progress: Report | bool | None = None,
         reevaluate: bool = False,
         **octree: Any,
     ) -> Segmentation:
@@ -193,7 +193,7 @@ class Field:
             strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
                 no location hit; "dense" asks everywhere; "original", "released" and "paper" are the released
                 algorithm and its improved start state in both readings, on the network's grid (SPEC §5, §7.1).
-            progress: Called with the locations asked so far and those known to follow.
+            progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
             octree: Further arguments of `refine`; `doubt=None, safety=2, margin=None, seeds=False` asks a little
                 less and overlooks more islands of a few voxels, `safety=1` asks the whole first lattice.
@@ -212,7 +212,8 @@ class Field:
             self._set_aside(self._asking_bytes(self.grid))
             self._cover(self.grid, None)
             started = time.perf_counter()
-            labels, evaluated, stages = self._released(strategy, progress, reevaluate)
+            with reporting(progress) as report:
+                labels, evaluated, stages = self._released(strategy, report, reevaluate)
             grid, orientation = self.grid, self._orientation
         else:
             grid, orientation = self._target(spacing, shape, like)
@@ -223,7 +224,8 @@ class Field:
                 octree["path"] = path_from(octree.pop("stride"))
             self._cover(grid, box, [1] if self._resolve(strategy) == "dense" else octree.get("path", "auto"))
             started = time.perf_counter()
-            labels, evaluated = self._fill(grid, box, strategy, progress, octree)
+            with reporting(progress) as report:
+                labels, evaluated = self._fill(grid, box, strategy, report, octree)
             stages = ()
             if box is not None:
                 shift = np.eye(4)
@@ -242,7 +244,7 @@ class Field:
             stages=stages,
         )
 
-    def probability_map(self, progress: Progress | None = None) -> Volume:
+    def probability_map(self, progress: Report | bool | None = None) -> Volume:
         """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
         x, y, z = self.grid.shape
         classes = max(self.model.classes, 1)
@@ -254,14 +256,15 @@ class Field:
         out = np.empty((classes, *self.volume.shape), dtype=np.float32)
         turned = self._orientation.apply(out)
         done = 0
-        for box, locations in _slabs(self.grid.shape, voxels=question_locations(classes)):
-            found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
-            part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
-            (x0, y0, z0), (x1, y1, z1) = box
-            turned[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
-            done += len(locations)
-            if progress:
-                progress(done, x * y * z - done)
+        with reporting(progress) as report:
+            for box, locations in _slabs(self.grid.shape, voxels=question_locations(classes)):
+                found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
+                part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
+                (x0, y0, z0), (x1, y1, z1) = box
+                turned[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
+                done += len(locations)
+                if report:
+                    report(done, x * y * z - done)
         return replace(self.volume, data=out)
 
     def mesh(
@@ -414,7 +417,7 @@ class Field:
         grid: Grid,
         region: Box | None,
         strategy: Strategy,
-        progress: Progress | None,
+        progress: Report | None,
         options: dict[str, Any],
     ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
         classes = max(self.model.classes, 2)
@@ -467,7 +470,7 @@ class Field:
         return bool((np.array(grid.shape) <= 16 * np.array(coarse.shape[-3:])).all())
 
     def _released(
-        self, strategy: str, progress: Progress | None, reevaluate: bool
+        self, strategy: str, progress: Report | None, reevaluate: bool
     ) -> tuple[Integer[np.ndarray, "X Y Z"], int, tuple[int, ...]]:
         """The released algorithm on the network's grid, then back to the scan's: cut, or nearest voxel."""
         if self.model.classes > 1:
@@ -568,7 +571,7 @@ def _everywhere(
     shape: Shape,
     region: Box | None,
     classes: int,
-    progress: Progress | None,
+    progress: Report | None,
 ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
     low, high = region or ((0, 0, 0), shape)
     size = _size((low, high))
