@@ -233,11 +233,12 @@ def _unet(
 ) -> Recipe:
     """A voxel baseline: slices, patches, or whole volumes."""
     axis, patch = settings.network.slice_axis, settings.network.patch_shape
+    filters = settings.network.blocks or ()
     if settings.variant == "unet2d":
-        network = UNet(UNetSpec(variant="unet2d", channels=channels, classes=classes, slice_axis=axis))
+        network = UNet(UNetSpec("unet2d", channels, classes, filters, slice_axis=axis))
         preparation, _ = _fitted(base, grids, settings, reasons)
         return SliceUNetRecipe(network, preparation, settings)
-    network = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes))
+    network = UNet(UNetSpec("unet3d", channels, classes, filters))
     if patch is None:
         preparation, _ = _fitted(base, grids, settings, reasons)
         return WholeUNetRecipe(network, preparation, settings)

@@ -56,7 +56,9 @@ class NetworkSettings(_Group):
     """Sizes and options of the network."""
 
     width: int | None = Field(None, ge=1, description="features of a decoder block (paper: 512)")
-    blocks: tuple[Count, ...] | None = Field(None, description="output channels of the encoder blocks")
+    blocks: tuple[Count, ...] | None = Field(
+        None, description="output channels of the encoder blocks; filters of a U-Net's units"
+    )
     cbn_statistics: Literal["scalar", "feature"] = Field("scalar", description="SPEC §7.7")
     normalise_coordinates: bool = Field(False, description="SPEC §7.4")
     large_pool: Literal["avg", "released"] = Field(
