@@ -98,6 +98,7 @@ def test_the_number_of_workers_changes_nothing(
         ("B", ["data.target=foreground", "sampling.strategy=border", "data.fit=resize"]),
         ("unet3d", ["schedule.epochs=1"]),
         ("unet3d", ["schedule.epochs=1", "network.patch_shape=16,16,16", "augmentation.spatial=false"]),
+        ("unet3d", ["schedule.epochs=1", "network.patch_shape=16,16,16", "network.blocks=4,8,16"]),
         ("unet2d", ["schedule.steps_per_epoch=1", "schedule.epochs=1", "schedule.batch_size=1"]),
         ("multiscale", ["schedule.minutes=0.05", "schedule.batch_size=1"]),
     ],

@@ -235,10 +235,12 @@ def _unet(
     axis, patch = settings.network.slice_axis, settings.network.patch_shape
     filters = settings.network.blocks or ()
     if settings.variant == "unet2d":
-        network = UNet(UNetSpec("unet2d", channels, classes, filters, slice_axis=axis))
+        network = UNet(
+            UNetSpec(variant="unet2d", channels=channels, classes=classes, filters=filters, slice_axis=axis)
+        )
         preparation, _ = _fitted(base, grids, settings, reasons)
         return SliceUNetRecipe(network, preparation, settings)
-    network = UNet(UNetSpec("unet3d", channels, classes, filters))
+    network = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes, filters=filters))
     if patch is None:
         preparation, _ = _fitted(base, grids, settings, reasons)
         return WholeUNetRecipe(network, preparation, settings)
