@@ -10,7 +10,9 @@ from tests import tiny
 from ossnet.data.preparation import Preparation, prepare_scan, reduce_by_two
 from ossnet.errors import ResourceError
 from ossnet.field.gather import PatchRows
+from ossnet.field.memory import LIBRARIES
 from ossnet.field.scan import Scan, WindowRows
+from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Orientation, Volume
 
 FITS: dict[str, dict[str, Any]] = {
@@ -81,10 +83,32 @@ def test_a_tight_grant_gives_the_label_map_once(monkeypatch: pytest.MonkeyPatch)
     field = model.field(scan, device="cpu", precision="fp32", memory="200MB")
     expected = field.segment()
     assert expected.data.flags.c_contiguous
-    monkeypatch.setattr("ossnet.field.field.LIBRARIES", 200_000_000)
-    found = field.segment()
+
+    def tighten(*_: int) -> None:
+        monkeypatch.setattr("ossnet.field.field.LIBRARIES", 200_000_000)
+
+    found = field.segment(progress=tighten)
     assert not found.data.flags.c_contiguous
     np.testing.assert_array_equal(found.data, expected.data)
+
+
+def test_maps_that_are_kept_give_way_to_what_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scan = tiny.model("multiscale"), tiny.scan((24, 20, 18))
+    monkeypatch.setattr("ossnet.networks.blockwise.WORK_BYTES", 16 << 20)
+    field = model.field(scan, device="cpu", precision="fp32", memory="200MB", chunk=256)
+    expected = field.segment()
+    assert isinstance(field._answer, BlockwiseEncoder)
+    answer = field._answer
+    assert answer.room is not None
+    blocks = sum(m.bytes for maps in answer.blocks.values() for m in maps)
+    assert blocks > 0
+    # So much that nothing fits beside it but the coarse maps.
+    size = answer.reserve - LIBRARIES + answer.room - (answer.fixed_bytes - blocks)
+    monkeypatch.setattr("ossnet.field.field.asking_bytes", lambda *_: size)
+    np.testing.assert_array_equal(field.segment().data, expected.data)
+    monkeypatch.setattr("ossnet.field.field.asking_bytes", lambda *_: size + 1_000_000)
+    with pytest.raises(ResourceError, match="at least"):
+        field.segment()
 
 
 def test_what_a_grant_cannot_hold_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,11 +143,6 @@ class Field:
         shape = grid.shape if region is None else _size(region)
         return asking_bytes(shape, max(self.model.classes, 2), surface)
 
-    def _set_aside(self, size: int) -> None:
-        """Leave room in the grant for what is about to be made; the paper's variants did when they were bound."""
-        if isinstance(self._answer, Coverable):
-            self._answer.set_aside(size)
-
     # Asking at points ---------------------------------------------------------------------------------------------
 
     def logits(
@@ -209,7 +204,7 @@ class Field:
                 raise SettingsError(
                     "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
                 )
-            self._set_aside(self._asking_bytes(self.grid))
+            self._make_room_for_labels(self.grid, None)
             self._cover(self.grid, None)
             started = time.perf_counter()
             with reporting(progress) as report:
@@ -218,8 +213,7 @@ class Field:
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = self._oriented_region(region, grid, orientation)
-            self._require(grid, box)
-            self._set_aside(self._asking_bytes(grid, box))
+            self._make_room_for_labels(grid, box)
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
             self._cover(grid, box, [1] if self._resolve(strategy) == "dense" else octree.get("path", "auto"))
@@ -232,9 +226,10 @@ class Field:
                 shift[:3, 3] = box[0]
                 grid = Grid(labels.shape, grid.affine @ shift)
         stored = orientation.undo(labels)
+        twice = self._grant is None or self._kept_bytes + 2 * labels.nbytes <= self._grant
         x, y, z = stored.shape
         return Segmentation(
-            data=np.ascontiguousarray(stored) if self._allows(2 * labels.nbytes) else stored,
+            data=np.ascontiguousarray(stored) if twice else stored,
             affine=_stored_affine(grid, orientation, (x, y, z)),
             header=(like or self.volume).header,
             names=self.model.label_names,
@@ -248,9 +243,7 @@ class Field:
         """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
         x, y, z = self.grid.shape
         classes = max(self.model.classes, 1)
-        held = self._held + self._answer.fixed_bytes + LIBRARIES
-        require(self._grant, 4 * classes * x * y * z + held, "probabilities of all voxels")
-        self._set_aside(4 * classes * x * y * z)
+        self._make_room(4 * classes * x * y * z, "probabilities of all voxels")
         self._cover(self.grid, None)
         # Written through a view in the network's axis order: turning them round afterwards would need them twice.
         out = np.empty((classes, *self.volume.shape), dtype=np.float32)
@@ -293,9 +286,7 @@ class Field:
         known = labels if labels is not None else self.segment()
         oriented = self._orientation.apply(known.data)
         if self._grant is not None:
-            needed = known.data.nbytes + mesh_bytes(oriented, label)
-            self._set_aside(needed)
-            require(self._grant, self._held_for_answers() + needed, "this mesh")
+            self._make_room(known.data.nbytes + mesh_bytes(oriented, label), "this mesh")
         return extract_mesh(
             self.asker(self.grid),
             self.grid.shape,
@@ -321,22 +312,24 @@ class Field:
 
     # Memory and regions -------------------------------------------------------------------------------------------
 
-    def _require(self, grid: Grid, region: Box | None) -> None:
-        """Refuse a label map that the grant does not hold; the scan's own was looked at when it was bound."""
-        wanted = grid if region is None else Grid(_size(region), grid.affine)
-        if self._grant is not None and np.prod(wanted.shape) > np.prod(self.grid.shape):
-            needed = self._held_for_answers() + self._asking_bytes(wanted)
-            require(self._grant, needed, f"a label map of {wanted.shape} voxels")
+    def _make_room_for_labels(self, grid: Grid, region: Box | None) -> None:
+        """For the scan's own label map the paper's variants left room when they were bound."""
+        shape = grid.shape if region is None else _size(region)
+        if isinstance(self._answer, Coverable) or np.prod(shape) > np.prod(self.grid.shape):
+            self._make_room(self._asking_bytes(grid, region), f"a label map of {shape} voxels")
 
-    def _held_for_answers(self) -> int:
-        """Bytes of the grant that the scan, the network's maps and a chunk of locations take."""
-        answer = self._answer
-        return self._held + LIBRARIES + answer.fixed_bytes + answer.chunk * answer.bytes_per_location
+    def _make_room(self, size: int, what: str) -> None:
+        """Leave so many bytes of the grant to what is about to be made, or refuse it."""
+        require(self._grant, self._held + LIBRARIES + size, what)
+        if isinstance(self._answer, Coverable):
+            self._answer.set_aside(size)
+        working = self._answer.chunk * self._answer.bytes_per_location
+        require(self._grant, self._kept_bytes + working + size, what)
 
-    def _allows(self, size: int) -> bool:
-        """Whether the grant holds so many bytes beside what is kept for this scan."""
-        held = self._held + LIBRARIES + self._answer.fixed_bytes
-        return self._grant is None or held + size <= self._grant
+    @property
+    def _kept_bytes(self) -> int:
+        """Of the grant, what the scan, the network's maps and the libraries take."""
+        return self._held + LIBRARIES + self._answer.fixed_bytes
 
     def _cover(self, grid: Grid, region: Box | None, path: Path = "auto") -> None:
         """Have the answer prepare what will be asked about, and count that as encoding."""

@@ -101,7 +101,7 @@ class Lattice:
         """Current labels of the window (a copy)."""
         return np.asarray(self.box(self.cells) & self.label_bits)
 
-    def released(self, part: tuple[slice, ...]) -> Integer[np.ndarray, "X Y Z"]:
+    def hand_over(self, part: tuple[slice, ...]) -> Integer[np.ndarray, "X Y Z"]:
         """Labels of a part of the window, in the memory of `cells`, which are given up for it."""
         chosen = self.box(self.cells)[part]
         out = self.cells[: chosen.size].reshape(chosen.shape)

@@ -33,7 +33,7 @@ Array = Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
 # own.
 _PRIOR_MARGIN = 4.0
 
-NONE: Indices = np.empty(0, dtype=np.int64)
+_NONE: Indices = np.empty(0, dtype=np.int64)
 
 
 def decide(answers: Array) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
@@ -256,7 +256,7 @@ class Octree:
             )
         low = [r - w for r, w in zip(self._region.low, self._lattice.window.low, strict=True)]
         part = tuple(slice(o, o + n) for o, n in zip(low, self._region.size, strict=True))
-        self._labels = self._lattice.released(part)
+        self._labels = self._lattice.hand_over(part)
         return self._labels
 
     @property
@@ -270,7 +270,7 @@ class Octree:
         self._parts = parts(self.path, self.shape, self._region, self._growth, predicted=predicted)
         self._level, self._round, self._checking = 0, 0, False
         self._lattice = Lattice(self.path[0], self.shape, self._parts[0].kept, self.classes)
-        self._asked, self._rest = None, NONE
+        self._asked, self._rest = None, _NONE
         self._lattice.box(self._lattice.cells)[...] = 0
         if self._start is None:
             self._next = self._lattice.all_sites()
@@ -313,12 +313,12 @@ class Octree:
 
     def _safety_lattice(self) -> Indices:
         """Sites of the coarsest lattice that are evaluated whatever was predicted."""
-        return self._lattice.all_sites(self._safety) if self._safety else NONE
+        return self._lattice.all_sites(self._safety) if self._safety else _NONE
 
     def _doubted(self) -> Indices:
         """Sites of the coarsest lattice whose prediction is close to the decision."""
         if self._doubt is None:
-            return NONE
+            return _NONE
         every, margins = self._lattice.all_sites(), self._lattice.margins
         return every if margins is None else every[margins[every] < self._doubt]
 
