@@ -47,6 +47,20 @@ def test_inputs_of_any_size(shape: tuple[int, int, int], classes: int) -> None:
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in network.parameters())
 
 
+def test_monais_own() -> None:
+    """Its filters and strides, any size of input, and Muon only where a normalisation follows."""
+    spec = UNetSpec(variant="monai-unet", channels=2, classes=3, strides=((2, 2, 1), *[(2, 2, 2)] * 3))
+    assert spec.multiple == (16, 16, 8)
+    assert UNetSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    network = UNet(spec)
+    assert network(torch.randn(1, 2, 17, 20, 5)).shape == (1, 3, 17, 20, 5)
+    turned = {id(p) for p in network.directions()}
+    names = [n for n, p in network.named_parameters() if id(p) in turned]
+    # Two in each of five units on the way down, one in each of three on the way up (the last has no normalisation).
+    assert len(names) == 13
+    assert not any("residual" in name for name in names)
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_slices_along_each_axis(axis: int) -> None:
     """As many slices as that axis has voxels (SPEC §7.35), each answered where it came from."""

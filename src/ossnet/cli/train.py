@@ -23,7 +23,7 @@ def command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make.")] = None,
     variant: Annotated[
-        str | None, typer.Option(help="multiscale (default), O-Net, A, B, C, D, unet3d, unet2d.")
+        str | None, typer.Option(help="multiscale (default), O-Net, A, B, C, D, unet3d, unet2d, monai-unet.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="brats2020 or lits: the paper's experiments.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file with settings.")] = None,

@@ -1,11 +1,12 @@
-"""The paper's voxel baselines: a 3D and a 2D residual U-Net (paper section 4.1, SPEC §3 "Baselines").
+"""Voxel baselines: the paper's 3D and 2D residual U-Nets (paper section 4.1, SPEC §3 "Baselines"), and MONAI's.
 
 The authors' code is not released. The paper states filters and group normalisation; what it leaves open is
 chosen here: MONAI's residual unit (two 3×3(×3) convolutions, group normalisation in groups of up to 8
 channels, PReLU, and a shortcut), the first unit at the input's resolution, each later one halving it by its
 stride, transposed convolutions upwards, concatenated skip-connections, a 1×1(×1) convolution to the logits.
 MONAI's own `UNet` does not match: its first unit already halves the resolution, and its decoder has one
-unit's filters less at each level.
+unit's filters less at each level. It is the variant `monai-unet`, as MONAI builds it with two residual units a
+level and its default normalisation, for what people use today at a fraction of the time.
 
 Letters: B volumes or slices, C channels, K logits (1 for binary), X Y Z voxels.
 """
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 
 from ossnet.errors import SettingsError
 
-Kind = Literal["unet3d", "unet2d"]
+Kind = Literal["unet3d", "unet2d", "monai-unet"]
 
 FILTERS: Mapping[Kind, tuple[int, ...]] = {
     "unet3d": (8, 32, 128, 384),
     "unet2d": (128, 256, 384, 512, 640),
+    "monai-unet": (16, 32, 64, 128, 256),
 }
-"""The paper's encoder filters; the decoder has the same without the last, from below upwards."""
+"""The paper's encoder filters (the decoder has the same without the last, from below upwards), and those of MONAI's
+tutorials."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +45,18 @@ class UNetSpec:
     classes: int = 1
     """1: binary, one logit, sigmoid. K ≥ 2: K logits including background, softmax."""
     filters: tuple[int, ...] = ()
-    """Filters of the encoder's units; () = the paper's. The decoder mirrors all but the last."""
+    """Filters of the encoder's units; () = `FILTERS`. The decoder mirrors all but the last."""
     strides: tuple[tuple[int, ...], ...] = ()
-    """Reduction along each axis between the units, one entry fewer than filters; () = 2 everywhere."""
+    """Reduction along each axis between the units (`monai-unet`: at the entry of all but the last), one entry fewer
+    than filters; () = 2 everywhere."""
     slice_axis: int = 2
     """`unet2d` only: the axis (0, 1, 2) that slices are stacked along; best in the paper: BraTS 2, LiTS 1."""
 
     def __post_init__(self) -> None:
         if self.variant not in FILTERS:
-            raise SettingsError("variant", f"{self.variant!r} is no U-Net", "Choose unet3d or unet2d")
+            raise SettingsError(
+                "variant", f"{self.variant!r} is no U-Net", f"Choose one of {', '.join(FILTERS)}"
+            )
         if not self.filters:
             object.__setattr__(self, "filters", FILTERS[self.variant])
         if not self.strides:
@@ -109,7 +115,7 @@ class UNetSpec:
 
 
 class UNet(nn.Module):
-    """A residual U-Net after the paper's baselines; differences from both paper and MONAI: see the module.
+    """A residual U-Net after the paper's baselines, or MONAI's; how they differ: see the module.
 
     Raises:
         SettingsError: If MONAI is not installed.
@@ -117,9 +123,12 @@ class UNet(nn.Module):
 
     def __init__(self, spec: UNetSpec) -> None:
         super().__init__()
-        unit, up = _monai_blocks()
+        unit, up, whole = _monai()
         self.spec = spec
         f, d = spec.filters, spec.dimensions
+        if spec.variant == "monai-unet":
+            self.whole = whole(d, spec.channels, spec.classes, f, spec.strides, num_res_units=2)
+            return
         self.encoder = nn.ModuleList(
             unit(d, i, o, strides=stride, norm=_groups(o))
             for i, o, stride in zip((spec.channels, *f), f, ((1,) * d, *spec.strides), strict=False)
@@ -140,15 +149,28 @@ class UNet(nn.Module):
             x: Any size: continued at its border to the next multiple of the strides, and cut back.
         """
         padded, crop = _pad(x, self.spec.multiple)
+        run = self.whole if self.spec.variant == "monai-unet" else self._units
+        return _cut(run(padded), crop)
+
+    def _units(self, x: Tensor) -> Tensor:
         skips = []
         for unit in self.encoder:
-            padded = unit(padded)
-            skips.append(padded)
+            x = unit(x)
+            skips.append(x)
         low = skips.pop()
         for up, unit in zip(self.ups, self.decoder, strict=True):
             low = unit(torch.cat([up(low), skips.pop()], dim=1))
         logits: Tensor = self.head(low)
-        return _cut(logits, crop)
+        return logits
+
+    def directions(self) -> list[nn.Parameter]:
+        """Weights whose size does not matter, because a normalisation follows; Muon may turn these.
+
+        Not the shortcuts nor the last convolution, whose size is what they learn, and not transposed convolutions,
+        whose rows are inputs.
+        """
+        blocks = [m for m in self.modules() if hasattr(m, "adn") and hasattr(m.adn, "N")]
+        return [m.conv.weight for m in blocks if isinstance(m.conv, nn.Conv2d | nn.Conv3d)]
 
 
 def segment_slices(
@@ -193,15 +215,16 @@ def _groups(channels: int) -> tuple[str, dict[str, int]]:
     return "GROUP", {"num_groups": gcd(8, channels)}
 
 
-def _monai_blocks() -> tuple[Any, Any]:
-    """MONAI's residual unit and upsampling; imported here because it is optional and takes seconds."""
+def _monai() -> tuple[Any, Any, Any]:
+    """MONAI's residual unit, upsampling and U-Net; imported here because it is optional and takes seconds."""
     try:
         from monai.networks.blocks.convolutions import ResidualUnit
         from monai.networks.blocks.upsample import UpSample
+        from monai.networks.nets.unet import UNet as Whole
     except ImportError as error:
         raise SettingsError(
             "variant",
             "the U-Nets are built from MONAI, which is not installed",
             'Run pip install "ossnet[baselines]"',
         ) from error
-    return ResidualUnit, UpSample
+    return ResidualUnit, UpSample, Whole

@@ -14,9 +14,9 @@ from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
-from ossnet.networks.multiscale import MultiscaleNetwork, plan
+from ossnet.networks.multiscale import CROP_VOXELS, MultiscaleNetwork, plan, plan_crop, plan_stages
 from ossnet.networks.ossnet import OSSNet
-from ossnet.networks.unet import UNet, UNetSpec
+from ossnet.networks.unet import FILTERS, UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
@@ -107,6 +107,7 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         reason = (f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}",)
     else:
         recipe = _unet(base, grids, channels, classes, settings, reasons)
+        settings = recipe.settings
     reasons.extend(reason)
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
     minutes = settings.schedule.minutes
@@ -240,6 +241,9 @@ def _unet(
         )
         preparation, _ = _fitted(base, grids, settings, reasons)
         return SliceUNetRecipe(network, preparation, settings)
+    if settings.variant == "monai-unet":
+        preparation = _spaced(base, grids, settings)
+        return _monai_unet(preparation, grids, channels, classes, filters, settings, reasons)
     network = UNet(UNetSpec(variant="unet3d", channels=channels, classes=classes, filters=filters))
     if patch is None:
         preparation, _ = _fitted(base, grids, settings, reasons)
@@ -247,3 +251,30 @@ def _unet(
     reasons.append(f"patches of {patch} voxels, sliding window in use")
     preparation = _spaced(base, grids, settings)
     return CropUNetRecipe(network, preparation, settings, patch)
+
+
+def _monai_unet(
+    preparation: Preparation,
+    grids: Grids,
+    channels: int,
+    classes: int,
+    filters: tuple[int, ...],
+    settings: Settings,
+    reasons: list[str],
+) -> Recipe:
+    """MONAI's U-Net on patches; strides and patch follow the spacing as those of the default variant do."""
+    spacing = preparation.spacing or grids.median_spacing
+    shape = grids.median_shape_at(spacing)
+    filters = filters or FILTERS["monai-unet"]
+    strides = tuple(stride for stride, _ in plan_stages(spacing, shape, len(filters) - 1, fine=False))
+    spec = UNetSpec(
+        variant="monai-unet", channels=channels, classes=classes, filters=filters, strides=strides
+    )
+    x, y, z = spec.multiple
+    patch = settings.network.patch_shape or plan_crop(
+        shape, (x, y, z), settings.sampling.crop_voxels or CROP_VOXELS
+    )
+    chosen = settings.network.model_copy(update={"patch_shape": patch})
+    reasons.append(f"strides {', '.join('×'.join(map(str, s)) for s in strides)}")
+    reasons.append(f"patches of {patch} voxels, sliding window in use")
+    return CropUNetRecipe(UNet(spec), preparation, settings.model_copy(update={"network": chosen}), patch)

@@ -66,7 +66,8 @@ class NetworkSettings(_Group):
     )
     slice_axis: Literal[0, 1, 2] = Field(2, description="unet2d: the axis that slices are cut across")
     patch_shape: Size | None = Field(
-        None, description="unet3d: voxels of a training patch; none: whole volumes"
+        None,
+        description="3D U-Nets: voxels of a training patch; none: unet3d whole volumes, monai-unet chooses",
     )
 
 
@@ -225,6 +226,14 @@ VARIANT_RECIPES: dict[str, Changes] = {
     "unet2d": {
         "optimiser": {"lr": 1e-4},
         "schedule": {"epochs": 50, "batch_size": 32},
+        "validation": {"locations": 2**15},
+    },
+    # What a user of MONAI would choose, on the default variant's crops and augmentation.
+    "monai-unet": {
+        "optimiser": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
+        "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
+        "loss": {"kind": "dice"},
+        "augmentation": {"flip_axes": ()},
         "validation": {"locations": 2**15},
     },
 }

@@ -78,9 +78,15 @@ class Recipe(ABC):
 
 
 def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of convolutions, which Muon turns, and all other parameters."""
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    chosen = {id(m.weight) for m in network.modules() if isinstance(m, kinds)}
+    """Weights of convolutions, which Muon turns, and all other parameters.
+
+    A network that has convolutions without a normalisation or gain behind them says which it may have: `directions`.
+    """
+    if hasattr(network, "directions"):
+        chosen = {id(p) for p in network.directions()}
+    else:
+        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+        chosen = {id(m.weight) for m in network.modules() if isinstance(m, kinds)}
     trained = [p for p in network.parameters() if p.requires_grad]
     return [p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen]
 
