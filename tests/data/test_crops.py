@@ -160,6 +160,29 @@ def test_locations_near_a_flat_surface_are_inside_half_of_the_time() -> None:
     assert float(torch.stack(targets).mean()) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("spatial", [0.0, 1.0])
+def test_weights_undo_the_crowd_near_surfaces(classes: int, spatial: float) -> None:
+    """Whatever is averaged over the locations has the mean of the voxels, although half of them are near surfaces."""
+    source = ball(classes=classes)
+    plan = replace(ISO, crop=(28, 32, 24), locations=2000, spatial=spatial, intensity=0.0)
+    weighted, plain, volume = [], [], []
+    for seed in range(40):
+        made = example(source, plan, np.random.default_rng(seed))
+        targets, weights = made["targets"].reshape(2000, -1)[:, -1], made["importance"]
+        assert float(weights.mean()) == pytest.approx(1, abs=1e-5)
+        weighted.append(float((targets * weights).mean()))
+        plain.append(float(targets.mean()))
+        even = example(source, replace(plan, near_surface=0.0), np.random.default_rng(seed))
+        assert bool((even["importance"] == 1).all())
+        volume.append(float(even["targets"].reshape(2000, -1)[:, -1].mean()))
+    truth = float(np.mean(volume))
+    assert float(np.mean(weighted)) == pytest.approx(truth, rel=0.1)
+    assert float(np.mean(plain)) > 2 * truth
+    off = example(source, replace(plan, importance=0.0), np.random.default_rng(0))
+    assert bool((off["importance"] == 1).all())
+
+
 def test_a_scan_without_the_structure_and_one_of_a_single_slice() -> None:
     empty = np.zeros((20, 5, 1), np.int16)
     source = CropSource(empty[None], empty.astype(np.uint8), 1, surface_voxels(empty, 1), as_is)

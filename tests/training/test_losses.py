@@ -154,6 +154,23 @@ def test_soft_dice_of_certain_answers() -> None:
     torch.testing.assert_close(compound_loss(sure, labels, 0.0), occupancy_loss(sure, labels))
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_location_of_weight_two_counts_like_two(classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, classes, generator=generator)
+    labels = torch.randint(0, 2 if classes == 1 else classes, (2, 5), generator=generator)
+    logits = logits[..., 0] if classes == 1 else logits
+    weights = torch.tensor([[2.0, 1, 1, 1, 1]] * 2)
+    twice = [torch.cat([x, x[:, :1]], dim=1) for x in (logits, labels)]
+    # The mean over locations is one over five of them, with weights, and over six without.
+    assert float(occupancy_loss(logits, labels, weights=weights)) * 5 == pytest.approx(
+        float(occupancy_loss(*twice)) * 6
+    )
+    assert float(soft_dice_loss(logits, labels, weights=weights)) == pytest.approx(
+        float(soft_dice_loss(*twice))
+    )
+
+
 def test_dense_answers_become_locations() -> None:
     dense = torch.randn(2, 3, 4, 5, 6)
     assert torch.equal(as_locations(dense)[1, 7], dense[1, :, 0, 1, 1])

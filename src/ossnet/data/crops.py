@@ -9,6 +9,7 @@ voxels. "crop" coordinates are voxel indices of the crop, "grid" those of the ne
 the scan as it is stored; voxel centres lie at integers in all three.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,12 +19,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer, Num
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 Triple = tuple[int, int, int]
 Vector = Float[np.ndarray, " 3"]
 Points = Float[np.ndarray, "N 3"]
 ToTensor = Callable[[Num[np.ndarray, "C X Y Z"]], Float[Tensor, "C X Y Z"]]
+
+
+_CELL = 2
+"""Voxels along each edge of the cells in which the density of locations is known."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class CropSettings:
     """Share of the locations drawn near surfaces."""
     jitter: tuple[float, ...] = (1.0, 4.0)
     """Standard deviations in voxels of the distance from the surface, with even odds."""
+    importance: float = 1.0
+    """How far the weights of locations undo that they crowd near surfaces (`_weights`): 1 wholly, 0 not at all."""
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
     soft: bool = True
@@ -173,6 +181,7 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
     Returns:
         image: (C, A, B, D) float32.
         locations: (N, 3) float32, crop coordinates.
+        importance: (N,) float32, what each of them counts; 1 on average.
         targets: (N,) occupancy in [0, 1] for binary, (N, K) class distributions otherwise.
         coarse: (1 or K, a, b, d), the targets at the centres of the coarse cells.
         weights: (a, b, d), 1 for coarse cells whose centre lies in the scan.
@@ -180,7 +189,7 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
     mapping = draw_map(source, settings, rng)
     image = cut(source, mapping)
     image = change_intensities(image, settings, rng)
-    locations = draw_locations(source, settings, mapping, rng)
+    locations, importance = draw_locations(source, settings, mapping, rng)
     cells = [
         np.arange(n // s) * s + (s - 1) / 2 for n, s in zip(settings.crop, settings.strides, strict=True)
     ]
@@ -191,6 +200,7 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
     return {
         "image": image,
         "locations": torch.from_numpy(locations),
+        "importance": torch.from_numpy(importance),
         "targets": torch.from_numpy(
             targets_at(source, to_scan(mapping(locations), source.zoom), settings.soft)
         ),
@@ -308,11 +318,11 @@ def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:
 
 def draw_locations(
     source: CropSource, settings: CropSettings, mapping: SpatialMap, rng: np.random.Generator
-) -> Float[np.ndarray, "N 3"]:
-    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface."""
+) -> tuple[Float[np.ndarray, "N 3"], Float[np.ndarray, " N"]]:
+    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface; and their weights."""
     crop = np.array(settings.crop, np.float32)
     wanted = round(settings.locations * settings.near_surface)
-    near = np.zeros((0, 3), np.float32)
+    near, kept = np.zeros((0, 3), np.float32), 1.0
     candidates = [
         _surface_in_crop(s, source, mapping, rng, 4 * wanted) for s in source.surfaces if len(s) and wanted
     ]
@@ -326,14 +336,53 @@ def draw_locations(
             near[mine] = points[(rank[mine] * len(points)).astype(np.int64)]
         sigma = np.array(settings.jitter, np.float32)[rng.integers(len(settings.jitter), size=2 * wanted)]
         near += rng.standard_normal((2 * wanted, 3), dtype=np.float32) * sigma[:, None]
-        near = _valid(near, source, mapping)[:wanted]
-    parts, missing = [near], settings.locations - len(near)
+        valid = _valid(near, source, mapping)
+        near, kept = valid[:wanted], len(valid) / len(near)
+    parts, missing, drawn, valid_draws = [near], settings.locations - len(near), 0, 0
     while missing > 0:
         uniform = rng.random((2 * missing, 3), dtype=np.float32) * crop - np.float32(0.5)
-        uniform = _valid(uniform, source, mapping)[:missing]
-        parts.append(uniform)
-        missing -= len(uniform)
-    return np.concatenate(parts)
+        drawn += len(uniform)
+        uniform = _valid(uniform, source, mapping)
+        valid_draws += len(uniform)
+        parts.append(uniform[:missing])
+        missing -= len(parts[-1])
+    locations = np.concatenate(parts)
+    if not 0 < len(near) < len(locations) or settings.importance == 0:
+        return locations, np.ones(len(locations), np.float32)
+    everywhere = (len(locations) - len(near)) * drawn / (valid_draws * float(crop.prod()))
+    crowd = everywhere + len(near) / kept * _near_density(candidates, settings, locations)
+    weights = crowd**-settings.importance
+    return locations, np.asarray(weights / weights.mean(), np.float32)
+
+
+def _near_density(
+    candidates: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
+) -> Float[np.ndarray, " N"]:
+    """How densely locations near surfaces are drawn where `locations` lie, a draw and voxel.
+
+    A location near a surface is drawn for its label: the end of a vessel is asked often in a scan whose label
+    follows the vessel so far, and seldom in one whose label ends earlier. A network that is trained on these as they
+    come learns the odds of the draw, and draws everything longer than it was labelled. Weights against this
+    density give it the odds of the voxels, while the surface is still looked at closely.
+
+    The density is that of the candidates, smoothed as the draw smooths them; right to a few percent.
+    """
+    shape = [-(-n // _CELL) for n in settings.crop]
+    counts = np.zeros(math.prod(shape), np.float32)
+    for points in candidates:
+        found = np.bincount(_cells(points, shape), minlength=len(counts))
+        counts += found.astype(np.float32) / (len(points) * len(candidates) * _CELL**3)
+    grid = counts.reshape(shape)
+    smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
+    return np.mean(smooth, axis=0, dtype=np.float32).reshape(-1)[_cells(locations, shape)]
+
+
+def _cells(locations: Points, shape: Sequence[int]) -> Integer[np.ndarray, " N"]:
+    """Flat indices of the cells that locations lie in."""
+    x, y, z = (
+        np.clip(((locations[:, i] + 0.5) / _CELL).astype(np.int64), 0, n - 1) for i, n in enumerate(shape)
+    )
+    return np.asarray((x * shape[1] + y) * shape[2] + z)
 
 
 def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Float[np.ndarray, "V 3"]:

@@ -68,7 +68,9 @@ def categorical_losses(
     return -logs.gather(-1, targets.long()[..., None])[..., 0]
 
 
-def occupancy_loss(logits: Tensor, labels: Tensor, hardest: float = 1.0) -> Float[Tensor, ""]:
+def occupancy_loss(
+    logits: Tensor, labels: Tensor, hardest: float = 1.0, weights: Float[Tensor, "B N"] | None = None
+) -> Float[Tensor, ""]:
     """Mean cross-entropy over volumes and locations: the first term of equation 2.
 
     Args:
@@ -78,11 +80,15 @@ def occupancy_loss(logits: Tensor, labels: Tensor, hardest: float = 1.0) -> Floa
             occupancies in [0, 1]. For (B, N, K) logits: (B, N) class indices or (B, N, K) distributions.
         hardest: Share of the elements that count, those of the largest loss ("bootstrapping" in the released
             code, which the paper does not use: 1).
+        weights: What each location counts, 1 on average; None: all alike.
 
     Raises:
         ValueError: If the shapes do not belong together.
     """
-    losses = _losses(logits, labels).flatten()
+    losses = _losses(logits, labels)
+    if weights is not None:
+        losses = losses * weights
+    losses = losses.flatten()
     if hardest < 1:
         losses = losses.topk(max(int(hardest * losses.numel()), 1)).values
     return losses.mean()
@@ -146,7 +152,11 @@ def low_resolution_presence(
 
 
 def soft_dice_loss(
-    logits: Tensor, labels: Tensor, whole_batch: bool = False, smooth: float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    whole_batch: bool = False,
+    smooth: float = 1.0,
+    weights: Float[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, ""]:
     """1 - soft Dice of sampled locations, mean over foreground structures (and over volumes).
 
@@ -157,25 +167,32 @@ def soft_dice_loss(
         labels: As for `occupancy_loss`.
         whole_batch: Sum over the volumes too, so that a structure which one volume lacks still has a slope.
         smooth: Keeps the quotient defined, and its slope bounded, where a structure is absent.
+        weights: What each location counts in the sums; None: all alike.
     """
     probabilities, targets = _foreground(logits, labels)
+    overlap, total = probabilities * targets, probabilities + targets
+    if weights is not None:
+        overlap, total = overlap * weights[..., None], total * weights[..., None]
     dims = (0, 1) if whole_batch else (1,)
-    overlap = (probabilities * targets).sum(dims)
-    total = probabilities.sum(dims) + targets.sum(dims)
+    overlap, total = overlap.sum(dims), total.sum(dims)
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
 
 
 def compound_loss(
-    logits: Tensor, labels: Tensor, dice_weight: float = 1.0, whole_batch: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    dice_weight: float = 1.0,
+    whole_batch: bool = False,
+    weights: Float[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy plus `dice_weight` · soft Dice loss over sampled locations; arguments as above.
 
     For a dense network pass its answer through `as_locations` first.
     """
-    loss = occupancy_loss(logits, labels)
+    loss = occupancy_loss(logits, labels, weights=weights)
     if dice_weight == 0:
         return loss
-    return loss + dice_weight * soft_dice_loss(logits, labels, whole_batch)
+    return loss + dice_weight * soft_dice_loss(logits, labels, whole_batch, weights=weights)
 
 
 def as_locations(dense: Float[Tensor, "B K *space"]) -> Float[Tensor, "B N *K"]:

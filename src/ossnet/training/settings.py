@@ -83,6 +83,12 @@ class SamplingSettings(_Group):
     border_width_mm: float | None = Field(
         None, gt=0, description="Euclidean band in mm instead of the released one"
     )
+    importance: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="default variant: how far weights undo that locations crowd near surfaces; 1 wholly, 0 not at all",
+    )
     include_last_voxel: bool = Field(True, description="SPEC §7.6; false as released")
     crop_voxels: int | None = Field(
         None,

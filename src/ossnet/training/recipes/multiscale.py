@@ -59,6 +59,7 @@ def crop_settings(
         locations=settings.sampling.locations,
         strides=strides,
         flips=augmentation.flip_axes,
+        importance=settings.sampling.importance,
     )
     return chosen if augmentation.spatial else without_augmentation(chosen)
 
@@ -89,7 +90,7 @@ class MultiscaleRecipe(Recipe):
         logits = logits.float()
         if logits.shape[-1] == 1:
             logits = logits[..., 0]
-        main = compound_loss(logits, batch["targets"])
+        main = compound_loss(logits, batch["targets"], weights=batch["importance"])
         weights = batch["weights"].bool()
         asked = coarse.float().movedim(1, -1)[weights]
         wanted = batch["coarse"].movedim(1, -1)[weights]
