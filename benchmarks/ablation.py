@@ -44,6 +44,8 @@ CHANGES: dict[str, Change] = {
     "no augmentation": Change(
         ("augmentation.spatial=false",), crops=lambda crops: replace(crops, spatial=0.0, intensity=0.0)
     ),
+    "locations near surfaces count in full": Change(("sampling.importance=0",)),
+    "half of the weights' logarithm": Change(("sampling.importance=0.5",)),
     "no raw patch": Change(spec=lambda spec: replace(spec, patch=(1, 1, 1), patch_features=0)),
     "no offsets": Change(offsets=False),
     "decoder of width 64": Change(spec=lambda spec: replace(spec, decoder_width=64)),
