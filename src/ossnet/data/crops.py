@@ -374,7 +374,8 @@ def _near_density(
         counts += found.astype(np.float32) / (len(points) * len(candidates) * _CELL**3)
     grid = counts.reshape(shape)
     smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
-    return np.mean(smooth, axis=0, dtype=np.float32).reshape(-1)[_cells(locations, shape)]
+    density: np.ndarray = np.mean(smooth, axis=0, dtype=np.float32).ravel()
+    return np.asarray(density[_cells(locations, shape)])
 
 
 def _cells(locations: Points, shape: Sequence[int]) -> Integer[np.ndarray, " N"]:

@@ -163,7 +163,7 @@ class UNet(nn.Module):
         logits: Tensor = self.head(low)
         return logits
 
-    def directions(self) -> list[nn.Parameter]:
+    def directions(self) -> list[Tensor]:
         """Weights whose size does not matter, because a normalisation follows; Muon may turn these.
 
         Not the shortcuts nor the last convolution, whose size is what they learn, and not transposed convolutions,

@@ -82,8 +82,9 @@ def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
 
     A network that has convolutions without a normalisation or gain behind them says which it may have: `directions`.
     """
-    if hasattr(network, "directions"):
-        chosen = {id(p) for p in network.directions()}
+    directions = getattr(network, "directions", None)
+    if directions is not None:
+        chosen = {id(p) for p in directions()}
     else:
         kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
         chosen = {id(m.weight) for m in network.modules() if isinstance(m, kinds)}
