@@ -157,6 +157,7 @@ class LossSettings(_Group):
     kind: Literal["paper", "dice"] = Field(
         "paper", description="cross-entropy of equation 2, or with soft Dice added"
     )
+    dice: float = Field(1.0, ge=0, description="weight of soft Dice, for kind=dice")
     aux: float = Field(0.1, ge=0, description="weight of the encoder's segmentation (equation 2's alpha)")
 
 

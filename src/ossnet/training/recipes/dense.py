@@ -14,7 +14,7 @@ from ossnet.data.cache import CachedCase
 from ossnet.data.crops import change_intensities, cut, draw_map, targets_at, to_scan
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.networks.unet import UNet
-from ossnet.training.losses import as_locations, compound_loss, occupancy_loss
+from ossnet.training.losses import as_locations, compound_loss
 from ossnet.training.recipes.base import Recipe, StepLoss, augmented
 from ossnet.training.recipes.multiscale import CropSources, crop_settings
 from ossnet.training.settings import Settings
@@ -33,8 +33,9 @@ class _DenseRecipe(Recipe):
         """Loss of dense logits (B, K, …) against labels (B, …)."""
         logits = as_locations(dense.float())
         flat = labels.flatten(1)
-        kind = self.settings.loss.kind
-        loss = compound_loss(logits, flat) if kind == "dice" else occupancy_loss(logits, flat)
+        chosen = self.settings.loss
+        weight = chosen.dice if chosen.kind == "dice" else 0
+        loss = compound_loss(logits, flat, weight)
         return StepLoss(loss, {"main": loss.detach()})
 
 

@@ -90,7 +90,7 @@ class MultiscaleRecipe(Recipe):
         logits = logits.float()
         if logits.shape[-1] == 1:
             logits = logits[..., 0]
-        main = compound_loss(logits, batch["targets"], weights=batch["importance"])
+        main = compound_loss(logits, batch["targets"], self.settings.loss.dice, weights=batch["importance"])
         weights = batch["weights"].bool()
         asked = coarse.float().movedim(1, -1)[weights]
         wanted = batch["coarse"].movedim(1, -1)[weights]
