@@ -34,7 +34,7 @@ class _DenseRecipe(Recipe):
         logits = as_locations(dense.float())
         flat = labels.flatten(1)
         chosen = self.settings.loss
-        weight = chosen.dice if chosen.kind == "dice" else 0
+        weight = chosen.dice if chosen.kind == "dice" else 0.0
         loss = compound_loss(logits, flat, weight)
         return StepLoss(loss, {"main": loss.detach()})
 
