@@ -51,6 +51,7 @@ CHANGES: dict[str, Change] = {
     "decoder of width 64": Change(spec=lambda spec: replace(spec, decoder_width=64)),
     "hard targets": Change(crops=lambda crops: replace(crops, soft=False)),
     "no top-down path": Change(spec=lambda spec: replace(spec, top_down=False)),
+    "a quarter of soft Dice": Change(("loss.dice=0.25",)),
     "no deep supervision": Change(("loss.aux=0",)),
     "cosine": Change(("schedule.kind=cosine",)),
 }

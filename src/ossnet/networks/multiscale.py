@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossnet.errors import SettingsError
+from ossnet.networks.convolution import Triple, convolve
 
-Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 
@@ -147,7 +147,7 @@ class Convolution(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * self.gain.view(-1, 1, 1, 1, 1)
-        return F.conv3d(x, weight, self.bias, self.steps, self.margins)
+        return convolve(x, weight, self.bias, self.steps, self.margins)
 
 
 class Pointwise(nn.Module):
@@ -164,7 +164,7 @@ class Pointwise(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv3d(x, self.weight, self.bias)
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class Residual(nn.Module):
