@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossnet.errors import SettingsError
-from ossnet.networks.convolution import Triple, convolve
+from ossnet.networks.convolution import convolve
 
+Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 
