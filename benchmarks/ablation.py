@@ -19,8 +19,9 @@ from record_run import read
 
 from ossnet.data.crops import CropSettings
 from ossnet.field.model import versions
-from ossnet.networks.multiscale import MultiscalePlan, MultiscaleSpec, offsets_in_cells
-from ossnet.networks.multiscale import plan as full_plan
+from ossnet.networks.multiscale import MultiscaleSpec, offsets_in_cells
+from ossnet.networks.multiscale_plan import MultiscalePlan
+from ossnet.networks.multiscale_plan import plan as full_plan
 from ossnet.training.recipes.multiscale import crop_settings as full_crops
 from ossnet.training.settings import make_settings
 from ossnet.training.train import train

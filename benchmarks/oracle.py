@@ -19,7 +19,8 @@ from ossnet.data.preparation import Preparation
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import PREPARERS, prepare_multiscale, prepare_ossnet
 from ossnet.field.model import Model
-from ossnet.networks.multiscale import MultiscaleNetwork, plan
+from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.multiscale_plan import plan
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.variants import spec_for
 from ossnet.volume import Shape, Volume

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, SettingsError
-from ossnet.networks.blockwise import BlockwiseEncoder, receptive_halo
+from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage
+from ossnet.networks.receptive import receptive_halo
 
 STAGES = (
     Stage((2, 2, 2), (3, 3, 3), 4, 0, 1, 4),

@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 
 from ossnet.errors import SettingsError
 from ossnet.networks.multiscale import (
-    CROP_VOXELS,
     Convolution,
     MultiscaleNetwork,
     MultiscaleSpec,
     Stage,
     gather_patches,
     offsets_in_cells,
-    plan,
     sample,
     to_cells,
 )
+from ossnet.networks.multiscale_plan import CROP_VOXELS, plan
 
 STAGES = (
     Stage((2, 2, 2), (3, 3, 3), 4, 0, 1, 4),

@@ -1,4 +1,4 @@
-"""Training examples of the default network: a crop of a scan, locations in it, and their soft targets.
+"""Crops of a scan for training, deformed.
 
 One spatial map leads from the crop to the scan: flips, rotation, scaling, elastic deformation and a change of
 spacing together. The crop is interpolated once through it; locations go through it analytically, so a target
@@ -9,27 +9,20 @@ voxels. "crop" coordinates are voxel indices of the crop, "grid" those of the ne
 the scan as it is stored; voxel centres lie at integers in all three.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer, Num
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 Triple = tuple[int, int, int]
 Vector = Float[np.ndarray, " 3"]
 Points = Float[np.ndarray, "N 3"]
 ToTensor = Callable[[Num[np.ndarray, "C X Y Z"]], Float[Tensor, "C X Y Z"]]
-
-
-_CELL = 2
-"""Voxels along each edge of the cells in which the density of locations is known."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class CropSettings:
     jitter: tuple[float, ...] = (1.0, 4.0)
     """Standard deviations in voxels of the distance from the surface, with even odds."""
     importance: float = 1.0
-    """How far the weights of locations undo that they crowd near surfaces (`_weights`): 1 wholly, 0 not at all."""
+    """How far weights of locations undo that they crowd near surfaces (`data.crop_locations`): 1 wholly, 0 not."""
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
     soft: bool = True
@@ -153,60 +146,9 @@ class SpatialMap:
         return out
 
 
-def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
-    """Per structure (1, or classes - 1), the indices (M, 3) of the voxels on both sides of its surface.
-
-    These are voxels with a 6-neighbour on the other side. Both sides, because locations drawn around the inner one
-    alone are inside more often than a location near the surface is, and a network trained on them draws
-    structures too large. Structures that are absent have M = 0.
-    """
-    out = []
-    for k in range(1, max(classes, 2)):
-        mask = labels > 0 if classes == 1 else labels == k
-        surface = np.zeros(mask.shape, dtype=bool)
-        for axis in range(3):
-            lead: list[Any] = [slice(None)] * 3
-            trail: list[Any] = [slice(None)] * 3
-            lead[axis], trail[axis] = slice(1, None), slice(None, -1)
-            differs = mask[tuple(lead)] != mask[tuple(trail)]
-            surface[tuple(lead)] |= differs
-            surface[tuple(trail)] |= differs
-        out.append(np.argwhere(surface).astype(np.int32))
-    return out
-
-
-def example(source: CropSource, settings: CropSettings, rng: np.random.Generator) -> dict[str, Tensor]:
-    """One training example; everything random comes from `rng`.
-
-    Returns:
-        image: (C, A, B, D) float32.
-        locations: (N, 3) float32, crop coordinates.
-        importance: (N,) float32, what each of them counts; 1 on average.
-        targets: (N,) occupancy in [0, 1] for binary, (N, K) class distributions otherwise.
-        coarse: (1 or K, a, b, d), the targets at the centres of the coarse cells.
-        weights: (a, b, d), 1 for coarse cells whose centre lies in the scan.
-    """
-    mapping = draw_map(source, settings, rng)
-    image = cut(source, mapping)
-    image = change_intensities(image, settings, rng)
-    locations, importance = draw_locations(source, settings, mapping, rng)
-    cells = [
-        np.arange(n // s) * s + (s - 1) / 2 for n, s in zip(settings.crop, settings.strides, strict=True)
-    ]
-    centres = np.stack(np.meshgrid(*cells, indexing="ij"), axis=-1).astype(np.float32)
-    places = to_scan(mapping(centres.reshape(-1, 3)), source.zoom)
-    coarse = targets_at(source, places, settings.soft)
-    grid = tuple(len(c) for c in cells)
-    return {
-        "image": image,
-        "locations": torch.from_numpy(locations),
-        "importance": torch.from_numpy(importance),
-        "targets": torch.from_numpy(
-            targets_at(source, to_scan(mapping(locations), source.zoom), settings.soft)
-        ),
-        "coarse": torch.from_numpy(np.ascontiguousarray(coarse.reshape(*grid, -1).transpose(3, 0, 1, 2))),
-        "weights": torch.from_numpy(inside(places, source.shape).astype(np.float32).reshape(grid)),
-    }
+def without_augmentation(settings: CropSettings) -> CropSettings:
+    """The same crops and locations, as scanned."""
+    return replace(settings, spatial=0.0, intensity=0.0, flips=())
 
 
 def to_scan(points: Points, zoom: Sequence[float]) -> Points:
@@ -314,203 +256,3 @@ def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:
     order = [0, 0, 0]
     order[c], order[a], order[b] = 1, 2, 3
     return out.permute(0, *order).contiguous()
-
-
-def draw_locations(
-    source: CropSource, settings: CropSettings, mapping: SpatialMap, rng: np.random.Generator
-) -> tuple[Float[np.ndarray, "N 3"], Float[np.ndarray, " N"]]:
-    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface; and their weights."""
-    crop = np.array(settings.crop, np.float32)
-    wanted = round(settings.locations * settings.near_surface)
-    near, kept = np.zeros((0, 3), np.float32), 1.0
-    candidates = [
-        _surface_in_crop(s, source, mapping, rng, 4 * wanted) for s in source.surfaces if len(s) and wanted
-    ]
-    candidates = [c for c in candidates if len(c)]
-    if candidates:
-        pick = rng.integers(len(candidates), size=2 * wanted)
-        rank = rng.random(2 * wanted)
-        near = np.empty((2 * wanted, 3), np.float32)
-        for i, points in enumerate(candidates):
-            mine = pick == i
-            near[mine] = points[(rank[mine] * len(points)).astype(np.int64)]
-        sigma = np.array(settings.jitter, np.float32)[rng.integers(len(settings.jitter), size=2 * wanted)]
-        near += rng.standard_normal((2 * wanted, 3), dtype=np.float32) * sigma[:, None]
-        valid = _valid(near, source, mapping)
-        near, kept = valid[:wanted], len(valid) / len(near)
-    parts, missing, drawn, valid_draws = [near], settings.locations - len(near), 0, 0
-    while missing > 0:
-        uniform = rng.random((2 * missing, 3), dtype=np.float32) * crop - np.float32(0.5)
-        drawn += len(uniform)
-        uniform = _valid(uniform, source, mapping)
-        valid_draws += len(uniform)
-        parts.append(uniform[:missing])
-        missing -= len(parts[-1])
-    locations = np.concatenate(parts)
-    if not 0 < len(near) < len(locations) or settings.importance == 0:
-        return locations, np.ones(len(locations), np.float32)
-    everywhere = (len(locations) - len(near)) * drawn / (valid_draws * float(crop.prod()))
-    crowd = everywhere + len(near) / kept * _near_density(candidates, settings, locations)
-    weights = crowd**-settings.importance
-    return locations, np.asarray(weights / weights.mean(), np.float32)
-
-
-def _near_density(
-    candidates: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
-) -> Float[np.ndarray, " N"]:
-    """How densely locations near surfaces are drawn where `locations` lie, a draw and voxel.
-
-    A location near a surface is drawn for its label: the end of a vessel is asked often in a scan whose label
-    follows the vessel so far, and seldom in one whose label ends earlier. A network that is trained on these as they
-    come learns the odds of the draw, and draws everything longer than it was labelled. Weights against this
-    density give it the odds of the voxels, while the surface is still looked at closely.
-
-    The density is that of the candidates, smoothed as the draw smooths them; right to a few percent.
-    """
-    shape = [-(-n // _CELL) for n in settings.crop]
-    counts = np.zeros(math.prod(shape), np.float32)
-    for points in candidates:
-        found = np.bincount(_cells(points, shape), minlength=len(counts))
-        counts += found.astype(np.float32) / (len(points) * len(candidates) * _CELL**3)
-    grid = counts.reshape(shape)
-    smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
-    density: np.ndarray = np.mean(smooth, axis=0, dtype=np.float32).ravel()
-    return np.asarray(density[_cells(locations, shape)])
-
-
-def _cells(locations: Points, shape: Sequence[int]) -> Integer[np.ndarray, " N"]:
-    """Flat indices of the cells that locations lie in."""
-    x, y, z = (
-        np.clip(((locations[:, i] + 0.5) / _CELL).astype(np.int64), 0, n - 1) for i, n in enumerate(shape)
-    )
-    return np.asarray((x * shape[1] + y) * shape[2] + z)
-
-
-def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Float[np.ndarray, "V 3"]:
-    crop = np.array(mapping.crop, np.float32)
-    here = ((locations >= -0.5) & (locations <= crop - 0.5)).all(axis=1)
-    here &= inside(to_scan(mapping(locations), source.zoom), source.shape)
-    return locations[here]
-
-
-def _surface_in_crop(
-    surface: Integer[np.ndarray, "M 3"],
-    source: CropSource,
-    mapping: SpatialMap,
-    rng: np.random.Generator,
-    limit: int,
-) -> Float[np.ndarray, "V 3"]:
-    """At most about `limit` surface voxels that the crop shows, in crop coordinates."""
-    if len(surface) > 4 * limit:
-        surface = surface[rng.integers(len(surface), size=4 * limit)]
-    points = mapping.inverse(to_grid(surface.astype(np.float32), source.zoom))
-    crop = np.array(mapping.crop, np.float32)
-    return points[((points >= -0.5) & (points <= crop - 0.5)).all(axis=1)]
-
-
-def targets_at(
-    source: CropSource, points: Points, soft: bool
-) -> Float[np.ndarray, "N"] | Float[np.ndarray, "N K"]:
-    """Occupancy (N,) or class distribution (N, K) at scan coordinates; beyond the scan its border is
-    repeated."""
-    shape, labels = source.shape, source.labels
-    if not soft:
-        nearest = [np.clip(np.floor(points[:, i] + 0.5).astype(np.int64), 0, shape[i] - 1) for i in range(3)]
-        found, weights = labels[tuple(nearest)][:, None], np.ones((len(points), 1), np.float32)
-    else:
-        steps, fractions = [], []
-        for i in range(3):
-            x = np.clip(points[:, i], 0, shape[i] - 1)
-            first = np.minimum(x.astype(np.int64), max(shape[i] - 2, 0))
-            steps.append((first, np.minimum(first + 1, shape[i] - 1)))
-            fractions.append((1 - (x - first), x - first))
-        corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
-        found = np.stack([labels[steps[0][i], steps[1][j], steps[2][k]] for i, j, k in corners], axis=1)
-        weights = np.stack(
-            [fractions[0][i] * fractions[1][j] * fractions[2][k] for i, j, k in corners], axis=1
-        )
-    if source.classes == 1:
-        return np.asarray(((found > 0) * weights).sum(axis=1), np.float32)
-    shares = [((found == k) * weights).sum(axis=1) for k in range(source.classes)]
-    return np.stack(shares, axis=1).astype(np.float32)
-
-
-def change_intensities(
-    image: Float[Tensor, "C A B D"], settings: CropSettings, rng: np.random.Generator
-) -> Float[Tensor, "C A B D"]:
-    """Blur, low resolution, noise, contrast, brightness and gamma, each with its own probability."""
-
-    def happens(probability: float) -> bool:
-        return bool(rng.random() < probability * settings.intensity)
-
-    mm = np.array(settings.spacing)
-    close = mm < 2 * mm.min()
-    if happens(0.1):
-        image = blur(image, tuple(float(rng.uniform(0.4, 1.0)) if c else 0.0 for c in close))
-    if happens(0.1):
-        factor = rng.uniform(0.5, 1.0)
-        image = low_resolution(image, tuple(factor if c else 1.0 for c in close))
-    if happens(0.15):
-        noise = rng.standard_normal(tuple(image.shape), dtype=np.float32)
-        image = image + torch.from_numpy(noise) * float(rng.uniform(0.02, 0.3))
-    for channel in range(len(image)):
-        if happens(0.3):
-            factor, shift = float(np.exp(rng.uniform(-0.3, 0.3))), float(rng.uniform(-0.3, 0.3))
-            image = _with_channel(image, channel, image[channel] * factor + shift)
-        if happens(0.3):
-            exponent = float(np.exp(rng.uniform(-0.4, 0.4)))
-            image = _with_channel(
-                image, channel, gamma(image[channel], exponent, invert=bool(rng.random() < 0.25))
-            )
-    return image
-
-
-def _with_channel(image: Tensor, channel: int, values: Tensor) -> Tensor:
-    if len(image) == 1:
-        return values[None]
-    return torch.cat([image[:channel], values[None], image[channel + 1 :]])
-
-
-def gamma(image: Float[Tensor, "A B D"], exponent: float, invert: bool) -> Float[Tensor, "A B D"]:
-    """A power of the values scaled to [0, 1], then the mean and standard deviation of before."""
-    if invert:
-        return -gamma(-image, exponent, invert=False)
-    low, high = image.aminmax()
-    extent = high - low
-    if float(extent) < 1e-6:
-        return image
-    out = ((image - low) / extent).pow(exponent)
-    std, mean = torch.std_mean(image)
-    std_out, mean_out = torch.std_mean(out)
-    return (out - mean_out) * (std / std_out.clamp(min=1e-6)) + mean
-
-
-def blur(image: Float[Tensor, "C A B D"], sigma: tuple[float, ...]) -> Float[Tensor, "C A B D"]:
-    """Gaussian blur with a standard deviation in voxels per axis (at most 1: three taps a side suffice)."""
-    out = image
-    for axis, s in enumerate(sigma, start=1):
-        if s <= 0 or image.shape[axis] < 2:
-            continue
-        taps = np.exp(-0.5 * (np.arange(4) / s) ** 2)
-        taps = taps / (taps[0] + 2 * taps[1:].sum())
-        n = image.shape[axis]
-        total = out * float(taps[0])
-        for distance in (1, 2, 3):
-            for sign in (-1, 1):
-                index = (torch.arange(n) + sign * distance).clamp(0, n - 1)
-                total = total + out.index_select(axis, index) * float(taps[distance])
-        out = total
-    return out
-
-
-def low_resolution(image: Float[Tensor, "C A B D"], factor: tuple[float, ...]) -> Float[Tensor, "C A B D"]:
-    """As if scanned at `factor` times the resolution per axis, and interpolated back."""
-    shape = tuple(image.shape[1:])
-    small = tuple(max(1, round(n * f)) for n, f in zip(shape, factor, strict=True))
-    down = F.interpolate(image[None], small, mode="nearest")
-    return F.interpolate(down, shape, mode="trilinear", align_corners=False)[0]
-
-
-def without_augmentation(settings: CropSettings) -> CropSettings:
-    """The same crops and locations, as scanned."""
-    return replace(settings, spatial=0.0, intensity=0.0, flips=())

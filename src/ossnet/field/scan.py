@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
 from ossnet.field.gather import PatchRows
-from ossnet.networks.boxes import WINDOW, windows
+from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume
 
 

@@ -11,7 +11,6 @@ Boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
 from typing import Literal
@@ -22,18 +21,32 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.errors import ResourceError, SettingsError
-from ossnet.networks.boxes import Held, Source, windows
+from ossnet.networks.boxes import (
+    Box,
+    Triple,
+    clip,
+    cut,
+    divide,
+    holds,
+    join,
+    meet,
+    multiply,
+    pairs,
+    size_of,
+    slices,
+    triple,
+    voxels_of,
+    within,
+)
+from ossnet.networks.map_part import MapPart
 from ossnet.networks.multiscale import (
     MultiscaleNetwork,
-    MultiscaleSpec,
-    Triple,
-    corners,
     gather_patches,
     offsets_in_cells,
     to_cells,
 )
-
-Box = tuple[Triple, Triple]
+from ossnet.networks.receptive import image_margin, ratio, reach_of, receptive_halo, trunk_margin
+from ossnet.networks.sources import Held, Source, windows
 
 WORK_BYTES = 64 << 20
 """Working memory of a tile, at most: larger ones leave the caches and encode more where nothing is asked, smaller ones
@@ -50,17 +63,6 @@ _SHARE = 2048
 
 ROWS = 64
 """A broken tile of rows can add up in another order: questions are filled up to multiples of this."""
-
-
-def receptive_halo(spec: MultiscaleSpec) -> Triple:
-    """Voxels around a location on which its answer depends, per axis, rounded up to the largest stride.
-
-    Cut a scan to a region with this margin (at multiples of the largest stride), and every answer in the
-    region stays what it is.
-    """
-    last = spec.strides[-1]
-    need = _image_margins(spec, 0, len(spec.stages))
-    return _triple(ceil(n / s) * s for n, s in zip(need, last, strict=True))
 
 
 class BlockwiseEncoder:
@@ -115,16 +117,16 @@ class BlockwiseEncoder:
         self.shape: Triple = (x, y, z)
         self.classes = spec.classes
         stride = spec.strides[-1]
-        self.padded = _triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
+        self.padded = triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
         self._wanted = chunk, block
-        self.blocks: OrderedDict[Triple, list[_Part]] = OrderedDict()
+        self.blocks: OrderedDict[Triple, list[MapPart]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
         self.core: Box = ((0, 0, 0), (0, 0, 0))
         """Voxels that are covered."""
         self.crop: Box = self.core
         """Voxels that coarse maps were computed from: the core with its halo."""
-        self._coarse: list[_Part] = []
+        self._coarse: list[MapPart] = []
         self._prediction: Tensor | None = None
         self.work, self.chunk, self.block = WORK_BYTES, chunk, self.padded
         self.set_aside(0)
@@ -183,7 +185,7 @@ class BlockwiseEncoder:
 
     def _encoding_bytes(self, crop: Box) -> int:
         first = self.network.coarse_stage
-        cells = _voxels(crop) / prod(self.spec.strides[first])
+        cells = voxels_of(crop) / prod(self.spec.strides[first])
         return int(cells * 2 * self.spec.stages[first].width * self.dtype.itemsize) + self.work
 
     @property
@@ -211,17 +213,17 @@ class BlockwiseEncoder:
         if box is not None:
             # A prediction is interpolated from the coarse cells around it.
             cell = self.spec.strides[self.network.coarse_stage]
-            box = _clip([(a - c, b + c) for (a, b), c in zip(_pairs(box), cell, strict=True)], self.shape)
+            box = clip([(a - c, b + c) for (a, b), c in zip(pairs(box), cell, strict=True)], self.shape)
         box = whole if box is None else box
         if self._coarse:
-            if _holds(self.core, box):
+            if holds(self.core, box):
                 return
-            box = _join(self.core, box)
+            box = join(self.core, box)
         halo, last = receptive_halo(self.spec), self.spec.strides[-1]
-        around = zip(_pairs(box), halo, last, strict=True)
-        crop = _clip([(a // s * s - h, ceil(b / s) * s + h) for (a, b), h, s in around], self.padded)
+        around = zip(pairs(box), halo, last, strict=True)
+        crop = clip([(a // s * s - h, ceil(b / s) * s + h) for (a, b), h, s in around], self.padded)
         # Nearly all of it: then all of it, and nothing is encoded twice.
-        if 4 * _voxels(crop) > 3 * prod(self.padded):
+        if 4 * voxels_of(crop) > 3 * prod(self.padded):
             box, crop = whole, ((0, 0, 0), self.padded)
         self._check_budget(crop)
         self.blocks.clear()
@@ -252,10 +254,10 @@ class BlockwiseEncoder:
         return out[:, 0] if self.classes == 1 else out
 
     def _cover_places(self, places: Tensor) -> None:
-        low = _triple(places.amin(0).floor().long().tolist())
-        high = _triple((places.amax(0).floor().long() + 1).tolist())
-        if not (self._coarse and _holds(self.core, (low, high))):
-            self.cover((_triple(n - MARGIN for n in low), _triple(n + MARGIN for n in high)))
+        low = triple(places.amin(0).floor().long().tolist())
+        high = triple((places.amax(0).floor().long() + 1).tolist())
+        if not (self._coarse and holds(self.core, (low, high))):
+            self.cover((triple(n - MARGIN for n in low), triple(n + MARGIN for n in high)))
 
     def _by_block(self, places: Tensor) -> tuple[Tensor, list[tuple[Triple, int, int]]]:
         """An order with the locations of a block next to each other, and its runs (block, first, stop)."""
@@ -318,7 +320,7 @@ class BlockwiseEncoder:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def _fine(self, block: Triple) -> list["_Part"]:
+    def _fine(self, block: Triple) -> list["MapPart"]:
         """Fine maps of a block and of the cells next to it, for interpolation; kept while memory allows."""
         if block in self.blocks:
             self.blocks.move_to_end(block)
@@ -330,43 +332,43 @@ class BlockwiseEncoder:
         self.blocks[block] = maps
         return maps
 
-    def _compute_block(self, block: Triple) -> list["_Part"]:
+    def _compute_block(self, block: Triple) -> list["MapPart"]:
         spec, first = self.spec, self.network.coarse_stage
         unit = spec.strides[first]
         # What lies beyond the core is wrong, and never asked.
-        box = _meet(_triple(i * b for i, b in zip(block, self.block, strict=True)), self.block, self.crop)
+        box = meet(triple(i * b for i, b in zip(block, self.block, strict=True)), self.block, self.crop)
         halo = self._halo(first)
-        wide = _within([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], self.crop)
+        wide = within([(a - h, b + h) for (a, b), h in zip(pairs(box), halo, strict=True)], self.crop)
         with self._autocast():
             x = self._read(wide)
             trunk = []
             for i in range(first):
                 x = self.network.stage(i).descend(x)
                 trunk.append(x)
-            above: Tensor = self._coarse[0].cut(_divide(wide, unit))
-            maps: list[_Part] = []
+            above: Tensor = self._coarse[0].cut(divide(wide, unit))
+            maps: list[MapPart] = []
             for i in reversed(range(first)):
                 stage = self.network.stage(i)
                 above = stage.map(trunk.pop(), above, spec.stages[i + 1].stride)
                 stride = spec.strides[i]
-                whole = _triple(n // s for n, s in zip(self.padded, stride, strict=True))
-                cells = _divide(box, stride)
-                keep = _within([(a - 1, b + 1) for a, b in _pairs(cells)], self._span(i))
-                origin = _divide(wide, stride)[0]
-                part = above[(0, slice(None), *_slices(keep, origin))]
-                maps.append(_Part.of(part, whole, keep[0], self.dtype))
+                whole = triple(n // s for n, s in zip(self.padded, stride, strict=True))
+                cells = divide(box, stride)
+                keep = within([(a - 1, b + 1) for a, b in pairs(cells)], self._span(i))
+                origin = divide(wide, stride)[0]
+                part = above[(0, slice(None), *slices(keep, origin))]
+                maps.append(MapPart.of(part, whole, keep[0], self.dtype))
         return maps[::-1]
 
     def _halo(self, first: int) -> Triple:
         """Voxels around a block of fine stages: enough for every map, a multiple of the coarse stride."""
-        need = _image_margins(self.spec, 0, first)
-        return _triple(ceil(n / s) * s for n, s in zip(need, self.spec.strides[first], strict=True))
+        need = image_margin(self.spec, 0, first)
+        return triple(ceil(n / s) * s for n, s in zip(need, self.spec.strides[first], strict=True))
 
     def _block_shape(self, block: int | None) -> Triple:
         first = self.network.coarse_stage
         unit, halo = self.spec.strides[first], self._halo(first)
         if block is not None:
-            return _triple(min(ceil(block / u) * u, n) for u, n in zip(unit, self.padded, strict=True))
+            return triple(min(ceil(block / u) * u, n) for u, n in zip(unit, self.padded, strict=True))
         cells = [prod(s) for s in self.spec.strides]
         # Bytes a voxel of the widest stage: input, branch, its activation and the output at once.
         stages = zip(self.spec.stages[: first or 1], cells, strict=False)
@@ -377,13 +379,13 @@ class BlockwiseEncoder:
             if shape[axis] <= unit[axis]:
                 break
             shape[axis] = max(unit[axis], ceil(shape[axis] / 2 / unit[axis]) * unit[axis])
-        return _triple(shape)
+        return triple(shape)
 
     def _span(self, i: int) -> Box:
         """Cells of stage i that are computed."""
-        return _divide(self.crop, self.spec.strides[i])
+        return divide(self.crop, self.spec.strides[i])
 
-    def _coarse_maps(self) -> list["_Part"]:
+    def _coarse_maps(self) -> list["MapPart"]:
         """Maps of the coarse stages over the crop, from fine to coarse."""
         spec, first = self.spec, self.network.coarse_stage
         trunk: list[Tensor] = []
@@ -391,12 +393,12 @@ class BlockwiseEncoder:
             x = self._entered(i, trunk[-1] if trunk else None)
             trunk.append(self._refined(i, x))
             del x
-        maps: list[_Part] = []
+        maps: list[MapPart] = []
         above: Tensor | None = None
         for i in reversed(range(first, len(spec.stages))):
             above = self._mapped(i, trunk.pop(), above)
-            whole = _triple(n // s for n, s in zip(self.padded, spec.strides[i], strict=True))
-            maps.append(_Part.of(above[0], whole, self._span(i)[0], self.dtype))
+            whole = triple(n // s for n, s in zip(self.padded, spec.strides[i], strict=True))
+            maps.append(MapPart.of(above[0], whole, self._span(i)[0], self.dtype))
         return maps[::-1]
 
     def _entered(self, i: int, before: Tensor | None) -> Tensor:
@@ -406,20 +408,20 @@ class BlockwiseEncoder:
             trunk, step, origin = before, spec.stages[i].stride, self._span(i - 1)[0]
 
             def from_trunk(box: Box) -> Tensor:
-                return network.stage(i).enter(_cut(trunk, _multiply(box, step), origin))
+                return network.stage(i).enter(cut(trunk, multiply(box, step), origin))
 
             cost = 4 * spec.stages[i - 1].width * prod(step)
             return self._tiled(from_trunk, self._span(i), spec.stages[i].width, (0, 0, 0), cost)
 
         def from_scan(box: Box) -> Tensor:
-            x = self._read(_multiply(box, spec.strides[i]))
+            x = self._read(multiply(box, spec.strides[i]))
             for j in range(i):
                 x = network.stage(j).descend(x)
             return network.stage(i).enter(x)
 
-        margin = _chain(spec, i, (0, 0, 0), trunk_of_last=False)
-        halo = _triple(ceil(m / s) for m, s in zip(margin, spec.strides[i], strict=True))
-        widest = max(spec.stages[j].width * prod(_ratio(spec, j, i)) for j in range(i + 1))
+        margin = trunk_margin(spec, i, (0, 0, 0), trunk_of_last=False)
+        halo = triple(ceil(m / s) for m, s in zip(margin, spec.strides[i], strict=True))
+        widest = max(spec.stages[j].width * prod(ratio(spec, j, i)) for j in range(i + 1))
         return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest)
 
     def _refined(self, i: int, x: Tensor) -> Tensor:
@@ -429,27 +431,27 @@ class BlockwiseEncoder:
             return x
 
         def blocks(box: Box) -> Tensor:
-            out: Tensor = self.network.stage(i).trunk(_cut(x, box, span[0]))
+            out: Tensor = self.network.stage(i).trunk(cut(x, box, span[0]))
             return out
 
-        return self._tiled(blocks, span, stage.width, _reach(self.spec, i, stage.trunk), 4 * stage.width)
+        return self._tiled(blocks, span, stage.width, reach_of(self.spec, i, stage.trunk), 4 * stage.width)
 
     def _mapped(self, i: int, x: Tensor, above: Tensor | None) -> Tensor:
         """Map of stage i."""
         spec, span = self.spec, self._span(i)
         stage = spec.stages[i]
         step = spec.stages[i + 1].stride if i + 1 < len(spec.stages) else (1, 1, 1)
-        origin = _divide(span, step)[0]
+        origin = divide(span, step)[0]
 
         def lateral(box: Box) -> Tensor:
             # Boxes are widened to whole cells of the coarser map, and the surplus is cut off again.
-            cells = zip(_pairs(box), step, strict=True)
-            wide = _within([(a // n * n, ceil(b / n) * n) for (a, b), n in cells], span)
-            upper = None if above is None else _cut(above, _divide(wide, step), origin)
-            out = self.network.stage(i).map(_cut(x, wide, span[0]), upper, step)
-            return out[(slice(None), slice(None), *_slices(box, wide[0]))]
+            cells = zip(pairs(box), step, strict=True)
+            wide = within([(a // n * n, ceil(b / n) * n) for (a, b), n in cells], span)
+            upper = None if above is None else cut(above, divide(wide, step), origin)
+            out = self.network.stage(i).map(cut(x, wide, span[0]), upper, step)
+            return out[(slice(None), slice(None), *slices(box, wide[0]))]
 
-        return self._tiled(lateral, span, stage.features, _reach(spec, i, stage.lateral), 4 * stage.width)
+        return self._tiled(lateral, span, stage.features, reach_of(spec, i, stage.lateral), 4 * stage.width)
 
     def _tiled(
         self, function: Callable[[Box], Tensor], span: Box, channels: int, halo: Triple, cost: int
@@ -461,7 +463,7 @@ class BlockwiseEncoder:
             span: The cells wanted; what a tile reads is cut off at its ends.
             cost: Values at work per output cell.
         """
-        size = _size(span)
+        size = size_of(span)
         tile = list(size)
         itemsize = self.dtype.itemsize
         while (
@@ -473,14 +475,14 @@ class BlockwiseEncoder:
                 break
             tile[axis] = ceil(tile[axis] / 2)
         out = torch.empty(1, channels, *size, dtype=self.dtype, device=self.device)
-        starts = (range(a, b, t) for (a, b), t in zip(_pairs(span), tile, strict=True))
+        starts = (range(a, b, t) for (a, b), t in zip(pairs(span), tile, strict=True))
         for corner in product(*starts):
-            box = _meet(corner, _triple(tile), span)
-            wide = _within([(a - h, b + h) for (a, b), h in zip(_pairs(box), halo, strict=True)], span)
+            box = meet(corner, triple(tile), span)
+            wide = within([(a - h, b + h) for (a, b), h in zip(pairs(box), halo, strict=True)], span)
             with self._autocast():
                 result = function(wide)
             every = (slice(None), slice(None))
-            out[(*every, *_slices(box, span[0]))] = result[(*every, *_slices(box, wide[0]))].to(self.dtype)
+            out[(*every, *slices(box, span[0]))] = result[(*every, *slices(box, wide[0]))].to(self.dtype)
         return out
 
     def _read(self, box: Box) -> Tensor:
@@ -490,7 +492,7 @@ class BlockwiseEncoder:
         # A box can lie in the padding altogether.
         first = [min(a, n - 1) for a, n in zip(start, self.shape, strict=True)]
         part = self.source.read(
-            _triple(first), _triple(max(b, a + 1) for a, b in zip(first, inner, strict=True))
+            triple(first), triple(max(b, a + 1) for a, b in zip(first, inner, strict=True))
         )
         padding: list[int] = []
         for axis in reversed(range(3)):
@@ -532,7 +534,7 @@ class BlockwiseEncoder:
             return
         first = self.network.coarse_stage
         stages = self.spec.stages[first:]
-        cells = [_voxels(crop) / prod(s) for s in self.spec.strides[first:]]
+        cells = [voxels_of(crop) / prod(s) for s in self.spec.strides[first:]]
         held = sum(n * s.features for n, s in zip(cells, stages, strict=True)) * self.dtype.itemsize
         asked = held + self.reserve + self.work + self.chunk * self.bytes_per_location
         needed = int(max(self._encoding_bytes(crop) + self.libraries, asked))
@@ -541,149 +543,3 @@ class BlockwiseEncoder:
                 f"{self.budget / 1e6:.0f} MB of memory are granted, at least {ceil(needed / 1e6)} MB are "
                 "needed for this scan. Grant more."
             )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A box of a map as a table of cells, for trilinear samples."""
-
-    table: Tensor
-    """(cells, channels), rows in C order of the box."""
-    whole: Triple
-    """Cells of the whole map."""
-    origin: Triple
-    stored: Triple
-
-    @classmethod
-    def of(
-        cls, values: Float[Tensor, "F X Y Z"], whole: Triple, origin: Triple, dtype: torch.dtype
-    ) -> "_Part":
-        x, y, z = values.shape[1:]
-        table = values.to(dtype).flatten(1).t().contiguous()
-        return cls(table, whole, origin, (x, y, z))
-
-    @property
-    def channels(self) -> int:
-        return self.table.shape[1]
-
-    @property
-    def bytes(self) -> int:
-        return self.table.numel() * self.table.element_size()
-
-    def sample(self, cells: Tensor) -> Tensor:
-        """(N, channels) float32 at cell indices of the whole map."""
-        index, weight = corners(cells, self.whole, self.origin, self.stored)
-        out = F.embedding_bag(index, self.table, per_sample_weights=weight.to(self.table.dtype), mode="sum")
-        return out.float()
-
-    def cut(self, box: Box) -> Tensor:
-        """(1, channels, *box) as a map again."""
-        grid = self.table.view(*self.stored, -1)[_slices(box, self.origin)]
-        return grid.permute(3, 0, 1, 2)[None].contiguous()
-
-
-def _reach(spec: MultiscaleSpec, stage: int, blocks: int) -> Triple:
-    """Cells that residual blocks of a stage look to each side: two convolutions a block."""
-    return _triple(2 * blocks * (k // 2) for k in spec.stages[stage].kernel)
-
-
-def _chain(spec: MultiscaleSpec, stage: int, margin: Triple, trunk_of_last: bool = True) -> Triple:
-    """Voxels of image around a box that make the trunk of `stage` right in `margin` voxels around it."""
-    need = list(margin)
-    for i in reversed(range(stage + 1)):
-        if i < stage or trunk_of_last:
-            reach = _reach(spec, i, spec.stages[i].trunk)
-            need = [n + r * s for n, r, s in zip(need, reach, spec.strides[i], strict=True)]
-    # The first convolution alone overlaps, by one voxel a side where its kernel is wider than its stride.
-    return _triple(n + 1 for n in need)
-
-
-def _image_margins(spec: MultiscaleSpec, first: int, stop: int) -> Triple:
-    """Voxels of image around a box that the maps of stages `first` to `stop` need for samples in the box."""
-    need, out = [0, 0, 0], (0, 0, 0)
-    for i in range(first, stop):
-        # One cell for interpolation, then the lateral blocks; finer maps read coarser ones that far out.
-        need = [max(n, s) for n, s in zip(need, spec.strides[i], strict=True)]
-        reach = _reach(spec, i, spec.stages[i].lateral)
-        need = [n + r * s for n, r, s in zip(need, reach, spec.strides[i], strict=True)]
-        # The repeated coarser cell can begin up to one cell further out.
-        if i + 1 < len(spec.stages):
-            need = [ceil(n / s) * s for n, s in zip(need, spec.strides[i + 1], strict=True)]
-        out = _triple(max(a, b) for a, b in zip(out, _chain(spec, i, _triple(need)), strict=True))
-    return out
-
-
-def _ratio(spec: MultiscaleSpec, fine: int, coarse: int) -> Triple:
-    """Cells of a finer stage per cell of a coarser one."""
-    return _triple(c // f for f, c in zip(spec.strides[fine], spec.strides[coarse], strict=True))
-
-
-def _triple(values: Iterator[int] | Sequence[int]) -> Triple:
-    x, y, z = values
-    return x, y, z
-
-
-def _pairs(box: Box) -> Iterator[tuple[int, int]]:
-    return zip(box[0], box[1], strict=True)
-
-
-def _clip(pairs: Sequence[tuple[int, int]], shape: Triple) -> Box:
-    return (
-        _triple([max(a, 0) for a, _ in pairs]),
-        _triple([min(b, n) for (_, b), n in zip(pairs, shape, strict=True)]),
-    )
-
-
-def _multiply(box: Box, stride: Triple) -> Box:
-    return (
-        _triple([a * s for a, s in zip(box[0], stride, strict=True)]),
-        _triple([b * s for b, s in zip(box[1], stride, strict=True)]),
-    )
-
-
-def _divide(box: Box, stride: Triple) -> Box:
-    """Cells that cover a box of voxels."""
-    return (
-        _triple([a // s for a, s in zip(box[0], stride, strict=True)]),
-        _triple([ceil(b / s) for b, s in zip(box[1], stride, strict=True)]),
-    )
-
-
-def _slices(box: Box, origin: Triple) -> tuple[slice, slice, slice]:
-    x, y, z = (slice(a - o, b - o) for (a, b), o in zip(_pairs(box), origin, strict=True))
-    return x, y, z
-
-
-def _cut(x: Tensor, box: Box, origin: Triple) -> Tensor:
-    """A box of a tensor whose first cell is `origin`."""
-    return x[(slice(None), slice(None), *_slices(box, origin))]
-
-
-def _size(box: Box) -> Triple:
-    return _triple(b - a for a, b in _pairs(box))
-
-
-def _voxels(box: Box) -> int:
-    return prod(_size(box))
-
-
-def _holds(outer: Box, inner: Box) -> bool:
-    return all(a <= c and d <= b for (a, b), (c, d) in zip(_pairs(outer), _pairs(inner), strict=True))
-
-
-def _join(one: Box, other: Box) -> Box:
-    """The smallest box around both."""
-    return _triple(map(min, one[0], other[0])), _triple(map(max, one[1], other[1]))
-
-
-def _within(pairs: Sequence[tuple[int, int]], outer: Box) -> Box:
-    """What a box has in common with another."""
-    return (
-        _triple(max(a, low) for (a, _), low in zip(pairs, outer[0], strict=True)),
-        _triple(min(b, high) for (_, b), high in zip(pairs, outer[1], strict=True)),
-    )
-
-
-def _meet(corner: Sequence[int], size: Triple, outer: Box) -> Box:
-    """The part of a box of a size that lies in another."""
-    return _within([(c, c + n) for c, n in zip(corner, size, strict=True)], outer)

@@ -1,77 +1,80 @@
-"""Scans that are read in boxes, and which boxes are worth reading for the locations of a question.
+"""Arithmetic of boxes: (start, stop) along each axis, half-open, in voxels or in cells of a stage."""
 
-Letters: C channels, X Y Z voxels of the network's grid, N locations.
-Boxes are (low, high) along each axis, high excluded.
-"""
+from collections.abc import Iterable, Iterator, Sequence
+from math import ceil, prod
 
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
-
-from jaxtyping import Float, Num
 from torch import Tensor
 
 Triple = tuple[int, int, int]
 Box = tuple[Triple, Triple]
 
-WINDOW = 1 << 21
-"""Voxels of a box around locations, at most, unless a single location needs more."""
+
+def triple(values: Iterable[int]) -> Triple:
+    x, y, z = values
+    return x, y, z
 
 
-@runtime_checkable
-class Source(Protocol):
-    """A normalised and fitted scan."""
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """C, X, Y, Z."""
-
-    @property
-    def held(self) -> Tensor | None:
-        """All of it, where it is in memory."""
-
-    def read(self, low: Triple, high: Triple) -> Float[Tensor, "C x y z"]:
-        """A box of it, float32."""
+def pairs(box: Box) -> Iterator[tuple[int, int]]:
+    return zip(box[0], box[1], strict=True)
 
 
-class Held:
-    """A `Source` that is in memory already.
-
-    Args:
-        image: (C, X, Y, Z) float32; kept, not copied.
-    """
-
-    def __init__(self, image: Float[Tensor, "C X Y Z"]) -> None:
-        c, x, y, z = image.shape
-        self.shape = (c, x, y, z)
-        self.held = image
-
-    def read(self, low: Triple, high: Triple) -> Float[Tensor, "C x y z"]:
-        """A view."""
-        return self.held[:, low[0] : high[0], low[1] : high[1], low[2] : high[2]]
+def clip(ends: Sequence[tuple[int, int]], shape: Triple) -> Box:
+    return (
+        triple([max(a, 0) for a, _ in ends]),
+        triple([min(b, n) for (_, b), n in zip(ends, shape, strict=True)]),
+    )
 
 
-def windows(
-    places: Num[Tensor, "N 3"], shape: Triple, before: int, after: int, share: int
-) -> Iterator[tuple[slice, Triple, Triple]]:
-    """Runs of consecutive locations, each with a box (low, high) around them that is worth reading for them.
+def multiply(box: Box, stride: Triple) -> Box:
+    return (
+        triple([a * s for a, s in zip(box[0], stride, strict=True)]),
+        triple([b * s for b, s in zip(box[1], stride, strict=True)]),
+    )
 
-    Args:
-        places: Inside the grid.
-        shape: X, Y, Z.
-        before: Voxels that a location needs before the one below it, along each axis.
-        after: And after it.
-        share: Voxels that may be read for a location; runs that are more scattered are cut in two.
-    """
-    waiting = [(0, len(places))] if len(places) else []
-    while waiting:
-        start, stop = waiting.pop()
-        part = places[start:stop]
-        least, most = part.amin(0).floor().long().tolist(), part.amax(0).floor().long().tolist()
-        x0, y0, z0 = (max(n - before, 0) for n in least)
-        x1, y1, z1 = (min(n + after + 1, size) for n, size in zip(most, shape, strict=True))
-        count = stop - start
-        if count == 1 or (x1 - x0) * (y1 - y0) * (z1 - z0) <= min(WINDOW, share * count):
-            yield slice(start, stop), (x0, y0, z0), (x1, y1, z1)
-        else:
-            middle = start + count // 2
-            waiting += [(middle, stop), (start, middle)]
+
+def divide(box: Box, stride: Triple) -> Box:
+    """Cells that cover a box of voxels."""
+    return (
+        triple([a // s for a, s in zip(box[0], stride, strict=True)]),
+        triple([ceil(b / s) for b, s in zip(box[1], stride, strict=True)]),
+    )
+
+
+def slices(box: Box, origin: Triple) -> tuple[slice, slice, slice]:
+    x, y, z = (slice(a - o, b - o) for (a, b), o in zip(pairs(box), origin, strict=True))
+    return x, y, z
+
+
+def cut(x: Tensor, box: Box, origin: Triple) -> Tensor:
+    """A box of a tensor whose first cell is `origin`."""
+    return x[(slice(None), slice(None), *slices(box, origin))]
+
+
+def size_of(box: Box) -> Triple:
+    return triple(b - a for a, b in pairs(box))
+
+
+def voxels_of(box: Box) -> int:
+    return prod(size_of(box))
+
+
+def holds(outer: Box, inner: Box) -> bool:
+    return all(a <= c and d <= b for (a, b), (c, d) in zip(pairs(outer), pairs(inner), strict=True))
+
+
+def join(one: Box, other: Box) -> Box:
+    """The smallest box around both."""
+    return triple(map(min, one[0], other[0])), triple(map(max, one[1], other[1]))
+
+
+def within(ends: Sequence[tuple[int, int]], outer: Box) -> Box:
+    """What a box has in common with another."""
+    return (
+        triple(max(a, low) for (a, _), low in zip(ends, outer[0], strict=True)),
+        triple(min(b, high) for (_, b), high in zip(ends, outer[1], strict=True)),
+    )
+
+
+def meet(corner: Sequence[int], size: Triple, outer: Box) -> Box:
+    """The part of a box of a size that lies in another."""
+    return within([(c, c + n) for c, n in zip(corner, size, strict=True)], outer)

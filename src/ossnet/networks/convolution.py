@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Triple = tuple[int, int, int]
+from ossnet.networks.boxes import Triple
 
 _SMALL = 20_480
 """Values, without the last axis, up to which torch does not call oneDNN for a single map."""

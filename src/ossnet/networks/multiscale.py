@@ -18,7 +18,7 @@ accumulated stride S covers S voxels; its centre lies at voxel `S * (cell + 0.5)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, prod, sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossnet.errors import SettingsError
+from ossnet.networks.boxes import Triple, triple
 from ossnet.networks.convolution import convolve
 
-Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 
@@ -112,17 +112,12 @@ class MultiscaleSpec:
         """The inverse of `to_dict`; lists stand for tuples."""
         known = dict(values)
         stages = tuple(
-            Stage(**{**stage, "stride": _triple(stage["stride"]), "kernel": _triple(stage["kernel"])})
+            Stage(**{**stage, "stride": triple(stage["stride"]), "kernel": triple(stage["kernel"])})
             for stage in known.pop("stages")
         )
         x, y, z = (float(s) for s in known.pop("spacing"))
-        patch = _triple(known.pop("patch"))
+        patch = triple(known.pop("patch"))
         return cls(stages=stages, spacing=(x, y, z), patch=patch, **known)
-
-
-def _triple(values: Sequence[int]) -> Triple:
-    x, y, z = values
-    return int(x), int(y), int(z)
 
 
 def _product(one: Triple, other: Triple) -> Triple:
@@ -173,7 +168,7 @@ class Residual(nn.Module):
 
     def __init__(self, width: int, kernel: Triple) -> None:
         super().__init__()
-        padding = _triple([k // 2 for k in kernel])
+        padding = triple([k // 2 for k in kernel])
         self.one = Convolution(width, width, kernel, (1, 1, 1), padding, RELU_GAIN)
         self.two = Convolution(width, width, kernel, (1, 1, 1), padding, 0.2)
 
@@ -196,8 +191,8 @@ class StageModule(nn.Module):
             (4 if first else 2) if s == 2 else (k if first else 1)
             for s, k in zip(stage.stride, stage.kernel, strict=True)
         ]
-        padding = _triple([(e - s) // 2 for e, s in zip(extent, stage.stride, strict=True)])
-        self.down = Convolution(inputs, stage.width, _triple(extent), stage.stride, padding, RELU_GAIN)
+        padding = triple([(e - s) // 2 for e, s in zip(extent, stage.stride, strict=True)])
+        self.down = Convolution(inputs, stage.width, triple(extent), stage.stride, padding, RELU_GAIN)
         self.trunk = nn.Sequential(*(Residual(stage.width, stage.kernel) for _ in range(stage.trunk)))
         self.above: Pointwise | None = None
         if spec.top_down and index + 1 < len(spec.stages):
@@ -402,123 +397,3 @@ def gather_patches(
     flat = volume.reshape(batch, channels, -1)
     out = flat.gather(2, index.view(batch, 1, -1).expand(batch, channels, -1))
     return out.view(batch, channels, count, -1).transpose(1, 2).reshape(batch, count, -1)
-
-
-# Planning
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MultiscalePlan:
-    """A network, what it is trained on, and why."""
-
-    spec: MultiscaleSpec
-    crop: Triple
-    """Voxels of a training crop, multiples of the largest stride."""
-    locations: int
-    """Locations per crop."""
-    batch: int
-    """Crops per step."""
-    reasons: tuple[str, ...]
-    """One line per decision, for the user."""
-
-
-CROP_VOXELS = 1_000_000
-"""Voxels of a step: 0.3 s a step and 0.3 GB on one CPU core."""
-
-
-SMALL_SCAN = 200_000
-"""Up to this many voxels the first stage keeps the full resolution."""
-
-LARGE = ((16, 0, 1, 16), (48, 0, 1, 48), (96, 2, 0, 48), (160, 3, 0, 48))
-"""Width, trunk and lateral blocks, and features of each stage."""
-
-SMALL = ((16, 0, 1, 16), (32, 0, 1, 32), (64, 2, 0, 48), (96, 2, 0, 48))
-"""The same for small scans: their coarse maps have a few hundred cells, and steps are a third cheaper with no loss
-of accuracy (hippocampus, 4 minutes of a core: 0.879 both)."""
-
-
-def plan_stages(spacing: Spacing, shape: Triple, count: int, fine: bool) -> tuple[tuple[Triple, Triple], ...]:
-    """(stride, kernel) of each stage.
-
-    An axis is halved when its cells are not yet longer than those of the finest axis by a factor of 2 or
-    more, and while at least 4 cells remain; kernels reach along an axis under the same rule. So 10 mm slices
-    stay whole until the cells in the slice have grown to that size.
-
-    Args:
-        count: Number of stages.
-        fine: The first stage keeps the full resolution.
-    """
-    mm, cells, out = list(spacing), list(shape), []
-    for i in range(count):
-        close = [m < 2 * min(mm) for m in mm]
-        stride = [
-            2 if c and n >= 8 and not (fine and i == 0) else 1 for c, n in zip(close, cells, strict=True)
-        ]
-        mm = [m * s for m, s in zip(mm, stride, strict=True)]
-        cells = [ceil(n / s) for n, s in zip(cells, stride, strict=True)]
-        kernel = [3 if m < 2 * min(mm) and n > 1 else 1 for m, n in zip(mm, cells, strict=True)]
-        out.append((_triple(stride), _triple(kernel)))
-    return tuple(out)
-
-
-def plan_crop(shape: Triple, stride: Triple, voxels: int) -> Triple:
-    """The largest crop of at most about `voxels`, shaped like the scans, each axis a multiple of `stride`."""
-    full = [s * ceil(n / s) for n, s in zip(shape, stride, strict=True)]
-    scale = 1.0
-    while True:
-        crop = [max(s, s * round(n * scale / s)) for n, s in zip(full, stride, strict=True)]
-        if prod(crop) <= voxels or crop == list(stride):
-            return _triple(crop)
-        scale *= 0.98
-
-
-def plan(
-    spacing: Spacing,
-    median_shape: Triple,
-    channels: int,
-    classes: int,
-    *,
-    crop_voxels: int = CROP_VOXELS,
-    locations: int = 4096,
-) -> MultiscalePlan:
-    """Choose stages, crop, batch and locations for a data set.
-
-    Args:
-        spacing: mm of the training grid.
-        median_shape: Voxels of the median scan on that grid.
-        channels: Channels of a scan.
-        classes: Logits a location: 1, or number of structures + 1.
-        crop_voxels: Voxels of a step that the machine affords.
-        locations: Locations per crop.
-    """
-    reasons: list[str] = []
-    fine = prod(median_shape) <= SMALL_SCAN
-    sizes = SMALL if fine else LARGE
-    shapes = plan_stages(spacing, median_shape, len(sizes), fine)
-    stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
-    patch = _triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
-    spec = MultiscaleSpec(channels, classes, spacing, stages, patch)
-    text = " × ".join(f"{s:g}" for s in spacing)
-    reasons.append(f"grid: {text} mm, the median spacing of the training scans")
-    if fine:
-        reasons.append(
-            f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
-        )
-    cells = ", ".join(
-        "×".join(f"{m * s:g}" for m, s in zip(spacing, stride, strict=True)) for stride in spec.strides
-    )
-    reasons.append(f"stages: cells of {cells} mm")
-    if patch != (5, 5, 5):
-        reasons.append(
-            f"raw patch {'×'.join(map(str, patch))}: neighbouring voxels are far apart on the long axes"
-        )
-    crop = plan_crop(median_shape, spec.strides[-1], crop_voxels)
-    whole = all(c >= n for c, n in zip(crop, median_shape, strict=True))
-    batch = 1
-    reasons.append(
-        f"crop {'×'.join(map(str, crop))} voxels, {batch} a step: "
-        + ("a whole median scan" if whole else f"about {crop_voxels:,} voxels in the shape of the scans")
-    )
-    reasons.append(f"{locations} locations a crop, half of them near surfaces")
-    return MultiscalePlan(spec, crop, locations, batch, tuple(reasons))

@@ -14,7 +14,8 @@ from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
-from ossnet.networks.multiscale import CROP_VOXELS, MultiscaleNetwork, plan, plan_crop, plan_stages
+from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_stages
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import FILTERS, UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ossnet.data.augment import Augmentation, apply_intensity, draw
 from ossnet.data.cache import CachedCase
-from ossnet.data.crops import change_intensities, cut, draw_map, targets_at, to_scan
+from ossnet.data.crop_locations import targets_at
+from ossnet.data.crops import cut, draw_map, to_scan
+from ossnet.data.intensities import change_intensities
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.networks.unet import UNet
 from ossnet.training.losses import as_locations, compound_loss

@@ -10,9 +10,12 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.data.cache import CachedCase
-from ossnet.data.crops import CropSettings, CropSource, example, surface_voxels, without_augmentation
+from ossnet.data.crop_locations import surface_voxels
+from ossnet.data.crops import CropSettings, CropSource, without_augmentation
+from ossnet.data.examples import example
 from ossnet.data.preparation import Preparation, Statistics, as_float
-from ossnet.networks.multiscale import MultiscaleNetwork, MultiscalePlan
+from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.multiscale_plan import MultiscalePlan
 from ossnet.training.losses import compound_loss, occupancy_loss
 from ossnet.training.recipes.base import Recipe, StepLoss
 from ossnet.training.settings import Settings

@@ -1,0 +1,158 @@
+"""Where a training crop is asked, and what is right there.
+
+Letters and coordinates as in `data.crops`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer
+from scipy.ndimage import gaussian_filter
+
+from ossnet.data.crops import CropSettings, CropSource, Points, SpatialMap, inside, to_grid, to_scan
+
+_CELL = 2
+"""Voxels along each edge of the cells in which the density of locations is known."""
+
+
+def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
+    """Per structure (1, or classes - 1), the indices (M, 3) of the voxels on both sides of its surface.
+
+    These are voxels with a 6-neighbour on the other side. Both sides, because locations drawn around the inner one
+    alone are inside more often than a location near the surface is, and a network trained on them draws
+    structures too large. Structures that are absent have M = 0.
+    """
+    out = []
+    for k in range(1, max(classes, 2)):
+        mask = labels > 0 if classes == 1 else labels == k
+        surface = np.zeros(mask.shape, dtype=bool)
+        for axis in range(3):
+            lead: list[Any] = [slice(None)] * 3
+            trail: list[Any] = [slice(None)] * 3
+            lead[axis], trail[axis] = slice(1, None), slice(None, -1)
+            differs = mask[tuple(lead)] != mask[tuple(trail)]
+            surface[tuple(lead)] |= differs
+            surface[tuple(trail)] |= differs
+        out.append(np.argwhere(surface).astype(np.int32))
+    return out
+
+
+def draw_locations(
+    source: CropSource, settings: CropSettings, mapping: SpatialMap, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "N 3"], Float[np.ndarray, " N"]]:
+    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface; and their weights."""
+    crop = np.array(settings.crop, np.float32)
+    wanted = round(settings.locations * settings.near_surface)
+    near, kept = np.zeros((0, 3), np.float32), 1.0
+    candidates = [
+        _surface_in_crop(s, source, mapping, rng, 4 * wanted) for s in source.surfaces if len(s) and wanted
+    ]
+    candidates = [c for c in candidates if len(c)]
+    if candidates:
+        pick = rng.integers(len(candidates), size=2 * wanted)
+        rank = rng.random(2 * wanted)
+        near = np.empty((2 * wanted, 3), np.float32)
+        for i, points in enumerate(candidates):
+            mine = pick == i
+            near[mine] = points[(rank[mine] * len(points)).astype(np.int64)]
+        sigma = np.array(settings.jitter, np.float32)[rng.integers(len(settings.jitter), size=2 * wanted)]
+        near += rng.standard_normal((2 * wanted, 3), dtype=np.float32) * sigma[:, None]
+        valid = _valid(near, source, mapping)
+        near, kept = valid[:wanted], len(valid) / len(near)
+    parts, missing, drawn, valid_draws = [near], settings.locations - len(near), 0, 0
+    while missing > 0:
+        uniform = rng.random((2 * missing, 3), dtype=np.float32) * crop - np.float32(0.5)
+        drawn += len(uniform)
+        uniform = _valid(uniform, source, mapping)
+        valid_draws += len(uniform)
+        parts.append(uniform[:missing])
+        missing -= len(parts[-1])
+    locations = np.concatenate(parts)
+    if not 0 < len(near) < len(locations) or settings.importance == 0:
+        return locations, np.ones(len(locations), np.float32)
+    everywhere = (len(locations) - len(near)) * drawn / (valid_draws * float(crop.prod()))
+    crowd = everywhere + len(near) / kept * _near_density(candidates, settings, locations)
+    weights = crowd**-settings.importance
+    return locations, np.asarray(weights / weights.mean(), np.float32)
+
+
+def _near_density(
+    candidates: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
+) -> Float[np.ndarray, " N"]:
+    """How densely locations near surfaces are drawn where `locations` lie, a draw and voxel.
+
+    A location near a surface is drawn for its label: the end of a vessel is asked often in a scan whose label
+    follows the vessel so far, and seldom in one whose label ends earlier. A network that is trained on these as they
+    come learns the odds of the draw, and draws everything longer than it was labelled. Weights against this
+    density give it the odds of the voxels, while the surface is still looked at closely.
+
+    The density is that of the candidates, smoothed as the draw smooths them; right to a few percent.
+    """
+    shape = [-(-n // _CELL) for n in settings.crop]
+    counts = np.zeros(math.prod(shape), np.float32)
+    for points in candidates:
+        found = np.bincount(_cells(points, shape), minlength=len(counts))
+        counts += found.astype(np.float32) / (len(points) * len(candidates) * _CELL**3)
+    grid = counts.reshape(shape)
+    smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
+    density: np.ndarray = np.mean(smooth, axis=0, dtype=np.float32).ravel()
+    return np.asarray(density[_cells(locations, shape)])
+
+
+def _cells(locations: Points, shape: Sequence[int]) -> Integer[np.ndarray, " N"]:
+    """Flat indices of the cells that locations lie in."""
+    x, y, z = (
+        np.clip(((locations[:, i] + 0.5) / _CELL).astype(np.int64), 0, n - 1) for i, n in enumerate(shape)
+    )
+    return np.asarray((x * shape[1] + y) * shape[2] + z)
+
+
+def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Float[np.ndarray, "V 3"]:
+    crop = np.array(mapping.crop, np.float32)
+    here = ((locations >= -0.5) & (locations <= crop - 0.5)).all(axis=1)
+    here &= inside(to_scan(mapping(locations), source.zoom), source.shape)
+    return locations[here]
+
+
+def _surface_in_crop(
+    surface: Integer[np.ndarray, "M 3"],
+    source: CropSource,
+    mapping: SpatialMap,
+    rng: np.random.Generator,
+    limit: int,
+) -> Float[np.ndarray, "V 3"]:
+    """At most about `limit` surface voxels that the crop shows, in crop coordinates."""
+    if len(surface) > 4 * limit:
+        surface = surface[rng.integers(len(surface), size=4 * limit)]
+    points = mapping.inverse(to_grid(surface.astype(np.float32), source.zoom))
+    crop = np.array(mapping.crop, np.float32)
+    return points[((points >= -0.5) & (points <= crop - 0.5)).all(axis=1)]
+
+
+def targets_at(
+    source: CropSource, points: Points, soft: bool
+) -> Float[np.ndarray, "N"] | Float[np.ndarray, "N K"]:
+    """Occupancy (N,) or class distribution (N, K) at scan coordinates; beyond the scan its border is
+    repeated."""
+    shape, labels = source.shape, source.labels
+    if not soft:
+        nearest = [np.clip(np.floor(points[:, i] + 0.5).astype(np.int64), 0, shape[i] - 1) for i in range(3)]
+        found, weights = labels[tuple(nearest)][:, None], np.ones((len(points), 1), np.float32)
+    else:
+        steps, fractions = [], []
+        for i in range(3):
+            x = np.clip(points[:, i], 0, shape[i] - 1)
+            first = np.minimum(x.astype(np.int64), max(shape[i] - 2, 0))
+            steps.append((first, np.minimum(first + 1, shape[i] - 1)))
+            fractions.append((1 - (x - first), x - first))
+        corners = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+        found = np.stack([labels[steps[0][i], steps[1][j], steps[2][k]] for i, j, k in corners], axis=1)
+        weights = np.stack(
+            [fractions[0][i] * fractions[1][j] * fractions[2][k] for i, j, k in corners], axis=1
+        )
+    if source.classes == 1:
+        return np.asarray(((found > 0) * weights).sum(axis=1), np.float32)
+    shares = [((found == k) * weights).sum(axis=1) for k in range(source.classes)]
+    return np.stack(shares, axis=1).astype(np.float32)

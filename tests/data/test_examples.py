@@ -1,0 +1,115 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.data.balls import ISO, as_is, ball
+
+from ossnet.data.crop_locations import surface_voxels, targets_at
+from ossnet.data.crops import CropSource, without_augmentation
+from ossnet.data.examples import example
+
+SEEDS = st.integers(0, 10_000)
+ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=SEEDS, zoom=ZOOMS, classes=st.sampled_from([1, 3]))
+def test_examples_are_complete_and_pure(seed: int, zoom: tuple[float, float, float], classes: int) -> None:
+    source = ball(classes=classes, zoom=zoom)
+    one = example(source, ISO, np.random.default_rng(seed))
+    two = example(source, ISO, np.random.default_rng(seed))
+    for key, value in one.items():
+        assert torch.equal(value, two[key]), key
+        assert value.dtype == torch.float32
+    assert one["image"].shape == (3, *ISO.crop)
+    assert one["locations"].shape == (300, 3)
+    assert one["targets"].shape == ((300,) if classes == 1 else (300, 3))
+    assert one["coarse"].shape == (classes, 4, 6, 4)
+    assert one["weights"].shape == (4, 6, 4)
+    assert bool((one["locations"] >= -0.5).all())
+    assert bool((one["locations"] <= torch.tensor(ISO.crop) - 0.5).all())
+    if classes > 1:
+        assert torch.allclose(one["targets"].sum(-1), torch.ones(300), atol=1e-5)
+
+
+def test_half_of_the_locations_are_near_the_surface_and_of_both_kinds() -> None:
+    source = ball()
+    plan = replace(without_augmentation(ISO), crop=(32, 32, 24), jitter=(1.0,))
+    made = example(source, plan, np.random.default_rng(0))
+    inside = float(made["targets"].mean())
+    assert 0.2 < inside < 0.6
+    # Without augmentation the image says where each voxel of the crop lies.
+    corner = made["image"][:, 0, 0, 0]
+    distance = (made["locations"] + corner - (torch.tensor(source.shape) - 1) / 2).norm(dim=1)
+    near = (distance - 8).abs() < 3
+    assert float(near.float().mean()) > 0.5
+
+
+def test_soft_targets_interpolate_and_hard_ones_do_not() -> None:
+    labels = np.zeros((4, 4, 4), np.uint8)
+    labels[2:] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    points = np.array([[1.25, 1, 1], [1.75, 2, 2], [9, 0, 0]], np.float32)
+    np.testing.assert_allclose(targets_at(source, points, soft=True), [0.25, 0.75, 1])
+    np.testing.assert_allclose(targets_at(source, points, soft=False), [0, 1, 1])
+    several = replace(source, classes=2)
+    np.testing.assert_allclose(targets_at(several, points, soft=True)[0], [0.75, 0.25])
+
+
+def test_surfaces_are_both_sides() -> None:
+    labels = np.zeros((7, 7, 7), np.uint8)
+    labels[1:6, 1:6, 1:6] = 1
+    labels[3, 3, 3] = 2
+    both = (5**3 - 3**3) + 6 * 5**2
+    one, two = surface_voxels(labels, 3)
+    assert len(one) == both + 7
+    assert len(two) == 7
+    assert [3, 3, 3] in two.tolist()
+    assert len(surface_voxels(labels, 1)[0]) == both
+    assert [len(s) for s in surface_voxels(np.zeros((3, 3, 3), np.uint8), 3)] == [0, 0]
+
+
+def test_locations_near_a_flat_surface_are_inside_half_of_the_time() -> None:
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[:20] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    plan = replace(
+        without_augmentation(ISO), crop=(32, 32, 32), locations=4000, near_surface=1.0, jitter=(1.0,)
+    )
+    targets = [example(source, plan, np.random.default_rng(s))["targets"].mean() for s in range(5)]
+    assert float(torch.stack(targets).mean()) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("spatial", [0.0, 1.0])
+def test_weights_undo_the_crowd_near_surfaces(classes: int, spatial: float) -> None:
+    """Whatever is averaged over the locations has the mean of the voxels, although half of them are near surfaces."""
+    source = ball(classes=classes)
+    plan = replace(ISO, crop=(28, 32, 24), locations=2000, spatial=spatial, intensity=0.0)
+    weighted, plain, volume = [], [], []
+    for seed in range(40):
+        made = example(source, plan, np.random.default_rng(seed))
+        targets, weights = made["targets"].reshape(2000, -1)[:, -1], made["importance"]
+        assert float(weights.mean()) == pytest.approx(1, abs=1e-5)
+        weighted.append(float((targets * weights).mean()))
+        plain.append(float(targets.mean()))
+        even = example(source, replace(plan, near_surface=0.0), np.random.default_rng(seed))
+        assert bool((even["importance"] == 1).all())
+        volume.append(float(even["targets"].reshape(2000, -1)[:, -1].mean()))
+    truth = float(np.mean(volume))
+    assert float(np.mean(weighted)) == pytest.approx(truth, rel=0.1)
+    assert float(np.mean(plain)) > 2 * truth
+    off = example(source, replace(plan, importance=0.0), np.random.default_rng(0))
+    assert bool((off["importance"] == 1).all())
+
+
+def test_a_scan_without_the_structure_and_one_of_a_single_slice() -> None:
+    empty = np.zeros((20, 5, 1), np.int16)
+    source = CropSource(empty[None], empty.astype(np.uint8), 1, surface_voxels(empty, 1), as_is)
+    made = example(source, ISO, np.random.default_rng(3))
+    assert float(made["targets"].sum()) == 0
+    assert made["locations"].shape == (300, 3)
+    assert bool(torch.isfinite(made["image"]).all())
