@@ -130,7 +130,7 @@ def test_plans_follow_the_spacing(
     spacing: tuple[float, float, float], shape: tuple[int, int, int], classes: int
 ) -> None:
     chosen = plan(spacing, shape, 1, classes)
-    assert len(chosen.reasons) >= 4
+    assert {"stages", "crop"} <= {reason.split()[0].rstrip(":") for reason in chosen.reasons}
     mm = np.array(spacing)
     for stage, (before, after) in zip(
         chosen.spec.stages, pairwise([(1, 1, 1), *chosen.spec.strides]), strict=True

@@ -14,10 +14,6 @@ class MultiscalePlan:
     spec: MultiscaleSpec
     crop: Triple
     """Voxels of a training crop, multiples of the largest stride."""
-    locations: int
-    """Locations per crop."""
-    batch: int
-    """Crops per step."""
     reasons: tuple[str, ...]
     """One line per decision, for the user."""
 
@@ -79,17 +75,15 @@ def plan(
     classes: int,
     *,
     crop_voxels: int = CROP_VOXELS,
-    locations: int = 4096,
 ) -> MultiscalePlan:
-    """Choose stages, crop, batch and locations for a data set.
+    """Choose stages and crop for a data set.
 
     Args:
         spacing: mm of the training grid.
         median_shape: Voxels of the median scan on that grid.
         channels: Channels of a scan.
         classes: Logits a location: 1, or number of structures + 1.
-        crop_voxels: Voxels of a step that the machine affords.
-        locations: Locations per crop.
+        crop_voxels: Voxels of a crop that the machine affords.
     """
     reasons: list[str] = []
     fine = prod(median_shape) <= SMALL_SCAN
@@ -98,8 +92,6 @@ def plan(
     stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
     patch = triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
     spec = MultiscaleSpec(channels, classes, spacing, stages, patch)
-    text = " × ".join(f"{s:g}" for s in spacing)
-    reasons.append(f"grid: {text} mm, the median spacing of the training scans")
     if fine:
         reasons.append(
             f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
@@ -114,10 +106,8 @@ def plan(
         )
     crop = plan_crop(median_shape, spec.strides[-1], crop_voxels)
     whole = all(c >= n for c, n in zip(crop, median_shape, strict=True))
-    batch = 1
     reasons.append(
-        f"crop {'×'.join(map(str, crop))} voxels, {batch} a step: "
+        f"crop {'×'.join(map(str, crop))} voxels: "
         + ("a whole median scan" if whole else f"about {crop_voxels:,} voxels in the shape of the scans")
     )
-    reasons.append(f"{locations} locations a crop, half of them near surfaces")
-    return MultiscalePlan(spec, crop, locations, batch, tuple(reasons))
+    return MultiscalePlan(spec, crop, tuple(reasons))

@@ -5,6 +5,7 @@ Every choice that the user did not make is named with its reason.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -89,11 +90,12 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     )
 
     windows = _windows(dataset, train, settings, reasons)
-    base = Preparation(
-        orientation=settings.data.orientation,
-        normalise="window" if windows else "none" if settings.data.normalise == "none" else "zscore",
-        windows=windows,
+    normalise: Literal["window", "none", "zscore"] = (
+        "window" if windows else "none" if settings.data.normalise == "none" else "zscore"
     )
+    if normalise == "zscore":
+        reasons.append("intensities of every scan brought to mean 0 and deviation 1, since they have no unit")
+    base = Preparation(orientation=settings.data.orientation, normalise=normalise, windows=windows)
     grids = read_grids(train, base)
     channels = len(dataset.channel_names)
     reason: tuple[str, ...] = ()
@@ -223,11 +225,36 @@ def _multiscale(
         grids.median_shape_at(spacing),
         channels,
         classes,
-        locations=settings.sampling.locations,
         **({"crop_voxels": settings.sampling.crop_voxels} if settings.sampling.crop_voxels else {}),
     )
     network = MultiscaleNetwork(chosen.spec)
-    return MultiscaleRecipe(network, preparation, settings, chosen), chosen.reasons
+    origin = "as set" if settings.data.spacing else "the median spacing of the training scans"
+    grid = f"grid: {' × '.join(f'{s:g}' for s in spacing)} mm, {origin}"
+    reasons = (grid, *chosen.reasons, *_training_reasons(settings, classes))
+    return MultiscaleRecipe(network, preparation, settings, chosen), reasons
+
+
+def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
+    """What the default network is fed and moved by, for the user."""
+    sampling, flips = settings.sampling, settings.augmentation.flip_axes
+    balance = ", of every structure as many" if classes > 1 else ""
+    weights = "; weights make them count as the voxels do" if sampling.importance else ""
+    deformed = (
+        "rotated, scaled and bent, intensities changed" if settings.augmentation.spatial else "as scanned"
+    )
+    mirrored = (
+        f"mirrored along axes {', '.join(map(str, flips))}"
+        if flips
+        else "not mirrored, since left and right may differ (augmentation.flip_axes)"
+    )
+    optimiser = settings.optimiser
+    return (
+        f"{settings.schedule.batch_size} crop{'s' * (settings.schedule.batch_size > 1)} a step, "
+        f"{sampling.locations} locations a crop, half of them near surfaces{balance}{weights}",
+        f"crops {deformed}; {mirrored}",
+        f"optimiser {optimiser.name}"
+        + (": Muon for convolutions, AdamW for the rest" if optimiser.name == "muon" else ""),
+    )
 
 
 def _unet(

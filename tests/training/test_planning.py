@@ -1,0 +1,60 @@
+"""What a training picks by itself is said, and true."""
+
+import json
+import shutil
+from pathlib import Path
+
+from ossnet.data.layouts import open_dataset
+from ossnet.training.planning import TrainingPlan, make_plan
+from ossnet.training.settings import make_settings
+
+
+def planned(data: Path, *changes: str) -> TrainingPlan:
+    dataset = open_dataset(data)
+    return make_plan(dataset, dataset.cases, make_settings(changes=changes))
+
+
+def test_the_default_variant_says_what_it_picked(balls: Path) -> None:
+    plan = planned(balls, "sampling.locations=64")
+    said = "\n".join(plan.reasons)
+    for text in (
+        "structures: shell, core",
+        "mean 0 and deviation 1, since they have no unit",
+        "grid: 2 × 1 × 1 mm, the median spacing of the training scans",
+        "1 crop a step, 64 locations a crop, half of them near surfaces, of every structure as many; weights",
+        "not mirrored, since left and right may differ",
+        "Muon for convolutions",
+    ):
+        assert text in said
+
+
+def test_what_was_set_is_said_as_such(balls: Path) -> None:
+    plan = planned(
+        balls,
+        "data.spacing=1,1,1",
+        "schedule.batch_size=2",
+        "sampling.importance=0",
+        "augmentation.flip_axes=[0,1]",
+        "augmentation.spatial=false",
+        "optimiser.name=adamw",
+        "data.target=foreground",
+    )
+    said = "\n".join(plan.reasons)
+    assert "grid: 1 × 1 × 1 mm, as set" in said
+    assert "2 crops a step" in said
+    assert "as many" not in said
+    assert "weights make" not in said
+    assert "crops as scanned; mirrored along axes 0, 1" in said
+    assert "optimiser adamw" in said
+
+
+def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:
+    copy = tmp_path / balls.name
+    shutil.copytree(balls, copy)
+    description = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "CT"}}))
+    plan = planned(copy)
+    window = plan.model.preparation.windows[0]
+    assert 60 < window.low < 100 < window.high < 250
+    assert any(f"clipped to {window.low:.0f} to {window.high:.0f}" in reason for reason in plan.reasons)
+    assert not any("mean 0" in reason for reason in plan.reasons)
