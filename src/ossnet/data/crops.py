@@ -174,7 +174,10 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
     # The crop stays inside the scan where it fits; a smaller scan stays inside the crop.
     room = np.abs(size - crop) / 2
     present = [s for s in source.surfaces if len(s)]
-    shift = rng.uniform(-1, 1, 3) * room
+    # Around any voxel, and then moved inside. Were all places inside as likely, the scan's borders would hardly ever
+    # be seen: that is where structures were found that are none.
+    anywhere = rng.uniform(-1, 1, 3)
+    shift = np.where(size > crop, np.clip(anywhere * size / 2, -room, room), anywhere * room)
     if present and rng.random() < settings.centred:
         surface = present[int(rng.integers(len(present)))]
         point = to_grid(surface[int(rng.integers(len(surface)))][None].astype(np.float32), source.zoom)[0]
