@@ -54,7 +54,7 @@ def test_patches_from_boxes_are_those_of_the_whole(
     kind: Any, scattered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if scattered:
-        monkeypatch.setattr("ossnet.networks.boxes.WINDOW", 100)
+        monkeypatch.setattr("ossnet.networks.sources.WINDOW", 100)
     volume = tiny.scan((40, 30, 20), channels=2)
     scan = Scan.bound(volume, Preparation())
     whole = prepare_scan(volume, Preparation()).image
