@@ -54,8 +54,8 @@ def test_distant_slices_are_not_rotated_into_each_other() -> None:
 
 
 def test_the_borders_of_a_scan_are_seen() -> None:
-    """A face of the scan is in a third of the crops that lie anywhere, and a corner in some."""
-    plan = replace(ISO, centred=0.0, spatial=0.0)
+    """A face of the scan is in a third of the crops that seek its borders, and a corner in some."""
+    plan = replace(ISO, centred=0.0, borders=1.0, spatial=0.0)
     source = ball()
     faces, corners = np.zeros((2, 3)), 0
     for seed in range(300):
