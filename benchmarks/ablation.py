@@ -51,8 +51,6 @@ CHANGES: dict[str, Change] = {
     "no offsets": Change(offsets=False),
     "decoder of width 64": Change(spec=lambda spec: replace(spec, decoder_width=64)),
     "hard targets": Change(crops=lambda crops: replace(crops, soft=False)),
-    "crops never seek borders": Change(crops=lambda crops: replace(crops, borders=0.0)),
-    "crops always seek borders or surfaces": Change(crops=lambda crops: replace(crops, borders=1.0)),
     "no top-down path": Change(spec=lambda spec: replace(spec, top_down=False)),
     "a quarter of soft Dice": Change(("loss.dice=0.25",)),
     "no deep supervision": Change(("loss.aux=0",)),

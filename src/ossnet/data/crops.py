@@ -72,8 +72,6 @@ class CropSettings:
     """How far weights of locations undo that they crowd near surfaces (`data.crop_locations`): 1 wholly, 0 not."""
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
-    borders: float = 0.5
-    """Share of those anywhere that seek the scan's borders (`draw_map`)."""
     soft: bool = True
     """Targets by trilinear interpolation of the labels instead of the nearest label."""
     flips: tuple[int, ...] = ()
@@ -176,11 +174,7 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
     # The crop stays inside the scan where it fits; a smaller scan stays inside the crop.
     room = np.abs(size - crop) / 2
     present = [s for s in source.surfaces if len(s)]
-    # Every other one lies around any voxel and is then moved inside. Were all places inside as likely, the borders of
-    # a scan would hardly be seen, and structures be found there that are none.
-    reach = size / 2 if rng.random() < settings.borders else room
-    anywhere = rng.uniform(-1, 1, 3)
-    shift = np.where(size > crop, np.clip(anywhere * reach, -room, room), anywhere * room)
+    shift = rng.uniform(-1, 1, 3) * room
     if present and rng.random() < settings.centred:
         surface = present[int(rng.integers(len(present)))]
         point = to_grid(surface[int(rng.integers(len(surface)))][None].astype(np.float32), source.zoom)[0]
