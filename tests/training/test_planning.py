@@ -58,3 +58,5 @@ def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:
     assert 60 < window.low < 100 < window.high < 250
     assert any(f"clipped to {window.low:.0f} to {window.high:.0f}" in reason for reason in plan.reasons)
     assert not any("mean 0" in reason for reason in plan.reasons)
+    plan = planned(copy, "data.normalise=zscore")
+    assert any(reason.endswith("mean 0 and deviation 1") for reason in plan.reasons)

@@ -19,8 +19,7 @@ class MultiscalePlan:
 
 
 CROP_VOXELS = 1_000_000
-"""Voxels of a step: 0.3 s a step and 0.3 GB on one CPU core."""
-
+"""Voxels of a crop: on one CPU core 0.3 s a step in bf16, 0.8 s in float32, and 0.3 GB."""
 
 SMALL_SCAN = 200_000
 """Up to this many voxels the first stage keeps the full resolution."""

@@ -94,7 +94,8 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         "window" if windows else "none" if settings.data.normalise == "none" else "zscore"
     )
     if normalise == "zscore":
-        reasons.append("intensities of every scan brought to mean 0 and deviation 1, since they have no unit")
+        why = "" if _is_ct(dataset) else ", since they have no unit"
+        reasons.append(f"intensities of every scan brought to mean 0 and deviation 1{why}")
     base = Preparation(orientation=settings.data.orientation, normalise=normalise, windows=windows)
     grids = read_grids(train, base)
     channels = len(dataset.channel_names)
@@ -129,6 +130,10 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     return TrainingPlan(model, recipe, classes, tuple(reasons))
 
 
+def _is_ct(dataset: Dataset) -> bool:
+    return all(name.strip().lower() == "ct" for name in dataset.channel_names)
+
+
 def _windows(
     dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]
 ) -> tuple[ChannelWindow, ...]:
@@ -137,8 +142,8 @@ def _windows(
     The paper's variants normalise CT as MRI (SPEC §3); only the default variant and the U-Nets choose by themselves.
     """
     wanted = settings.data.normalise
-    is_ct = all(name.strip().lower() == "ct" for name in dataset.channel_names)
-    if wanted in ("zscore", "none") or (wanted == "auto" and (not is_ct or settings.variant in OFFERED)):
+    by_itself = _is_ct(dataset) and settings.variant not in OFFERED
+    if wanted in ("zscore", "none") or (wanted == "auto" and not by_itself):
         return ()
     kept: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
     rng = np.random.default_rng(settings.seed)
