@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ossnet.data.crops import positions_in_scan
 from ossnet.errors import ResourceError, SettingsError
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage
@@ -39,8 +40,9 @@ def whole(network: MultiscaleNetwork, volume: torch.Tensor, locations: torch.Ten
     padding: list[int] = []
     for n, s in zip(reversed(volume.shape[1:]), reversed(network.spec.strides[-1]), strict=True):
         padding += [0, -n % s]
+    positions = positions_in_scan(locations, volume.shape[1:])[None] if network.spec.position else None
     with torch.inference_mode():
-        logits, _ = network(F.pad(volume[None], padding, mode="replicate"), locations[None])
+        logits, _ = network(F.pad(volume[None], padding, mode="replicate"), locations[None], positions)
     return logits[0, :, 0] if network.spec.classes == 1 else logits[0]
 
 
@@ -58,6 +60,7 @@ def random_locations(shape: tuple[int, ...], count: int = 400) -> torch.Tensor:
             {"classes": 3},
             {"top_down": False},
             {"channels": 2},
+            {"position": True},
             {"stages": STAGES[:2]},
             {"stages": STAGES[:1]},
         ]

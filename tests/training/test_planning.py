@@ -26,6 +26,7 @@ def test_the_default_variant_says_what_it_picked(balls: Path) -> None:
         "Muon for convolutions",
     ):
         assert text in said
+    assert "where a location lies" not in said
 
 
 def test_what_was_set_is_said_as_such(balls: Path) -> None:
@@ -38,6 +39,7 @@ def test_what_was_set_is_said_as_such(balls: Path) -> None:
         "augmentation.spatial=false",
         "optimiser.name=adamw",
         "data.target=foreground",
+        "network.position=true",
     )
     said = "\n".join(plan.reasons)
     assert "grid: 1 × 1 × 1 mm, as set" in said
@@ -46,6 +48,7 @@ def test_what_was_set_is_said_as_such(balls: Path) -> None:
     assert "weights make" not in said
     assert "crops as scanned; mirrored along axes 0, 1" in said
     assert "optimiser adamw" in said
+    assert "where a location lies in its scan is told" in said
 
 
 def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_the_number_of_workers_changes_nothing(
         ("monai-unet", ["schedule.minutes=0.05", "optimiser.name=muon", "network.blocks=4,8"]),
         ("unet2d", ["schedule.steps_per_epoch=1", "schedule.epochs=1", "schedule.batch_size=1"]),
         ("multiscale", ["schedule.minutes=0.05", "schedule.batch_size=1"]),
+        ("multiscale", ["schedule.minutes=0.05", "network.position=true", "augmentation.flip_axes=[0]"]),
     ],
 )
 def test_every_variant_trains_and_answers(

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ossnet.data.crop_locations import draw_locations, targets_at
-from ossnet.data.crops import CropSettings, CropSource, cut, draw_map, inside, to_scan
+from ossnet.data.crops import CropSettings, CropSource, cut, draw_map, inside, positions_in_scan, to_scan
 from ossnet.data.intensities import change_intensities
 
 
@@ -16,6 +16,8 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
         image: (C, A, B, D) float32.
         locations: (N, 3) float32, crop coordinates.
         importance: (N,) float32, what each of them counts; 1 on average.
+        positions: (N, 3) float32, where in the scan they lie, from -1 to 1 per axis; if `settings.position`. In a
+            mirrored crop, where they lie in the mirrored scan.
         targets: (N,) occupancy in [0, 1] for binary, (N, K) class distributions otherwise.
         coarse: (1 or K, a, b, d), the targets at the centres of the coarse cells.
         weights: (a, b, d), 1 for coarse cells whose centre lies in the scan.
@@ -31,13 +33,19 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
     places = to_scan(mapping(centres.reshape(-1, 3)), source.zoom)
     coarse = targets_at(source, places, settings.soft)
     grid = tuple(len(c) for c in cells)
-    return {
+    points = to_scan(mapping(locations), source.zoom)
+    made = {
         "image": image,
         "locations": torch.from_numpy(locations),
         "importance": torch.from_numpy(importance),
-        "targets": torch.from_numpy(
-            targets_at(source, to_scan(mapping(locations), source.zoom), settings.soft)
-        ),
+        "targets": torch.from_numpy(targets_at(source, points, settings.soft)),
         "coarse": torch.from_numpy(np.ascontiguousarray(coarse.reshape(*grid, -1).transpose(3, 0, 1, 2))),
         "weights": torch.from_numpy(inside(places, source.shape).astype(np.float32).reshape(grid)),
     }
+    if settings.position:
+        # Rotations are small: an axis whose direction turned was mirrored.
+        mirrored = np.sign(np.diagonal(mapping.matrix))
+        made["positions"] = positions_in_scan(torch.from_numpy(points), source.shape) * torch.from_numpy(
+            mirrored
+        )
+    return made

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
+from ossnet.data.crops import positions_in_scan
 from ossnet.errors import ResourceError, SettingsError
 from ossnet.networks.boxes import (
     Box,
@@ -135,7 +136,7 @@ class BlockwiseEncoder:
     def bytes_per_location(self) -> int:
         """Working memory that grows with the chunk."""
         spec = self.spec
-        features = sum(s.features for s in spec.stages) + spec.patch_features + 6
+        features = sum(s.features for s in spec.stages) + spec.patch_features + spec.place_features
         wide = 2 * features + 8 * 3 * 2 + 4 * spec.decoder_width + 3 * spec.classes
         return 4 * wide + 16 * spec.channels * prod(spec.patch)
 
@@ -297,7 +298,10 @@ class BlockwiseEncoder:
             part.sample(to_cells(places, stride))
             for part, stride in zip(self._coarse, self.spec.strides[fine:], strict=True)
         ]
-        rows = [torch.cat(parts, dim=-1), self._patches(places), offsets_in_cells(places, self.spec)]
+        where = [offsets_in_cells(places, self.spec)]
+        if self.spec.position:
+            where.append(positions_in_scan(places, self.shape))
+        rows = [torch.cat(parts, dim=-1), self._patches(places), torch.cat(where, dim=-1)]
         if missing:
             rows = [torch.cat([r, r[-1:].expand(missing, -1)]) for r in rows]
         with self._autocast():

@@ -76,6 +76,8 @@ class MultiscaleSpec:
     decoder_blocks: int = 3
     top_down: bool = True
     """Coarser maps feed finer ones."""
+    position: bool = False
+    """The decoder is told where in the scan a location lies (`data.crops.positions_in_scan`)."""
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.classes < 1 or not self.stages:
@@ -102,6 +104,11 @@ class MultiscaleSpec:
             total = _product(total, stage.stride)
             out.append(total)
         return tuple(out)
+
+    @property
+    def place_features(self) -> int:
+        """Features of a location that depend on where it lies alone: offsets, and the position if asked for."""
+        return 9 if self.position else 6
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -250,13 +257,13 @@ class LocationDecoder(nn.Module):
         self.patch = (
             nn.Linear(spec.channels * prod(spec.patch), spec.patch_features) if spec.patch_features else None
         )
-        self.first = nn.Linear(sampled + spec.patch_features + 6, width)
+        self.first = nn.Linear(sampled + spec.patch_features + spec.place_features, width)
         self.blocks = nn.ModuleList(_decoder_block(width) for _ in range(spec.decoder_blocks))
         self.last = nn.Linear(width, spec.classes)
 
-    def forward(self, sampled: Tensor, patches: Tensor, offsets: Tensor) -> Tensor:
-        """Sampled (..., F), patches (..., C*P), offsets (..., 6) to logits (..., K)."""
-        parts = [sampled, offsets]
+    def forward(self, sampled: Tensor, patches: Tensor, places: Tensor) -> Tensor:
+        """Sampled (..., F), patches (..., C*P), `place_features` (..., 6 or 9) to logits (..., K)."""
+        parts = [sampled, places]
         if self.patch is not None:
             parts.append(self.patch(patches).to(sampled.dtype))
         h = self.first(torch.cat(parts, dim=-1))
@@ -311,15 +318,25 @@ class MultiscaleNetwork(nn.Module):
         return out
 
     def forward(
-        self, volume: Float[Tensor, "B C X Y Z"], locations: Float[Tensor, "B N 3"]
+        self,
+        volume: Float[Tensor, "B C X Y Z"],
+        locations: Float[Tensor, "B N 3"],
+        positions: Float[Tensor, "B N 3"] | None = None,
     ) -> tuple[Float[Tensor, "B N K"], Float[Tensor, "B K x y z"]]:
-        """Logits at locations, and coarse logits, of a batch of crops."""
+        """Logits at locations, and coarse logits, of a batch of crops.
+
+        Args:
+            positions: Where in their scans the locations lie, for networks that are told (`spec.position`).
+        """
         maps = self.maps(volume)
         sampled = torch.cat(
             [sample(m, to_cells(locations, s)) for m, s in zip(maps, self.spec.strides, strict=True)], dim=-1
         )
         patches = gather_patches(volume, locations, self.spec.patch)
-        logits = self.decoder(sampled, patches, offsets_in_cells(locations, self.spec))
+        places = offsets_in_cells(locations, self.spec)
+        if positions is not None:
+            places = torch.cat([places, positions], dim=-1)
+        logits = self.decoder(sampled, patches, places)
         return logits, self.coarse_logits(maps)
 
 

@@ -232,6 +232,8 @@ def _multiscale(
         classes,
         **({"crop_voxels": settings.sampling.crop_voxels} if settings.sampling.crop_voxels else {}),
     )
+    if settings.network.position:
+        chosen = replace(chosen, spec=replace(chosen.spec, position=True))
     network = MultiscaleNetwork(chosen.spec)
     origin = "as set" if settings.data.spacing else "the median spacing of the training scans"
     grid = f"grid: {' × '.join(f'{s:g}' for s in spacing)} mm, {origin}"
@@ -253,7 +255,9 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
         else "not mirrored, since left and right may differ (augmentation.flip_axes)"
     )
     optimiser = settings.optimiser
+    position = ("where a location lies in its scan is told to the network, as set",)
     return (
+        *(position if settings.network.position else ()),
         f"{settings.schedule.batch_size} crop{'s' * (settings.schedule.batch_size > 1)} a step, "
         f"{sampling.locations} locations a crop, half of them near surfaces{balance}{weights}",
         f"crops {deformed}; {mirrored}",

@@ -59,6 +59,11 @@ class NetworkSettings(_Group):
     blocks: tuple[Count, ...] | None = Field(
         None, description="output channels of the encoder blocks; filters of a U-Net's units"
     )
+    position: bool = Field(
+        False,
+        description="default variant: tell the network where in the scan a location lies; for scans that are all "
+        "cut alike",
+    )
     cbn_statistics: Literal["scalar", "feature"] = Field("scalar", description="SPEC §7.7")
     normalise_coordinates: bool = Field(False, description="SPEC §7.4")
     large_pool: Literal["avg", "released"] = Field(

@@ -63,6 +63,7 @@ def crop_settings(
         strides=strides,
         flips=augmentation.flip_axes,
         importance=settings.sampling.importance,
+        position=settings.network.position,
     )
     return chosen if augmentation.spatial else without_augmentation(chosen)
 
@@ -89,7 +90,7 @@ class MultiscaleRecipe(Recipe):
     ) -> StepLoss:
         """One forward pass over the crops."""
         batch = {key: torch.stack([e[key] for e in examples]).to(device) for key in examples[0]}
-        logits, coarse = forward(batch["image"], batch["locations"])
+        logits, coarse = forward(batch["image"], batch["locations"], batch.get("positions"))
         logits = logits.float()
         if logits.shape[-1] == 1:
             logits = logits[..., 0]
