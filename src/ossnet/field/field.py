@@ -4,7 +4,6 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Integer, Num
-from torch import Tensor
 
 from ossnet.errors import SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
+from ossnet.field.asking import Ask, ask_at, asker, probabilities
 from ossnet.field.engine import prepare
+from ossnet.field.everywhere import label_everywhere, slabs
 from ossnet.field.forecast import surface_voxels
-from ossnet.field.grid import Box, Grid, check_box, moved_box
+from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
 from ossnet.field.lattice import Window
 from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
 from ossnet.field.mesh import extract_mesh, mesh_bytes
@@ -140,7 +140,7 @@ class Field:
 
     def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
         surface = surface_voxels(self.model, grid.shape, grid.affine)
-        shape = grid.shape if region is None else _size(region)
+        shape = grid.shape if region is None else box_shape(region)
         return asking_bytes(shape, max(self.model.classes, 2), surface)
 
     # Asking at points ---------------------------------------------------------------------------------------------
@@ -156,13 +156,14 @@ class Field:
         to_fitted = self._fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
         if space == "world":
             to_fitted = to_fitted @ np.linalg.inv(self.volume.affine)
-        return self._ask(np.asarray(points, dtype=np.float64), to_fitted, self._answer)
+        logits = ask_at(self._answer, np.asarray(points, dtype=np.float64), to_fitted)
+        return logits.float().cpu().numpy()
 
     def probability(
         self, points: Num[np.ndarray, "N 3"], space: Literal["voxel", "world"] = "voxel"
     ) -> Float[np.ndarray, "N *K"]:
         """Probabilities at points: (N,) for one structure, (N, K) for K classes including background."""
-        return _probabilities(self.logits(points, space))
+        return probabilities(self.logits(points, space))
 
     # Segmenting ---------------------------------------------------------------------------------------------------
 
@@ -250,9 +251,10 @@ class Field:
         turned = self._orientation.apply(out)
         done = 0
         with reporting(progress) as report:
-            for box, locations in _slabs(self.grid.shape, voxels=question_locations(classes)):
-                found = _probabilities(self._ask(locations, self._fit.matrix(), self._answer))
-                part = found.reshape(*(high - low for low, high in zip(*box, strict=True)), -1)
+            for box, locations in slabs(self.grid.shape, voxels=question_locations(classes)):
+                logits = ask_at(self._answer, locations, self._fit.matrix())
+                found = probabilities(logits.float().cpu().numpy())
+                part = found.reshape(*box_shape(box), -1)
                 (x0, y0, z0), (x1, y1, z1) = box
                 turned[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
                 done += len(locations)
@@ -314,7 +316,7 @@ class Field:
 
     def _make_room_for_labels(self, grid: Grid, region: Box | None) -> None:
         """For the scan's own label map the paper's variants left room when they were bound."""
-        shape = grid.shape if region is None else _size(region)
+        shape = grid.shape if region is None else box_shape(region)
         if isinstance(self._answer, Coverable) or np.prod(shape) > np.prod(self.grid.shape):
             self._make_room(self._asking_bytes(grid, region), f"a label map of {shape} voxels")
 
@@ -352,27 +354,9 @@ class Field:
 
     # Parts --------------------------------------------------------------------------------------------------------
 
-    def asker(self, grid: Grid) -> Callable[[Num[np.ndarray, "N 3"]], Tensor]:
+    def asker(self, grid: Grid) -> Ask:
         """A function of voxel indices of a grid, for the octree and the mesh: logits, background outside the scan."""
-        answer, fit = self._answer, self._fit
-        to_scan = grid.to(self.grid)
-        to_fitted = fit.matrix() @ to_scan
-        inside_all = bool(_covers(self.grid.shape, grid, to_scan))
-
-        def ask(voxels: Num[np.ndarray, "N 3"]) -> Tensor:
-            logits = _call(answer, voxels, to_fitted)
-            if inside_all:
-                return logits
-            place = np.asarray(voxels) @ to_scan[:3, :3].T + to_scan[:3, 3]
-            outside = ((place < -0.5) | (place > np.array(self.grid.shape) - 0.5)).any(axis=1)
-            return _background(logits, torch.from_numpy(outside).to(logits.device))
-
-        return ask
-
-    def _ask(
-        self, locations: Num[np.ndarray, "N 3"], to_fitted: Affine, answer: Answer
-    ) -> Float[np.ndarray, "N *K"]:
-        return _call(answer, locations, to_fitted).float().cpu().numpy()
+        return asker(self._answer, grid, self.grid, self._fit.matrix())
 
     def _target(
         self,
@@ -417,7 +401,7 @@ class Field:
         options = {**THOROUGH, **options}
         ask = self.asker(grid)
         if self._resolve(strategy) == "dense":
-            return _everywhere(ask, grid.shape, region, classes, progress)
+            return label_everywhere(ask, grid.shape, region, classes, progress)
         start = options.pop("start", None)
         predicted = start is None
         if start is None and self._answer.coarse is not None and self._prediction_pays(grid):
@@ -472,7 +456,7 @@ class Field:
         segmentation = None if coarse is None else coarse.float().cpu().numpy()
         stages = ReleasedStages(self._fitted, strategy, segmentation, reevaluate=reevaluate)  # type: ignore[arg-type]
         while (voxels := stages.query()) is not None:
-            stages.update(_call(self._answer, voxels, np.eye(4)))
+            stages.update(ask_at(self._answer, voxels, np.eye(4)))
             if progress:
                 progress(stages.evaluated, stages.pending)
         grid = stages.labels()
@@ -497,90 +481,6 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _call(answer: Answer, voxels: Num[np.ndarray, "N 3"], to_fitted: Affine) -> Tensor:
-    """Map and ask; integers stay integers where the map moves whole voxels, which saves interpolation."""
-    voxels = np.asarray(voxels)
-    integral = voxels.dtype.kind in "iu" and bool((to_fitted == np.rint(to_fitted)).all())
-    if integral:
-        matrix = to_fitted.astype(np.int64)
-        identity = bool((matrix == np.eye(4, dtype=np.int64)).all())
-        mapped = voxels if identity else voxels.astype(np.int64) @ matrix[:3, :3].T + matrix[:3, 3]
-        return answer(torch.from_numpy(np.ascontiguousarray(mapped)))
-    mapped = voxels.astype(np.float64) @ to_fitted[:3, :3].T + to_fitted[:3, 3]
-    return answer(torch.from_numpy(mapped.astype(np.float32)))
-
-
-def _probabilities(logits: Float[np.ndarray, "N *K"]) -> Float[np.ndarray, "N *K"]:
-    tensor = torch.from_numpy(logits)
-    return (tensor.sigmoid() if tensor.ndim == 1 else tensor.softmax(dim=1)).numpy()
-
-
-def _background(logits: Tensor, outside: Tensor) -> Tensor:
-    logits = logits.clone()
-    if logits.ndim == 1:
-        logits[outside] = -30.0
-    else:
-        logits[outside] = -30.0
-        logits[outside, 0] = 30.0
-    return logits
-
-
-def _slabs(shape: Shape, box: Box | None = None, voxels: int = 2**16) -> Sequence[tuple[Box, np.ndarray]]:
-    """Pieces of a box, runs of planes or of rows of a plane, and their voxel indices (N, 3) in C order."""
-    (x0, y0, z0), (x1, y1, z1) = box or ((0, 0, 0), shape)
-    planes = max(1, voxels // max((y1 - y0) * (z1 - z0), 1))
-    rows = max(1, voxels // max(z1 - z0, 1)) if planes == 1 else y1 - y0
-    return _Slabs(
-        [
-            ((x, y, z0), (min(x + planes, x1), min(y + rows, y1), z1))
-            for x in range(x0, x1, planes)
-            for y in range(y0, y1, rows)
-        ]
-    )
-
-
-class _Slabs(Sequence[tuple[Box, np.ndarray]]):
-    """Made one at a time: all voxel indices of a large scan together would need more memory than the scan."""
-
-    def __init__(self, boxes: list[Box]) -> None:
-        self._boxes = boxes
-
-    def __len__(self) -> int:
-        return len(self._boxes)
-
-    def __getitem__(self, index: Any) -> Any:
-        box = self._boxes[index]
-        axes = [np.arange(low, high, dtype=np.int32) for low, high in zip(*box, strict=True)]
-        return box, np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-
-
-def _size(box: Box) -> Shape:
-    x, y, z = (high - low for low, high in zip(*box, strict=True))
-    return x, y, z
-
-
-def _everywhere(
-    ask: Callable[[np.ndarray], Tensor],
-    shape: Shape,
-    region: Box | None,
-    classes: int,
-    progress: Report | None,
-) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
-    low, high = region or ((0, 0, 0), shape)
-    size = _size((low, high))
-    out = np.empty(size, dtype=np.uint8 if classes <= 256 else np.uint16)
-    done, total = 0, int(np.prod(size))
-    for ((x0, y0, z0), (x1, y1, z1)), voxels in _slabs(shape, region, question_locations(classes)):
-        logits = ask(voxels)
-        labels = (logits > 0) if logits.ndim == 1 else logits.argmax(dim=1)
-        part = tuple(slice(a - o, b - o) for a, b, o in zip((x0, y0, z0), (x1, y1, z1), low, strict=True))
-        out[part] = labels.cpu().numpy().reshape(x1 - x0, y1 - y0, z1 - z0)
-        done += len(voxels)
-        if progress:
-            progress(done, total - done)
-    return out, done
-
-
 def _moved_triple(values: Any, orientation: Orientation) -> Any:
     """Per-axis values of the stored grid in the oriented axes."""
     return tuple(values[a] for a in orientation.axes)
@@ -588,18 +488,3 @@ def _moved_triple(values: Any, orientation: Orientation) -> Any:
 
 def _stored_affine(grid: Grid, orientation: Orientation, stored_shape: Shape) -> Affine:
     return grid.affine @ np.linalg.inv(orientation.matrix(stored_shape))
-
-
-def _covers(scan: Shape, grid: Grid, to_scan: Affine) -> bool:
-    corners = np.array(list(product(*((0.0, n - 1.0) for n in grid.shape))))
-    place = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
-    return bool((place >= -0.5 - 1e-6).all() and (place <= np.array(scan) - 0.5 + 1e-6).all())
-
-
-def canonical_codes(affine: Affine) -> str:
-    """Anatomical directions of the voxel axes, such as "LPS"."""
-    orientation = closest_canonical(affine)
-    letters = [""] * 3
-    for world, (axis, flip) in enumerate(zip(orientation.axes, orientation.flips, strict=True)):
-        letters[axis] = ("RAS", "LPI")[flip][world]
-    return "".join(letters)

@@ -71,6 +71,12 @@ class Grid:
         return bool((np.abs(mapped - (corners * other.shape - 0.5)) <= 1).all())
 
 
+def box_shape(box: Box) -> Shape:
+    """Voxels along each axis of a box."""
+    x, y, z = (high - low for low, high in zip(*box, strict=True))
+    return x, y, z
+
+
 def check_box(box: Box, shape: Shape) -> Box:
     """A box ((x0, y0, z0), (x1, y1, z1)) of voxels, ends excluded, inside a grid.
 
