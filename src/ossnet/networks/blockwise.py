@@ -10,8 +10,7 @@ Boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator, Sequence
 from math import ceil, prod
 from typing import Literal
 
@@ -26,19 +25,17 @@ from ossnet.networks.boxes import (
     Box,
     Triple,
     clip,
-    cut,
     divide,
     holds,
     join,
     meet,
-    multiply,
     pairs,
-    size_of,
     slices,
     triple,
     voxels_of,
     within,
 )
+from ossnet.networks.coarse_maps import CoarseEncoder
 from ossnet.networks.map_part import MapPart
 from ossnet.networks.multiscale import (
     MultiscaleNetwork,
@@ -46,7 +43,7 @@ from ossnet.networks.multiscale import (
     offsets_in_cells,
     to_cells,
 )
-from ossnet.networks.receptive import image_margin, ratio, reach_of, receptive_halo, trunk_margin
+from ossnet.networks.receptive import image_margin, receptive_halo
 from ossnet.networks.sources import Held, Source, windows
 
 WORK_BYTES = 64 << 20
@@ -231,7 +228,9 @@ class BlockwiseEncoder:
         self._coarse, self._prediction = [], None
         self.core, self.crop = box, crop
         with torch.inference_mode():
-            self._coarse = self._coarse_maps()
+            self._coarse = CoarseEncoder(
+                self.network, self._read, crop, self.padded, self.work, self.dtype, self.device
+            ).maps()
 
     @torch.inference_mode()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
@@ -357,7 +356,7 @@ class BlockwiseEncoder:
                 stride = spec.strides[i]
                 whole = triple(n // s for n, s in zip(self.padded, stride, strict=True))
                 cells = divide(box, stride)
-                keep = within([(a - 1, b + 1) for a, b in pairs(cells)], self._span(i))
+                keep = within([(a - 1, b + 1) for a, b in pairs(cells)], divide(self.crop, stride))
                 origin = divide(wide, stride)[0]
                 part = above[(0, slice(None), *slices(keep, origin))]
                 maps.append(MapPart.of(part, whole, keep[0], self.dtype))
@@ -384,110 +383,6 @@ class BlockwiseEncoder:
                 break
             shape[axis] = max(unit[axis], ceil(shape[axis] / 2 / unit[axis]) * unit[axis])
         return triple(shape)
-
-    def _span(self, i: int) -> Box:
-        """Cells of stage i that are computed."""
-        return divide(self.crop, self.spec.strides[i])
-
-    def _coarse_maps(self) -> list["MapPart"]:
-        """Maps of the coarse stages over the crop, from fine to coarse."""
-        spec, first = self.spec, self.network.coarse_stage
-        trunk: list[Tensor] = []
-        for i in range(first, len(spec.stages)):
-            x = self._entered(i, trunk[-1] if trunk else None)
-            trunk.append(self._refined(i, x))
-            del x
-        maps: list[MapPart] = []
-        above: Tensor | None = None
-        for i in reversed(range(first, len(spec.stages))):
-            above = self._mapped(i, trunk.pop(), above)
-            whole = triple(n // s for n, s in zip(self.padded, spec.strides[i], strict=True))
-            maps.append(MapPart.of(above[0], whole, self._span(i)[0], self.dtype))
-        return maps[::-1]
-
-    def _entered(self, i: int, before: Tensor | None) -> Tensor:
-        """Start of the trunk of stage i: from the trunk above, for the first coarse stage from the scan."""
-        spec, network = self.spec, self.network
-        if before is not None:
-            trunk, step, origin = before, spec.stages[i].stride, self._span(i - 1)[0]
-
-            def from_trunk(box: Box) -> Tensor:
-                return network.stage(i).enter(cut(trunk, multiply(box, step), origin))
-
-            cost = 4 * spec.stages[i - 1].width * prod(step)
-            return self._tiled(from_trunk, self._span(i), spec.stages[i].width, (0, 0, 0), cost)
-
-        def from_scan(box: Box) -> Tensor:
-            x = self._read(multiply(box, spec.strides[i]))
-            for j in range(i):
-                x = network.stage(j).descend(x)
-            return network.stage(i).enter(x)
-
-        margin = trunk_margin(spec, i, (0, 0, 0), trunk_of_last=False)
-        halo = triple(ceil(m / s) for m, s in zip(margin, spec.strides[i], strict=True))
-        widest = max(spec.stages[j].width * prod(ratio(spec, j, i)) for j in range(i + 1))
-        return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest)
-
-    def _refined(self, i: int, x: Tensor) -> Tensor:
-        """End of the trunk of stage i."""
-        stage, span = self.spec.stages[i], self._span(i)
-        if not stage.trunk:
-            return x
-
-        def blocks(box: Box) -> Tensor:
-            out: Tensor = self.network.stage(i).trunk(cut(x, box, span[0]))
-            return out
-
-        return self._tiled(blocks, span, stage.width, reach_of(self.spec, i, stage.trunk), 4 * stage.width)
-
-    def _mapped(self, i: int, x: Tensor, above: Tensor | None) -> Tensor:
-        """Map of stage i."""
-        spec, span = self.spec, self._span(i)
-        stage = spec.stages[i]
-        step = spec.stages[i + 1].stride if i + 1 < len(spec.stages) else (1, 1, 1)
-        origin = divide(span, step)[0]
-
-        def lateral(box: Box) -> Tensor:
-            # Boxes are widened to whole cells of the coarser map, and the surplus is cut off again.
-            cells = zip(pairs(box), step, strict=True)
-            wide = within([(a // n * n, ceil(b / n) * n) for (a, b), n in cells], span)
-            upper = None if above is None else cut(above, divide(wide, step), origin)
-            out = self.network.stage(i).map(cut(x, wide, span[0]), upper, step)
-            return out[(slice(None), slice(None), *slices(box, wide[0]))]
-
-        return self._tiled(lateral, span, stage.features, reach_of(spec, i, stage.lateral), 4 * stage.width)
-
-    def _tiled(
-        self, function: Callable[[Box], Tensor], span: Box, channels: int, halo: Triple, cost: int
-    ) -> Tensor:
-        """(1, channels, *size of span), computed tile by tile.
-
-        Args:
-            function: Output cells of a box (start, stop), right where no cell within `halo` is cut off.
-            span: The cells wanted; what a tile reads is cut off at its ends.
-            cost: Values at work per output cell.
-        """
-        size = size_of(span)
-        tile = list(size)
-        itemsize = self.dtype.itemsize
-        while (
-            prod(min(n + 2 * h, s) for n, h, s in zip(tile, halo, size, strict=True)) * cost * itemsize
-            > self.work
-        ):
-            axis = max(range(3), key=lambda a: tile[a])
-            if tile[axis] <= 4:
-                break
-            tile[axis] = ceil(tile[axis] / 2)
-        out = torch.empty(1, channels, *size, dtype=self.dtype, device=self.device)
-        starts = (range(a, b, t) for (a, b), t in zip(pairs(span), tile, strict=True))
-        for corner in product(*starts):
-            box = meet(corner, triple(tile), span)
-            wide = within([(a - h, b + h) for (a, b), h in zip(pairs(box), halo, strict=True)], span)
-            with self._autocast():
-                result = function(wide)
-            every = (slice(None), slice(None))
-            out[(*every, *slices(box, span[0]))] = result[(*every, *slices(box, wide[0]))].to(self.dtype)
-        return out
 
     def _read(self, box: Box) -> Tensor:
         """(1, C, *box) voxels; beyond the scan's end its last voxels are repeated."""
