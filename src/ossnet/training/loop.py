@@ -26,6 +26,7 @@ from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.illustration import Events, illustrate
 from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
+from ossnet.training.schedule import rate_factor
 from ossnet.training.settings import Settings
 from ossnet.training.stopping import StopRequest
 from ossnet.training.validation import SampledScores, validate
@@ -56,7 +57,8 @@ class State:
         best, best_step: Highest mean IoU so far, and its step.
         validation_seconds: Time that the last validation took.
         watched: Validation cases judged while training with a time limit; 0 before the first time.
-          losses: Loss of every step.
+        rows: The validations so far, as in `log.csv`.
+        losses: Loss of every step.
     """
 
     epoch: int = 0
@@ -278,18 +280,7 @@ class Trainer:
         return float(self.state.rows[-1]["seconds"]) + max(tenth, 10 * self.state.validation_seconds)
 
     def _set_rates(self, fraction: float) -> None:
-        schedule = self.settings.schedule
-        if schedule.kind == "cosine":
-            warm = min(1.0, fraction / schedule.warmup + 1e-2) if schedule.warmup > 0 else 1.0
-            factor = warm * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
-        elif schedule.kind == "root":
-            # The best rate falls with the root of the number of steps: so one peak suits minutes and hours.
-            done = (self.state.step + 1) / schedule.hold
-            factor = min(1.0, 10 * done) * min(1.0, done**-0.5) * (1 - min(fraction, 1.0))
-        else:
-            # With a time limit the paper's milestones keep their place in the training.
-            epoch = self.state.epoch if schedule.minutes is None else fraction * schedule.epochs
-            factor = 0.1 ** sum(epoch >= milestone for milestone in schedule.milestones)
+        factor = rate_factor(self.settings.schedule, fraction, self.state.step, self.state.epoch)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["initial_lr"] * factor
