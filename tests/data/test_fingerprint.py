@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ossnet.data.fingerprint import FitProposal, fingerprint, intensities, orientation_code, propose_fit
+from ossnet.data.fingerprint import FitProposal, fingerprint, orientation_code, propose_fit
+from ossnet.data.grey_values import intensities
 from ossnet.data.layouts import open_dataset
 from ossnet.data.splits import Split
 from ossnet.files.nifti import write_labels, write_volume
