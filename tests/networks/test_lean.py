@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ossnet.networks import kernels, native
-from ossnet.networks.lean import lean, lean_pade
+from ossnet.networks.lean import lean
+from ossnet.networks.lean_pade import lean_pade
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.pade import INITIAL_DENOMINATOR, INITIAL_NUMERATOR, pade
 from ossnet.networks.variants import spec_for
