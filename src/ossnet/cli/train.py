@@ -29,7 +29,11 @@ def command(
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file with settings.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="One setting: group.key=value.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Train for this long; the schedule fits itself.")
+        float | None,
+        typer.Option(
+            help="Train for this long; the schedule fits itself. Not given: 60 for multiscale and monai-unet, "
+            "the others train for epochs."
+        ),
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Processes or GPUs.")] = None,
     replace_nan: Annotated[
