@@ -84,7 +84,8 @@ def train(
         say("Segmenting the validation cases with the best model")
         summary = judge(out, validation_cases[: settings.validation.dense_cases], say)
         for entry in summary.classes:
-            say(f"{entry.name}: dense Dice {format_estimate('dice', entry.estimates['dice'])}")
+            dice, hd95 = (format_estimate(key, entry.estimates[key]) for key in ("dice", "hd95_mm"))
+            say(f"{entry.name}, whole scans: Dice {dice}, HD95 {hd95} mm")
     return out
 
 
