@@ -3,12 +3,13 @@
     python benchmarks/ablation.py Dataset101_LeftAtrium runs/ablation --minutes 5 --output FILE.json
 
 Each training is that of `ossnet train` with its whole schedule inside the time given, one after the other; what is
-finished is not done again. Differences below about 0.01 Dice mean nothing with one seed.
+finished is not done again. Differences below about 0.01 Dice mean nothing with one seed. `--steps 1000` in place of the
+minutes compares parts at equal steps, where other work on the machine changes nothing but the time it takes.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -58,7 +59,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def run(data: Path, out: Path, change: Change, minutes: float, threads: int) -> None:
+def run(data: Path, out: Path, change: Change, length: Sequence[str], threads: int) -> None:
     """One training; `out` is left alone when it is finished."""
     if (out / "validation.json").is_file():
         return
@@ -76,7 +77,7 @@ def run(data: Path, out: Path, change: Change, minutes: float, threads: int) -> 
 
     settings = make_settings(
         changes=[
-            f"schedule.minutes={minutes}",
+            *length,
             f"runtime.threads={threads}",
             "runtime.tensorboard=false",
             "validation.picture=false",
@@ -100,17 +101,21 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--steps", type=int, help="in place of minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", nargs="*", choices=list(CHANGES))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    length = [f"schedule.minutes={given.minutes}"]
+    if given.steps:
+        length = ["schedule.minutes=none", "schedule.epochs=1", f"schedule.steps_per_epoch={given.steps}"]
     results = {}
     for name, change in CHANGES.items():
         if given.only and name not in given.only:
             continue
         out = given.runs / name.replace(" ", "_")
         print(name, flush=True)
-        run(given.data, out, change, given.minutes, given.threads)
+        run(given.data, out, change, length, given.threads)
         found = read(out)
         mean = found["dense"][-1]["estimates"]
         results[name] = {
@@ -123,7 +128,7 @@ def main() -> None:
             {
                 "what": "Short trainings of the default network with one change each; dense, no component filter",
                 "data": given.data.name,
-                "minutes": given.minutes,
+                "minutes": None if given.steps else given.minutes,
                 "seed": 0,
                 "threads": given.threads,
                 "runs": results,
