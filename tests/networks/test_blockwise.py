@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ossnet.data.crops import positions_in_scan
 from ossnet.errors import ResourceError, SettingsError
 from ossnet.networks.blockwise import BlockwiseEncoder
-from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage
+from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage, positions_in_scan
 from ossnet.networks.receptive import receptive_halo
 
 STAGES = (
@@ -40,7 +39,8 @@ def whole(network: MultiscaleNetwork, volume: torch.Tensor, locations: torch.Ten
     padding: list[int] = []
     for n, s in zip(reversed(volume.shape[1:]), reversed(network.spec.strides[-1]), strict=True):
         padding += [0, -n % s]
-    positions = positions_in_scan(locations, volume.shape[1:])[None] if network.spec.position else None
+    size = torch.tensor(volume.shape[1:]).float()
+    positions = positions_in_scan(locations, size)[None] if network.spec.position else None
     with torch.inference_mode():
         logits, _ = network(F.pad(volume[None], padding, mode="replicate"), locations[None], positions)
     return logits[0, :, 0] if network.spec.classes == 1 else logits[0]

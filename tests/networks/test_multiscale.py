@@ -16,6 +16,7 @@ from ossnet.networks.multiscale import (
     Stage,
     gather_patches,
     offsets_in_cells,
+    positions_in_scan,
     sample,
     to_cells,
 )
@@ -118,6 +119,12 @@ def test_offsets_are_in_millimetres() -> None:
     # Voxel offsets 0.25, 0 and -0.25 of 1, 1, 2 mm; cell centres (stride 2) at 2.5, 2.5 and 6.5 - 2 = 4.5.
     expected = torch.tensor([[0.25, 0.0, -0.25 * 2, -0.25, 0.5, -0.75 * 2]]) * 2
     assert torch.allclose(offsets[:, :5], expected[:, :5])
+
+
+def test_positions_reach_from_border_to_border() -> None:
+    shape = torch.tensor([4.0, 1.0, 10.0])
+    found = positions_in_scan(torch.tensor([[-0.5, -0.5, -0.5], [1.5, 0.0, 4.5], [3.5, 0.5, 9.5]]), shape)
+    assert found.tolist() == [[-1, -1, -1], [0, 0, 0], [1, 1, 1]]
 
 
 @settings(deadline=None, max_examples=60)

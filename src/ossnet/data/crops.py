@@ -73,7 +73,7 @@ class CropSettings:
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
     position: bool = False
-    """Examples say where in the scan their locations lie."""
+    """Examples say where in their scan the locations lie."""
     soft: bool = True
     """Targets by trilinear interpolation of the labels instead of the nearest label."""
     flips: tuple[int, ...] = ()
@@ -166,12 +166,6 @@ def to_grid(points: Points, zoom: Sequence[float]) -> Points:
 def inside(points: Points, shape: Triple) -> Bool[np.ndarray, " N"]:
     """Whether scan coordinates lie in a voxel of the scan."""
     return np.asarray(((points >= -0.5) & (points <= np.array(shape) - 0.5)).all(axis=1))
-
-
-def positions_in_scan(locations: Float[Tensor, "*B N 3"], shape: Triple) -> Float[Tensor, "*B N 3"]:
-    """Where in a scan of `shape` voxels locations lie: -1 at one border to 1 at the other, per axis."""
-    size = torch.tensor(shape, dtype=locations.dtype, device=locations.device)
-    return (2 * locations + 1) / size - 1
 
 
 def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generator) -> SpatialMap:

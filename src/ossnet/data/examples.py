@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ossnet.data.crop_locations import draw_locations, targets_at
-from ossnet.data.crops import CropSettings, CropSource, cut, draw_map, inside, positions_in_scan, to_scan
+from ossnet.data.crops import CropSettings, CropSource, cut, draw_map, inside, to_scan
 from ossnet.data.intensities import change_intensities
 
 
@@ -16,8 +16,9 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
         image: (C, A, B, D) float32.
         locations: (N, 3) float32, crop coordinates.
         importance: (N,) float32, what each of them counts; 1 on average.
-        positions: (N, 3) float32, where in the scan they lie, from -1 to 1 per axis; if `settings.position`. In a
-            mirrored crop, where they lie in the mirrored scan.
+        places: (N, 3) float32, scan coordinates of the locations, if `settings.position`. In a mirrored crop those
+            of the mirrored scan.
+        shape: (3,) float32, voxels of the scan, if `settings.position`.
         targets: (N,) occupancy in [0, 1] for binary, (N, K) class distributions otherwise.
         coarse: (1 or K, a, b, d), the targets at the centres of the coarse cells.
         weights: (a, b, d), 1 for coarse cells whose centre lies in the scan.
@@ -44,8 +45,7 @@ def example(source: CropSource, settings: CropSettings, rng: np.random.Generator
     }
     if settings.position:
         # Rotations are small: an axis whose direction turned was mirrored.
-        mirrored = np.sign(np.diagonal(mapping.matrix))
-        made["positions"] = positions_in_scan(torch.from_numpy(points), source.shape) * torch.from_numpy(
-            mirrored
-        )
+        mirrored, last = np.diagonal(mapping.matrix) < 0, np.array(source.shape, np.float32) - 1
+        made["places"] = torch.from_numpy(np.where(mirrored, last - points, points))
+        made["shape"] = torch.from_numpy(last + 1)
     return made

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ossnet.data.crops import positions_in_scan
 from ossnet.errors import ResourceError, SettingsError
 from ossnet.networks.boxes import (
     Box,
@@ -41,6 +40,7 @@ from ossnet.networks.multiscale import (
     MultiscaleNetwork,
     gather_patches,
     offsets_in_cells,
+    positions_in_scan,
     to_cells,
 )
 from ossnet.networks.receptive import image_margin, receptive_halo
@@ -299,7 +299,7 @@ class BlockwiseEncoder:
         ]
         where = [offsets_in_cells(places, self.spec)]
         if self.spec.position:
-            where.append(positions_in_scan(places, self.shape))
+            where.append(positions_in_scan(places, places.new_tensor(self.shape)))
         rows = [torch.cat(parts, dim=-1), self._patches(places), torch.cat(where, dim=-1)]
         if missing:
             rows = [torch.cat([r, r[-1:].expand(missing, -1)]) for r in rows]

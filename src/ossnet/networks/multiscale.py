@@ -77,7 +77,7 @@ class MultiscaleSpec:
     top_down: bool = True
     """Coarser maps feed finer ones."""
     position: bool = False
-    """The decoder is told where in the scan a location lies (`data.crops.positions_in_scan`)."""
+    """The decoder is told where in the scan a location lies (`positions_in_scan`)."""
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.classes < 1 or not self.stages:
@@ -359,6 +359,13 @@ def offsets_in_cells(locations: Float[Tensor, "*B N 3"], spec: MultiscaleSpec) -
     cells = (locations + 0.5) / stride
     in_cell = (cells - torch.floor(cells) - 0.5) * stride
     return torch.cat([in_voxel * unit, in_cell * unit], dim=-1)
+
+
+def positions_in_scan(
+    locations: Float[Tensor, "*B N 3"], shape: Float[Tensor, "*B 3"]
+) -> Float[Tensor, "*B N 3"]:
+    """Where in scans of `shape` voxels locations lie: -1 at one border to 1 at the other, per axis."""
+    return (2 * locations + 1) / shape[..., None, :] - 1
 
 
 def corners(

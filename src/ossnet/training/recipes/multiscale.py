@@ -14,7 +14,7 @@ from ossnet.data.crop_locations import surface_voxels
 from ossnet.data.crops import CropSettings, CropSource, without_augmentation
 from ossnet.data.examples import example
 from ossnet.data.preparation import Preparation, Statistics, as_float
-from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.multiscale import MultiscaleNetwork, positions_in_scan
 from ossnet.networks.multiscale_plan import MultiscalePlan
 from ossnet.training.losses import compound_loss, occupancy_loss
 from ossnet.training.recipes.base import Recipe, StepLoss
@@ -90,7 +90,8 @@ class MultiscaleRecipe(Recipe):
     ) -> StepLoss:
         """One forward pass over the crops."""
         batch = {key: torch.stack([e[key] for e in examples]).to(device) for key in examples[0]}
-        logits, coarse = forward(batch["image"], batch["locations"], batch.get("positions"))
+        positions = positions_in_scan(batch["places"], batch["shape"]) if self.crops.position else None
+        logits, coarse = forward(batch["image"], batch["locations"], positions)
         logits = logits.float()
         if logits.shape[-1] == 1:
             logits = logits[..., 0]
