@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.balls import ISO, ball
 
-from ossnet.data.crops import cut, draw_map, to_grid, to_scan
+from ossnet.data.crops import cut, draw_map, inside, to_grid, to_scan
 
 SEEDS = st.integers(0, 10_000)
 ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
@@ -56,3 +56,41 @@ def test_distant_slices_are_not_rotated_into_each_other() -> None:
 def test_grid_and_scan_coordinates_invert_each_other() -> None:
     points = np.random.default_rng(0).random((5, 3)).astype(np.float32)
     np.testing.assert_allclose(to_grid(to_scan(points, (2.0, 0.5, 1.1)), (2.0, 0.5, 1.1)), points, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=SEEDS, thin=st.integers(1, 12), axis=st.integers(0, 2), spatial=st.sampled_from([0.0, 1.0]))
+def test_few_slices_stay_in_sight(seed: int, thin: int, axis: int, spatial: float) -> None:
+    """Also at the edge of a much thicker crop: there are voxels to ask about, and they are not rotated out of it."""
+    shape = [60, 50, 40]
+    shape[axis] = thin
+    source = ball((shape[0], shape[1], shape[2]))
+    crop = (48, 40, 32)
+    mapping = draw_map(
+        source, replace(ISO, crop=crop, spatial=spatial, elastic=4.0), np.random.default_rng(seed)
+    )
+    assert axis not in mapping.axes
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in crop), indexing="ij"), -1).reshape(-1, 3)
+    share = inside(mapping(voxels.astype(np.float32)), source.shape).mean()
+    assert share > 0.3 * thin / crop[axis]
+
+
+def test_the_longest_spacing_is_not_rotated_even_where_all_are_apart() -> None:
+    for spacing in ((3.0, 0.4, 0.8), (3.0, 1.0, 2.0)):
+        plan = replace(ISO, crop=(48, 48, 48), spacing=spacing, spatial=1.0)
+        assert draw_map(ball((60, 60, 60)), plan, np.random.default_rng(0)).axes == (1, 2)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=SEEDS, extent=st.integers(16, 64))
+def test_nothing_is_folded(seed: int, extent: int) -> None:
+    plan = replace(ISO, crop=(extent, extent, extent), spatial=1.0, elastic=8.0)
+    mapping = draw_map(ball((64, 64, 64)), plan, np.random.default_rng(seed))
+    axes = [np.linspace(0, extent - 1, 30) for _ in range(3)]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
+    step = np.float32(0.05)
+    columns = [
+        (mapping(grid + step * np.eye(3, dtype=np.float32)[i]) - mapping(grid)) / step for i in range(3)
+    ]
+    volume = np.linalg.det(np.stack(columns, axis=-1))
+    assert (volume > 0).mean() > 0.99

@@ -139,3 +139,13 @@ def test_places_are_those_of_the_scan_or_of_its_mirror_image(
         close = (scan - direction * shown).abs() <= 0.51 / torch.tensor(zoom) + 1e-3
         assert bool(close.all())
     assert "places" not in example(source, replace(plan, position=False), np.random.default_rng(seed))
+
+
+def test_a_single_slice_in_a_thick_crop_is_asked_about() -> None:
+    labels = np.zeros((50, 1, 40), np.uint8)
+    labels[10:30, :, 10:30] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    for seed in range(20):
+        made = example(source, replace(ISO, crop=(32, 64, 32), spatial=1.0), np.random.default_rng(seed))
+        assert made["locations"].shape == (300, 3)
+        assert 0 < float(made["targets"].mean()) < 1

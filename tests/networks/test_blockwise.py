@@ -222,3 +222,10 @@ def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:
 def test_wrong_channels_are_refused() -> None:
     with pytest.raises(SettingsError, match="2 channels"):
         BlockwiseEncoder(trained(), torch.randn(2, 16, 16, 16))
+
+
+def test_a_box_beside_the_scan_is_no_error() -> None:
+    encoder = BlockwiseEncoder(trained(), torch.randn(1, 40, 30, 20))
+    encoder.cover(((200, 5, 5), (220, 20, 15)))
+    assert encoder.coarse is not None
+    assert torch.isfinite(encoder(torch.tensor([[210.0, 10.0, 10.0]]))).all()

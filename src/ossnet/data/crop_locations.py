@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Integer
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 
 from ossnet.data.crops import CropSettings, CropSource, Points, SpatialMap, inside, to_grid, to_scan
 
@@ -25,8 +25,14 @@ def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[I
     structures too large. Structures that are absent have M = 0.
     """
     out = []
-    for k in range(1, max(classes, 2)):
-        mask = labels > 0 if classes == 1 else labels == k
+    if classes == 1:
+        labels, classes = (labels > 0).astype(np.uint8), 2
+    for k, box in enumerate(find_objects(labels, max_label=classes - 1), 1):
+        if box is None:
+            out.append(np.zeros((0, 3), np.int32))
+            continue
+        low = [max(s.start - 1, 0) for s in box]
+        mask = labels[tuple(slice(a, s.stop + 1) for a, s in zip(low, box, strict=True))] == k
         surface = np.zeros(mask.shape, dtype=bool)
         for axis in range(3):
             lead: list[Any] = [slice(None)] * 3
@@ -35,7 +41,7 @@ def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[I
             differs = mask[tuple(lead)] != mask[tuple(trail)]
             surface[tuple(lead)] |= differs
             surface[tuple(trail)] |= differs
-        out.append(np.argwhere(surface).astype(np.int32))
+        out.append((np.argwhere(surface) + low).astype(np.int32))
     return out
 
 
@@ -46,8 +52,9 @@ def draw_locations(
     crop = np.array(settings.crop, np.float32)
     wanted = round(settings.locations * settings.near_surface)
     near, kept = np.zeros((0, 3), np.float32), 1.0
+    present = [s for s in source.surfaces if len(s) and wanted]
     candidates = [
-        _surface_in_crop(s, source, mapping, rng, 4 * wanted) for s in source.surfaces if len(s) and wanted
+        _surface_in_crop(s, source, mapping, rng, max(4 * wanted // len(present), 64)) for s in present
     ]
     candidates = [c for c in candidates if len(c)]
     if candidates:
@@ -88,7 +95,9 @@ def _near_density(
     come learns the odds of the draw, and draws everything longer than it was labelled. Weights against this
     density give it the odds of the voxels, while the surface is still looked at closely.
 
-    The density is that of the candidates, smoothed as the draw smooths them; right to a few percent.
+    The density is that of the candidates, smoothed as the draw smooths them. Cells blur it: right to a few percent,
+    but for the first two voxels outside a structure, which count 11 to 18 % too much. Finer cells cost a tenth of a
+    step, and shift logits there by 0.16 at most.
     """
     shape = [-(-n // _CELL) for n in settings.crop]
     counts = np.zeros(math.prod(shape), np.float32)

@@ -25,6 +25,13 @@ Points = Float[np.ndarray, "N 3"]
 ToTensor = Callable[[Num[np.ndarray, "C X Y Z"]], Float[Tensor, "C X Y Z"]]
 
 
+_THIN = 16
+"""With fewer voxels along an axis, rotation and bending would move most of a scan out of itself."""
+
+_BEND = 0.4
+"""Largest displacement of the elastic grid, in distances between its control points."""
+
+
 @dataclass(frozen=True)
 class CropSource:
     """One case to cut crops from.
@@ -183,9 +190,7 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         place = point + rng.uniform(-0.35, 0.35, 3) * crop - centre
         shift = np.where(size > crop, np.clip(place, -room, room), shift)
 
-    planes = list(combinations(range(3), 2))
-    # Slices far apart are not rotated into each other.
-    allowed = [p for p in planes if mm[list(p)].max() < 2 * mm.min()] or [(0, 1)]
+    allowed = _planes(mm, np.minimum(size, crop))
     a, b = allowed[int(rng.integers(len(allowed)))]
     c = 3 - a - b
     linear = np.eye(3)
@@ -198,13 +203,15 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         linear[c, c] = np.exp(rng.uniform(-1, 1) * settings.scaling_across)
         linear = linear * mm / mm[:, None]
         if settings.elastic > 0:
-            strength = rng.uniform(0, 1) * settings.elastic * mm.min()
+            # Between control points displacements differ by less than these are apart: nothing is folded.
+            most = min(settings.elastic * mm.min(), _BEND * (crop * mm)[[a, b]].min() / 4)
+            strength = rng.uniform(0, 1) * most
             elastic = rng.uniform(-1, 1, (2, 5, 5)) * strength / mm[[a, b]].reshape(2, 1, 1)
             elastic = elastic.astype(np.float32)
     for axis in settings.flips:
         if rng.random() < 0.5:
             linear[:, axis] *= -1
-    return SpatialMap(
+    made = SpatialMap(
         (a, b),
         linear.astype(np.float32),
         (centre + shift).astype(np.float32),
@@ -212,6 +219,35 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         elastic,
         settings.crop,
     )
+    if (size < crop).any() and not _shows(made, size):
+        # A few slices at the edge of the crop can be moved out of it.
+        return replace(made, centre=centre.astype(np.float32), elastic=None)
+    return made
+
+
+def _planes(mm: Vector, extent: Vector) -> list[tuple[int, int]]:
+    """Planes of rotation and bending: slices far apart are not moved into each other, few slices not out of themselves.
+
+    Args:
+        mm: Spacing.
+        extent: Voxels of the scan that the crop shows at most.
+    """
+    every: list[tuple[int, int]] = list(combinations(range(3), 2))
+    thick = [p for p in every if extent[list(p)].min() >= _THIN] or every
+    near = [p for p in thick if mm[list(p)].max() < 2 * mm.min()]
+    return near or [min(thick, key=lambda p: (mm[list(p)].max(), -extent[list(p)].min()))]
+
+
+def _shows(mapping: SpatialMap, size: Vector) -> bool:
+    """Whether the crop shows a third of the scan's middle, along the axes on which the scan is the smaller one."""
+    crop = np.array(mapping.crop)
+    inner = [
+        (n - 1) * np.array([0.2, 0.5, 0.8]) if n < c else middle + c * np.array([-0.2, 0.0, 0.2])
+        for n, c, middle in zip(size, crop, mapping.centre, strict=True)
+    ]
+    points = np.stack(np.meshgrid(*inner, indexing="ij"), axis=-1).reshape(-1, 3).astype(np.float32)
+    shown = mapping.inverse(points)
+    return float(((shown >= -0.5) & (shown <= crop - 0.5)).all(axis=1).mean()) >= 1 / 3
 
 
 def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:

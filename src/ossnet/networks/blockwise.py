@@ -28,6 +28,7 @@ from ossnet.networks.boxes import (
     holds,
     join,
     meet,
+    nearest,
     pairs,
     slices,
     triple,
@@ -211,7 +212,7 @@ class BlockwiseEncoder:
         if box is not None:
             # A prediction is interpolated from the coarse cells around it.
             cell = self.spec.strides[self.network.coarse_stage]
-            box = clip([(a - c, b + c) for (a, b), c in zip(pairs(box), cell, strict=True)], self.shape)
+            box = nearest([(a - c, b + c) for (a, b), c in zip(pairs(box), cell, strict=True)], self.shape)
         box = whole if box is None else box
         if self._coarse:
             if holds(self.core, box):

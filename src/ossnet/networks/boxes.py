@@ -25,6 +25,13 @@ def clip(ends: Sequence[tuple[int, int]], shape: Triple) -> Box:
     )
 
 
+def nearest(ends: Sequence[tuple[int, int]], shape: Triple) -> Box:
+    """What a box has in common with a volume, or the voxels of the volume next to it: never empty."""
+    firsts = [min(max(a, 0), n - 1) for (a, _), n in zip(ends, shape, strict=True)]
+    stops = [max(min(b, n), a + 1) for (_, b), a, n in zip(ends, firsts, shape, strict=True)]
+    return triple(firsts), triple(stops)
+
+
 def multiply(box: Box, stride: Triple) -> Box:
     return (
         triple([a * s for a, s in zip(box[0], stride, strict=True)]),

@@ -33,6 +33,9 @@ from ossnet.training.validation import SampledScores, validate
 
 STATE = "state.safetensors"
 
+_UNDEFINED_LOSSES = 10
+"""So many losses in a row that are not finite end a training."""
+
 
 @runtime_checkable
 class Listener(Protocol):
@@ -130,6 +133,8 @@ class Trainer:
         self.state = State()
         self._whole = True
         """No step is under way: weights, optimisers and counters belong together."""
+        self._undefined = 0
+        """Losses in a row that were not finite."""
         self._steps_per_epoch = 1
         self.network: nn.Module = self.model.network
         self.network.requires_grad_(True)
@@ -170,9 +175,10 @@ class Trainer:
                 if fraction >= 1:
                     return
                 self._step(examples, fraction)
-                if schedule.minutes is not None and self.state.seconds >= self._next_validation():
+                validates = schedule.minutes is not None and self.state.seconds >= self._next_validation()
+                if validates:
                     self._validate()
-                self._checkpoint()
+                self._checkpoint(due=validates)
             # Before the epoch is counted: a run that ends while it validates does so again when it is resumed.
             done = self.state.epoch + 1
             validates = schedule.minutes is None and (done % every == 0 or done == schedule.epochs)
@@ -238,7 +244,9 @@ class Trainer:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         value = self._over_processes(loss.total.detach())
-        if not math.isfinite(value):
+        # One such loss is forgiven as one such gradient is; with weights that diverged none is finite any more.
+        self._undefined = 0 if math.isfinite(value) else self._undefined + 1
+        if self._undefined == _UNDEFINED_LOSSES:
             raise SettingsError(
                 "optimiser.lr",
                 f"the loss became {value} at step {self.state.step}",
@@ -311,7 +319,7 @@ class Trainer:
             scores = (
                 validate(self.model, self._watched(), self.settings, self.fabric) if self.validation else []
             )
-            row = self._row(scores, mean(self.state.losses[since:]))
+            row = self._row(scores, mean([loss for loss in self.state.losses[since:] if math.isfinite(loss)]))
             self.state.rows.append(row)
             # What this step reached already, in a run that ended while it validated, is no reason not to write it.
             again = self.state.best_step == self.state.step

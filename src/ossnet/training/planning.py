@@ -244,11 +244,13 @@ def _multiscale(
 def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     """What the default network is fed and moved by, for the user."""
     sampling, flips = settings.sampling, settings.augmentation.flip_axes
-    balance = ", of every structure as many" if classes > 1 else ""
-    weights = "; weights make them count as the voxels do" if sampling.importance else ""
-    deformed = (
-        "rotated, scaled and bent, intensities changed" if settings.augmentation.spatial else "as scanned"
-    )
+    near = sampling.border_share if sampling.strategy == "border" else 0.0
+    balance = ", of every structure as many" if classes > 1 and near else ""
+    weights = "; weights make them count as the voxels do" if sampling.importance and near else ""
+    share = "half" if near == 0.5 else f"{near:.0%}" if near else "none"
+    changed = settings.augmentation.intensity > 0
+    deformed = "rotated, scaled and bent" if settings.augmentation.spatial else "not deformed"
+    deformed += ", intensities changed" if changed else ", intensities as scanned"
     mirrored = (
         f"mirrored along axes {', '.join(map(str, flips))}"
         if flips
@@ -259,7 +261,7 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     return (
         *(position if settings.network.position else ()),
         f"{settings.schedule.batch_size} crop{'s' * (settings.schedule.batch_size > 1)} a step, "
-        f"{sampling.locations} locations a crop, half of them near surfaces{balance}{weights}",
+        f"{sampling.locations} locations a crop, {share} of them near surfaces{balance}{weights}",
         f"crops {deformed}; {mirrored}",
         f"optimiser {optimiser.name}"
         + (": Muon for convolutions, AdamW for the rest" if optimiser.name == "muon" else ""),

@@ -111,7 +111,15 @@ class AugmentationSettings(_Group):
     )
     brightness: float = Field(0.15, ge=0, description="largest factor f of x + f * max(x)")
     noise: float = Field(0.15, ge=0, description="standard deviation, in units of the normalised scan")
-    spatial: bool = Field(True, description="default variant and U-Nets: rotation, scaling, elastic")
+    spatial: bool = Field(
+        True, description="default variant and U-Nets on patches: rotation, scaling, elastic"
+    )
+    intensity: float = Field(
+        1.0,
+        ge=0,
+        description="default variant and U-Nets on patches: factor on the probabilities of blur, low resolution, "
+        "noise, contrast and gamma; 0 for none",
+    )
 
 
 class OptimiserSettings(_Group):

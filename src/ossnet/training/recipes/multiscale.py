@@ -1,17 +1,18 @@
 """The default network, trained on crops."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Integer, Num
 from torch import Tensor
 
 from ossnet.data.cache import CachedCase
 from ossnet.data.crop_locations import surface_voxels
-from ossnet.data.crops import CropSettings, CropSource, without_augmentation
+from ossnet.data.crops import CropSettings, CropSource
 from ossnet.data.examples import example
 from ossnet.data.preparation import Preparation, Statistics, as_float
 from ossnet.networks.multiscale import MultiscaleNetwork, positions_in_scan
@@ -19,6 +20,9 @@ from ossnet.networks.multiscale_plan import MultiscalePlan
 from ossnet.training.losses import compound_loss, occupancy_loss
 from ossnet.training.recipes.base import Recipe, StepLoss
 from ossnet.training.settings import Settings
+
+SURFACE_VOXELS = 100_000
+"""Kept of a structure in a scan, at most."""
 
 
 class CropSources:
@@ -35,11 +39,18 @@ class CropSources:
                 case.image,
                 case.labels,
                 case.classes,
-                surface_voxels(case.labels, case.classes),
+                [_some(s) for s in surface_voxels(case.labels, case.classes)],
                 partial(_normalised, self.preparation, case.statistics),
                 case.fit.scale,
             )
         return self._known[case.name]
+
+
+def _some(voxels: Integer[np.ndarray, "M 3"]) -> Integer[np.ndarray, "_ 3"]:
+    """Enough of them to draw from: those of large cohorts are kept all at once."""
+    if len(voxels) <= SURFACE_VOXELS:
+        return voxels
+    return voxels[np.random.default_rng(0).choice(len(voxels), SURFACE_VOXELS, replace=False)]
 
 
 def _normalised(
@@ -55,17 +66,19 @@ def crop_settings(
     strides: tuple[int, int, int],
 ) -> CropSettings:
     """Crops with the augmentation that the settings ask for."""
-    augmentation = settings.augmentation
+    augmentation, sampling = settings.augmentation, settings.sampling
     chosen = CropSettings(
         crop,
         spacing,
-        locations=settings.sampling.locations,
+        locations=sampling.locations,
         strides=strides,
+        near_surface=sampling.border_share if sampling.strategy == "border" else 0.0,
         flips=augmentation.flip_axes,
-        importance=settings.sampling.importance,
+        intensity=augmentation.intensity,
+        importance=sampling.importance,
         position=settings.network.position,
     )
-    return chosen if augmentation.spatial else without_augmentation(chosen)
+    return chosen if augmentation.spatial else replace(chosen, spatial=0.0)
 
 
 class MultiscaleRecipe(Recipe):
@@ -95,11 +108,14 @@ class MultiscaleRecipe(Recipe):
         logits = logits.float()
         if logits.shape[-1] == 1:
             logits = logits[..., 0]
-        main = compound_loss(logits, batch["targets"], self.settings.loss.dice, weights=batch["importance"])
+        chosen = self.settings.loss
+        dice = chosen.dice if chosen.kind == "dice" else 0.0
+        main = compound_loss(logits, batch["targets"], dice, weights=batch["importance"])
         weights = batch["weights"].bool()
         asked = coarse.float().movedim(1, -1)[weights]
         wanted = batch["coarse"].movedim(1, -1)[weights]
         if asked.shape[-1] == 1:
             asked, wanted = asked[..., 0], wanted[..., 0]
-        aux = occupancy_loss(asked[None], wanted[None])
-        return StepLoss(main + self.settings.loss.aux * aux, {"main": main.detach(), "aux": aux.detach()})
+        # A scan of a few slices can lie between the centres of the cells.
+        aux = occupancy_loss(asked[None], wanted[None]) if asked.numel() else 0 * coarse.float().sum()
+        return StepLoss(main + chosen.aux * aux, {"main": main.detach(), "aux": aux.detach()})

@@ -1,0 +1,77 @@
+"""The recipe of the default network: what its settings change, and scans of a few slices."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.data.balls import as_is
+from tests.tiny import network
+
+from ossnet.data.crop_locations import surface_voxels
+from ossnet.data.crops import CropSource
+from ossnet.data.examples import example
+from ossnet.data.preparation import Preparation
+from ossnet.networks.multiscale import MultiscaleNetwork
+from ossnet.networks.multiscale_plan import MultiscalePlan
+from ossnet.training.recipes.multiscale import MultiscaleRecipe, crop_settings
+from ossnet.training.settings import Settings, make_settings
+
+CROP = (16, 16, 16)
+CPU = torch.device("cpu")
+
+
+def recipe(*changes: str) -> MultiscaleRecipe:
+    made = network("multiscale")
+    assert isinstance(made, MultiscaleNetwork)
+    settings = make_settings(changes=["sampling.locations=64", *changes])
+    return MultiscaleRecipe(made, Preparation(), settings, MultiscalePlan(made.spec, CROP, ()))
+
+
+def settings_of(*changes: str) -> Settings:
+    return make_settings(changes=list(changes))
+
+
+def test_coarse_cells_that_see_nothing_of_a_thin_scan_do_not_count() -> None:
+    trained = recipe()
+    labels = np.zeros((20, 20, 1), np.uint8)
+    labels[5:12, 5:12] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    made = example(source, trained.crops, np.random.default_rng(0))
+    made["weights"] = torch.zeros_like(made["weights"])
+    loss = trained.loss(trained.network, [made], CPU)
+    assert bool(torch.isfinite(loss.total))
+    assert float(loss.parts["aux"]) == 0
+    loss.total.backward()
+    assert all(p.grad is not None for p in trained.network.parameters())  # several processes need all of them
+
+
+def test_settings_of_crops_do_what_they_say() -> None:
+    def crops(*changes: str) -> object:
+        return crop_settings(settings_of(*changes), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
+
+    plain = crop_settings(settings_of(), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
+    assert (plain.near_surface, plain.intensity, plain.flips) == (0.5, 1.0, ())
+    assert plain.spatial > 0
+    assert crops("augmentation.spatial=false", "augmentation.flip_axes=[0]") == replace(
+        plain, spatial=0.0, flips=(0,)
+    )
+    assert crops("augmentation.intensity=0") == replace(plain, intensity=0.0)
+    assert crops("sampling.strategy=uniform") == replace(plain, near_surface=0.0)
+    assert crops("sampling.border_share=0.25") == replace(plain, near_surface=0.25)
+    assert crops("network.position=true") == replace(plain, position=True)
+
+
+def test_the_kind_of_loss_is_heeded() -> None:
+    labels = np.zeros((20, 20, 20), np.uint8)
+    labels[5:12, 5:12, 5:12] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    losses = {}
+    for kind in ("dice", "paper"):
+        trained = recipe(f"loss.kind={kind}")
+        made = example(source, trained.crops, np.random.default_rng(0))
+        losses[kind] = float(trained.loss(trained.network, [made], CPU).parts["main"])
+    none = recipe("loss.dice=0")
+    made = example(source, none.crops, np.random.default_rng(0))
+    assert losses["dice"] > losses["paper"]
+    assert losses["paper"] == pytest.approx(float(none.loss(none.network, [made], CPU).parts["main"]))
