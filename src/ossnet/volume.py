@@ -200,10 +200,12 @@ class LabelMap(_Placed):
         data: (X, Y, Z) integers, 0 is background.
         affine: (4, 4) float64, voxel index → world mm.
         names: Label value → name.
+        origin: What made it, at most 79 letters; written into the file (`descrip` of a NIfTI header).
     """
 
     data: Integer[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
+    origin: str = ""
 
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""

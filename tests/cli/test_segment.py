@@ -29,9 +29,9 @@ def test_one_scan(scan: Path, model: Path, tmp_path: Path) -> None:
     labels = read_labels(tmp_path / "deep" / "seg.nii.gz")
     assert labels.shape == read_volume(scan).shape
     assert dict(labels.names) == {1: "part 1"}
-    report = json.loads((tmp_path / "deep" / "seg.json").read_text())
+    report = json.loads((tmp_path / "deep" / "seg_report.json").read_text())
     assert report["scans"]["ball_00"]["locations"] > 0
-    assert {p.name for p in files_in(tmp_path / "deep")} == {"seg.nii.gz", "seg.json"}
+    assert {p.name for p in files_in(tmp_path / "deep")} == {"seg.nii.gz", "seg_report.json"}
 
 
 def test_paths_that_are_not_what_they_should_be(scan: Path, model: Path, tmp_path: Path) -> None:

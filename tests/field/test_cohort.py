@@ -16,7 +16,7 @@ from ossnet.field.cohort import Job, Options, forecast_all, plan_jobs, segment_a
 from ossnet.field.model import Model
 from ossnet.files.nifti import read_labels, read_volume
 from ossnet.files.validate import VolumeWarning
-from ossnet.volume import Volume
+from ossnet.volume import LabelMap, Volume
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,11 @@ def test_a_folder(model: Model, scans: Path, tmp_path: Path) -> None:
         assert entry["strategy"] == "octree"
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert written["scans"] == report["scans"]
-    assert written["model"] == {"variant": "multiscale", "labels": {"1": "part 1"}}
+    assert written["model"] == {
+        "variant": "multiscale",
+        "labels": {"1": "part 1"},
+        "fingerprint": model.fingerprint(),
+    }
     assert set(written["versions"]) >= {"ossnet", "torch", "python"}
     assert written["options"]["device"] == "cpu"
 
@@ -79,6 +83,62 @@ def test_what_is_finished_is_final(model: Model, scans: Path, tmp_path: Path) ->
     assert list(report["scans"]) == list(first["scans"])  # earlier entries are kept
     run(model, scans, out, overwrite=True)
     assert all(times(out)[name] != now[name] for name in now)
+
+
+def test_results_of_something_else_are_not_taken_for_finished(
+    model: Model, scans: Path, tmp_path: Path
+) -> None:
+    """Another model, other options, another scan: refused before anything is done, unless they may be replaced."""
+    out = tmp_path / "out"
+    run(model, scans, out)
+    before = times(out)
+    other = tiny.model("multiscale")
+    next(iter(other.network.parameters())).data.add_(0.01)
+    assert other.fingerprint() != model.fingerprint()
+    for changed, options in ((other, {}), (model, {"spacing": 0.5}), (model, {"largest": True})):
+        with pytest.raises(
+            SettingsError, match=r"scan_0\.nii\.gz is there \(and 4 more\), made by another model"
+        ):
+            run(changed, scans, out, **options)
+    tiny.scan((30, 9, 8)).save(scans / "scan_2.nii.gz")
+    with pytest.raises(SettingsError, match=r"scan_2\.nii\.gz is there, made by"):
+        run(model, scans, out)
+    assert times(out) == before
+    assert run(model, scans, out, overwrite=True)["scans"]["scan_2"]["shape"] == [30, 9, 8]
+    # What does not decide the result may change.
+    assert segment_all(model, plan_jobs([scans], out), Options(strategy="dense", memory="1GB"))["scans"]
+
+
+def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "labelsTr"
+    LabelMap(np.ones((10, 9, 8), np.uint8), np.eye(4)).save(out / "scan_0.nii.gz")
+    before = times(out)
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match="no result of ossnet"):
+            run(model, scans, out, overwrite=overwrite)
+    assert times(out) == before
+    tiny.scan().save(scans / "extra_0000.nii.gz")
+    with pytest.raises(SettingsError, match="holds the scans"):
+        plan_jobs([scans / "extra_0000.nii.gz"], scans)
+    (tmp_path / "side_report.json").write_text('{"EchoTime": 1}')
+    jobs = plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "side.nii.gz")
+    with pytest.raises(SettingsError, match="no report of ossnet"):
+        segment_all(model, jobs, Options())
+    assert not (tmp_path / "side.nii.gz").exists()
+    (tmp_path / "folder.nii.gz").mkdir()
+    with pytest.raises(SettingsError, match="is a folder"):
+        plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "folder.nii.gz")
+
+
+def test_probabilities_lie_on_the_grid_of_the_labels(model: Model, scans: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"strategy": "dense", "probabilities": True}
+    for name, more in {"fine": {"spacing": 0.5}, "part": {"region": ((2, 1, 0), (9, 6, 5))}}.items():
+        run(model, scans, tmp_path / name, **options, **more)
+        for index in range(5):
+            labels = read_labels(tmp_path / name / f"scan_{index}.nii.gz")
+            chance = read_volume(tmp_path / name / f"scan_{index}_probabilities.nii.gz")
+            np.testing.assert_allclose(chance.affine, labels.affine)
+            np.testing.assert_array_equal(chance.data[0] > 0.5, labels.data == 1)
 
 
 def test_probabilities(model: Model, scans: Path, tmp_path: Path) -> None:
@@ -155,10 +215,10 @@ def test_memory_is_a_matter_of_one_scan(
 ) -> None:
     usual = cohort._segment
 
-    def short(model: Model, job: Job, volume: Volume, options: Options) -> Any:
+    def short(model: Model, job: Job, volume: Volume, options: Options, made_by: str) -> Any:
         if job.name == "scan_1":
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return usual(model, job, volume, options)
+        return usual(model, job, volume, options, made_by)
 
     monkeypatch.setattr(cohort, "_segment", short)
     with pytest.raises(ResourceError, match=r"scan_1.*memory ran out"):
@@ -177,8 +237,8 @@ def test_what_was_finished_is_reported_also_when_it_ends_early(
     """An interrupt while a scan is answered; a disk that is full when its label map is written."""
     usual = cohort._segment
 
-    def stopped(model: Model, job: Job, volume: Volume, options: Options) -> Any:
-        entry, save = usual(model, job, volume, options)
+    def stopped(model: Model, job: Job, volume: Volume, options: Options, made_by: str) -> Any:
+        entry, save = usual(model, job, volume, options, made_by)
         if job.name != "scan_2":
             return entry, save
         if error is KeyboardInterrupt:

@@ -19,7 +19,8 @@ def command(
         float | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's.")
     ] = None,
     region: Annotated[
-        str | None, typer.Option(help="Only this box of voxels: x0,y0,z0,x1,y1,z1 (ends excluded).")
+        str | None,
+        typer.Option(help="Only this box of voxels of the answer: x0,y0,z0,x1,y1,z1 (ends excluded)."),
     ] = None,
     strategy: Annotated[
         str, typer.Option(help="auto, octree, dense; original, released, paper: the released algorithm.")
@@ -28,20 +29,22 @@ def command(
         bool, typer.Option("--probabilities", help="Also write probabilities (asks everywhere).")
     ] = False,
     largest: Annotated[
-        bool, typer.Option("--largest", help="Keep the largest component of each structure alone.")
+        bool, typer.Option("--largest", help="Keep only the largest component of each structure.")
     ] = False,
     smallest_ml: Annotated[
         float, typer.Option(min=0.0, help="Remove components below this volume in ml.")
     ] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
+    memory: Annotated[
+        str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')
+    ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Locations a pass; chosen when not given.")] = None,
     replace_nan: Annotated[
         bool,
         typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also redo what is finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
 ) -> None:
@@ -49,8 +52,9 @@ def command(
 
     **Example:** `ossnet segment scan.nii.gz --model runs/hippocampus --out scan_seg.nii.gz`
 
-    Folders resume: a finished file is final. Next to the label maps lies `report.json`: times, locations asked,
-    versions.
+    Folders resume: what this model made of this scan with these options is final, and not made again. Files that are
+    something else are never replaced by accident. Next to the label maps lies `report.json` (`NAME_report.json` for
+    one file): volumes, times, locations asked, versions.
     """
     from ossnet.errors import SettingsError
     from ossnet.field.cohort import Options, forecast_all, plan_jobs, segment_all

@@ -4,10 +4,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from ossnet.field.components import without_islands
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
 from ossnet.field.model import Model, versions
+from ossnet.field.provenance import MARK, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
-from ossnet.files.nifti import read_volume
+from ossnet.files.nifti import origin_of, read_volume
 from ossnet.files.validate import read_header
 from ossnet.volume import Volume
 
@@ -64,6 +65,18 @@ class Options:
     chunk: int | None = None
     replace_nan: bool = False
     overwrite: bool = False
+
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide which label map comes out; octree and dense, devices and grants do not."""
+        exact = self.strategy in ("auto", "octree", "dense")
+        return {
+            "strategy": "exact" if exact else self.strategy,
+            "spacing": self.spacing,
+            "region": self.region,
+            "largest": self.largest,
+            "smallest_ml": self.smallest_ml,
+            "replace_nan": self.replace_nan,
+        }
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,12 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
             )
         require_folder(out.parent if single else out)
         _require_other_files(jobs)
+        if not single and folder.resolve() in {file.resolve().parent for job in jobs for file in job.files}:
+            raise SettingsError(
+                "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
+            )
+        if directory := next((job.target for job in jobs if job.target.is_dir()), None):
+            raise SettingsError("--out", f"{directory} is a folder", "Name a file that is not there yet")
     return jobs
 
 
@@ -160,11 +179,14 @@ def segment_all(
     say = say or (lambda text: None)
     rank, world = _processes()
     share = list(jobs)[rank::world]
+    made_by = model.fingerprint()
+    origins = {job.name: origin(made_by, job.files, options.deciding()) for job in share}
+    _require_replaceable(share, origins, options.overwrite)
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
     _clear(todo)
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
-    report = _Report(_report_file(jobs, rank, world), model, options)
+    report = _Report(_report_file(jobs, rank, world), model, made_by, options)
     failed: list[OssnetError] = []
     count = len(share) - len(todo)
     try:
@@ -176,13 +198,13 @@ def segment_all(
                         report.collect(written.pop(0))
                     try:
                         with _memory_told(job):
-                            entry, save = _segment(model, job, scan.result(), options)
+                            entry, save = _segment(model, job, scan.result(), options, origins[job.name])
                     except (InputError, ResourceError) as error:
                         failed.append(error)
                         report.refuse(job, error)
                     else:
                         written.append((job, entry, writer.submit(save)))
-                        say(f"{job.name}: {entry['locations']:,} locations, {entry['seconds']:.2f} s")
+                        say(f"{job.name}: {_told(entry)} → {job.target}")
                     count += 1
                     if done:
                         done(count)
@@ -214,8 +236,42 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
     return out
 
 
+def _require_replaceable(jobs: Sequence[Job], origins: Mapping[str, str], overwrite: bool) -> None:
+    """Refuse where files are in the way: those that are no results at all, and results of something else."""
+    for foreign in (True, False):
+        found = [
+            job
+            for job in jobs
+            if job.target.is_file()
+            and (line := origin_of(job.target)) != origins[job.name]
+            and line.startswith(MARK) != foreign
+            and (foreign or not overwrite)
+        ]
+        if not found:
+            continue
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        if foreign:
+            raise SettingsError(
+                "--out",
+                f"{found[0].target} is there{more} and is no result of ossnet",
+                "Name another output, or move it away: it may be a reference",
+            )
+        raise SettingsError(
+            "--out",
+            f"{found[0].target} is there{more}, made by another model, from another scan or with other options",
+            "Name another output, or replace it with --overwrite",
+        )
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """What a user wants to see of a scan, in a line."""
+    volumes = [f"{name} {ml:.2f} ml" for name, ml in entry["volumes_ml"].items()]
+    shown = volumes if len(volumes) <= 4 else [f"{len(volumes)} structures"]
+    return f"{', '.join(shown) or 'no structure'}; {entry['locations']:,} locations, {entry['seconds']:.2f} s"
+
+
 def _segment(
-    model: Model, job: Job, volume: Volume, options: Options
+    model: Model, job: Job, volume: Volume, options: Options, made_by: str
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     started = time.perf_counter()
     field = Field(
@@ -231,16 +287,26 @@ def _segment(
         spacing=options.spacing,
         region=options.region,
     )
+    maps = None
+    if options.probabilities:
+        maps = field.probability_map(
+            spacing=options.spacing, region=options.region, beside=labels.data.nbytes
+        )
+    encoder_seconds = field.encoder_seconds
+    del field  # its maps, before islands are looked for
     if options.largest or options.smallest_ml:
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
-    maps = field.probability_map() if options.probabilities else None
+    labels = replace(labels, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
+        "result": str(job.target),
+        "origin": made_by,
+        "options": {k: v for k, v in options.deciding().items() if v not in (None, False, 0.0)},
         "shape": list(labels.shape),
         "spacing_mm": [round(s, 4) for s in labels.spacing],
         "strategy": labels.strategy,
         "locations": labels.evaluated,
-        "encoder_seconds": round(field.encoder_seconds, 4),
+        "encoder_seconds": round(encoder_seconds, 4),
         "octree_seconds": round(labels.seconds, 4),
         "seconds": round(time.perf_counter() - started, 4),
         "volumes_ml": {labels.names.get(k, str(k)): round(v, 3) for k, v in labels.volumes_ml().items()},
@@ -295,7 +361,7 @@ def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
     first, more = failed[0], len(failed) - 1
     if not more or not isinstance(first, InputError):
         return first
-    reason = f"{first.reason} ({more} more could not be segmented either, the report says why)"
+    reason = f"{first.reason} ({more} more could not be segmented either)"
     return type(first)(first.where, reason, first.fix)
 
 
@@ -316,7 +382,7 @@ def _report_file(jobs: Sequence[Job], rank: int, world: int) -> Path | None:
         return None
     target = jobs[0].target
     if len(jobs) == 1 and target.name != f"{jobs[0].name}.nii.gz":
-        return target.with_name(f"{stem(target)}.json")
+        return target.with_name(f"{stem(target)}_report.json")
     return target.with_name("report.json" if world == 1 else f"report.{rank}.json")
 
 
@@ -326,13 +392,18 @@ class _Report:
     Nothing is written as long as nothing was segmented: a refused scan leaves no files.
     """
 
-    def __init__(self, file: Path | None, model: Model, options: Options) -> None:
-        self.file, self.model, self.options = file, model, options
+    def __init__(self, file: Path | None, model: Model, fingerprint: str, options: Options) -> None:
+        self.file, self.model, self.fingerprint, self.options = file, model, fingerprint, options
         self.scans: dict[str, Any] = {}
         self._written = time.monotonic()
-        if file is not None:
-            with suppress(OSError, ValueError, AttributeError):
-                self.scans = dict(json.loads(file.read_text()).get("scans", {}))
+        if file is not None and file.is_file():
+            try:
+                known = json.loads(file.read_text())
+                self.scans = dict(known["scans"])
+            except (ValueError, TypeError, KeyError):
+                raise SettingsError(
+                    file, "it is there and is no report of ossnet", "Move it away, or name another output"
+                ) from None
 
     def collect(self, item: tuple[Job, dict[str, Any], Future[None]]) -> None:
         """Wait until a label map is on the disk, then enter it."""
@@ -349,7 +420,11 @@ class _Report:
     def content(self) -> dict[str, Any]:
         """What the file holds."""
         return {
-            "model": {"variant": self.model.variant, "labels": self.model.label_names},
+            "model": {
+                "variant": self.model.variant,
+                "labels": self.model.label_names,
+                "fingerprint": self.fingerprint,
+            },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},
             "versions": versions(),
             "scans": self.scans,

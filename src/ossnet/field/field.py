@@ -4,7 +4,7 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,9 +223,7 @@ class Field:
                 labels, evaluated = self._fill(grid, box, strategy, report, octree)
             stages = ()
             if box is not None:
-                shift = np.eye(4)
-                shift[:3, 3] = box[0]
-                grid = Grid(labels.shape, grid.affine @ shift)
+                grid = grid.part(box[0], labels.shape)
         stored = orientation.undo(labels)
         twice = self._grant is None or self._kept_bytes + 2 * labels.nbytes <= self._grant
         x, y, z = stored.shape
@@ -240,27 +238,46 @@ class Field:
             stages=stages,
         )
 
-    def probability_map(self, progress: Report | bool | None = None) -> Volume:
-        """Probabilities on the scan's grid, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first."""
-        x, y, z = self.grid.shape
+    def probability_map(
+        self,
+        *,
+        spacing: float | tuple[float, float, float] | None = None,
+        shape: Shape | None = None,
+        like: Volume | LabelMap | None = None,
+        region: Box | None = None,
+        progress: Report | bool | None = None,
+        beside: int = 0,
+    ) -> Volume:
+        """Probabilities, asked everywhere: (1, X, Y, Z), or (K, X, Y, Z) with background first.
+
+        Args:
+            spacing: As for `segment`, and so are `shape`, `like` and `region`.
+            progress: As for `segment`.
+            beside: Bytes of the grant that the caller needs meanwhile, of a label map for example.
+        """
+        grid, orientation = self._target(spacing, shape, like)
+        box = self._oriented_region(region, grid, orientation)
+        low, size = (0, 0, 0) if box is None else box[0], grid.shape if box is None else box_shape(box)
         classes = max(self.model.classes, 1)
-        self._make_room(4 * classes * x * y * z, "probabilities of all voxels")
-        self._cover(self.grid, None)
+        self._make_room(4 * classes * int(np.prod(size)) + beside, "probabilities of all voxels")
+        self._cover(grid, box, [1])
         # Written through a view in the network's axis order: turning them round afterwards would need them twice.
-        out = np.empty((classes, *self.volume.shape), dtype=np.float32)
-        turned = self._orientation.apply(out)
-        done = 0
+        x, y, z = (size[i] for i in np.argsort(orientation.axes))
+        out = np.empty((classes, x, y, z), dtype=np.float32)
+        turned = orientation.apply(out)
+        ask, done = self.asker(grid), 0
         with reporting(progress) as report:
-            for box, locations in slabs(self.grid.shape, voxels=question_locations(classes)):
-                logits = ask_at(self._answer, locations, self._fit.matrix())
-                found = probabilities(logits.float().cpu().numpy())
-                part = found.reshape(*box_shape(box), -1)
-                (x0, y0, z0), (x1, y1, z1) = box
-                turned[:, x0:x1, y0:y1, z0:z1] = np.moveaxis(part, -1, 0)
-                done += len(locations)
+            for piece, voxels in slabs(grid.shape, box, question_locations(classes)):
+                found = probabilities(ask(voxels).float().cpu().numpy())
+                part = np.moveaxis(found.reshape(*box_shape(piece), -1), -1, 0)
+                turned[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(*piece, low, strict=True)))] = (
+                    part
+                )
+                done += len(voxels)
                 if report:
-                    report(done, x * y * z - done)
-        return replace(self.volume, data=out)
+                    report(done, out[0].size - done)
+        affine = _stored_affine(grid.part(low, size), orientation, (x, y, z))
+        return Volume(out, affine, header=(like or self.volume).header)
 
     def mesh(
         self,

@@ -53,6 +53,12 @@ class Grid:
         step[:3, 3] = (np.array(base.shape) - 1) / 2 - scale * (np.array([x, y, z]) - 1) / 2
         return cls((x, y, z), base.affine @ step)
 
+    def part(self, first: Shape, shape: Shape) -> "Grid":
+        """Some of the voxels, from `first` on."""
+        shift = np.eye(4)
+        shift[:3, 3] = first
+        return Grid(shape, self.affine @ shift)
+
     def to(self, other: "Grid") -> Float[np.ndarray, "4 4"]:
         """The 4×4 map from voxel indices here to voxel indices of another grid.
 

@@ -1,5 +1,6 @@
 """A trained model: a folder with `model.json`, `weights.safetensors` and `MODEL_CARD.md`. Nothing in it is code."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -120,6 +121,15 @@ class Model:
             "channels": list(self.channel_names),
             **self.metadata,
         }
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that differ between models that may answer differently."""
+        kept = {k: v for k, v in self.description().items() if k not in self.metadata}
+        total = hashlib.sha256(json.dumps([kept, self.engine_options()], sort_keys=True).encode())
+        for name, tensor in sorted(self.network.state_dict().items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()[:16]
 
     def save(self, folder: Path | str, *, half: bool = False) -> None:
         """Write the model folder; every file is replaced atomically, the weights first.

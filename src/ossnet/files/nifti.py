@@ -25,7 +25,7 @@ from ossnet.files.placement import write_place
 from ossnet.files.validate import DTYPES, HEADERS, Header, VolumeWarning, read_header
 from ossnet.volume import Affine, FileHeader, LabelMap, Volume, largest_corner_gap
 
-__all__ = ["Header", "read_header", "read_labels", "read_volume", "write_labels", "write_volume"]
+__all__ = ["Header", "origin_of", "read_header", "read_labels", "read_volume", "write_labels", "write_volume"]
 
 _BLOCK = 1 << 22  # values or bytes handled at a time: large enough to be fast, small beside any volume
 _MOST_EXTENSION = 1 << 20  # bytes of header extension that are looked at for label names
@@ -100,6 +100,7 @@ def read_labels(path: Path | str) -> LabelMap:
         source=header.path,
         header=header.file_header,
         names=names,
+        origin=header.origin,
     )
 
 
@@ -138,7 +139,16 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
         labels.affine,
         labels.header,
         labels.names,
+        labels.origin,
     )
+
+
+def origin_of(path: Path | str) -> str:
+    """What a label map says of its making (`LabelMap.origin`); empty where it says nothing, or is none."""
+    try:
+        return read_header(path).origin
+    except VolumeError:
+        return ""
 
 
 def _read_one(path: Path, nonfinite: Nonfinite) -> Volume:
@@ -312,6 +322,7 @@ def _write(
     affine: Affine,
     kept: FileHeader,
     names: Mapping[int, str],
+    origin: str = "",
 ) -> None:
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise VolumeError(path, "results are written as NIfTI", "Choose a name that ends in .nii.gz or .nii")
@@ -323,7 +334,7 @@ def _write(
         raise VolumeError(
             path, f"NIfTI cannot hold {data.dtype} voxels", "Convert them to float32 or an integer type"
         )
-    head = _header_bytes(shape, dtype, affine, kept, names)
+    head = _header_bytes(shape, dtype, affine, kept, names, origin)
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         if path.name.lower().endswith(".gz"):
             # No name and no time inside: the same volume gives the same bytes.
@@ -341,7 +352,12 @@ def _stream(out: Any, head: bytes, data: Num[np.ndarray, "C X Y Z"], dtype: np.d
 
 
 def _header_bytes(
-    shape: tuple[int, ...], dtype: np.dtype[Any], affine: Affine, kept: FileHeader, names: Mapping[int, str]
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    affine: Affine,
+    kept: FileHeader,
+    names: Mapping[int, str],
+    origin: str,
 ) -> bytes:
     """Everything before the first voxel."""
     # NIfTI-1 counts voxels in 16 bits.
@@ -351,6 +367,7 @@ def _header_bytes(
     header["datatype"] = next(code for code, d in DTYPES.items() if np.dtype(d) == dtype)
     header["bitpix"] = 8 * dtype.itemsize
     header["xyzt_units"] = kept.units
+    header["descrip"] = origin.encode("ascii", "replace")[:79]
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     write_place(header, affine, kept, (shape[0], shape[1], shape[2]))
     extension = b"\0\0\0\0"

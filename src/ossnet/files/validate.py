@@ -73,6 +73,7 @@ class Header:
         data_path: The file that holds the voxels.
         offset: Bytes before the first voxel in `data_path`.
         swapped: True when the voxels are in the other byte order.
+        origin: What the file says of its making (`descrip`).
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Header:
     data_path: Path
     offset: int
     swapped: bool
+    origin: str = ""
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -196,6 +198,7 @@ class _Check:
             data_path=self.data_path,
             offset=offset,
             swapped=not self.raw["sizeof_hdr"].dtype.isnative,
+            origin=bytes(self.raw["descrip"].item()).rstrip(b"\0").decode("ascii", "replace"),
             warnings=notes,
         )
 
