@@ -7,6 +7,7 @@ labels.save("scan_seg.nii.gz")
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("ossnet")
     # On first use: reading a header should not wait for torch.
     if name not in _WHERE:
         raise AttributeError(f"module 'ossnet' has no attribute {name!r}")

@@ -120,7 +120,7 @@ def largest_corner_gap(one: Affine, other: Affine, shape: Shape) -> float:
     return float(np.linalg.norm(transform(corners, one) - transform(corners, other), axis=1).max())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Placed:
     """Voxels with an affine: what volumes and label maps share."""
 
@@ -138,6 +138,12 @@ class _Placed:
                 "the affine is not invertible, so voxels have no place in the world",
                 "Rewrite the header with a valid sform or qform",
             )
+
+    def __repr__(self) -> str:
+        shape, spacing = (" × ".join(f"{n:g}" for n in three) for three in (self.shape, self.spacing))
+        channels = f", {len(self.data)} channels" if self.data.ndim == 4 and len(self.data) > 1 else ""
+        source = f", {self.source}" if self.source else ""
+        return f"{type(self).__name__}({shape} voxels of {spacing} mm{channels}, {self.data.dtype}{source})"
 
     @property
     def shape(self) -> Shape:
@@ -167,7 +173,7 @@ class _Placed:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Volume(_Placed):
     """A scan.
 
@@ -192,7 +198,7 @@ class Volume(_Placed):
         write_volume(self, Path(path))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LabelMap(_Placed):
     """A segmentation.
 

@@ -82,3 +82,14 @@ def test_every_setting_is_described() -> None:
     assert len(rows) > 50
     assert {"sampling.locations", "schedule.minutes", "runtime.devices"} <= {name for name, _, _ in rows}
     assert PRESETS
+
+
+def test_the_values_of_a_variant_are_shown() -> None:
+    default = {key: value for key, value, _ in describe_settings()}
+    paper = {key: value for key, value, _ in describe_settings("C")}
+    assert (default["optimiser.name"], paper["optimiser.name"]) == ("muon", "lookahead_radam")
+    assert (default["augmentation.flip_axes"], paper["augmentation.flip_axes"]) == ("[]", "[0, 1]")
+    words = {key: meaning for key, _, meaning in describe_settings()}["optimiser.name"]
+    assert words == "one of lookahead_radam, adamw, muon"
+    shown = [f"{key}={value}" for key, value in default.items() if "." in key]
+    assert make_settings(changes=shown) == make_settings()

@@ -15,6 +15,8 @@ from tests.training.conftest import SMALL
 import ossnet
 from ossnet.errors import SettingsError
 from ossnet.training.loop import State
+from ossnet.training.recipes.base import StepLoss
+from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import make_settings
 from ossnet.training.train import train
 
@@ -135,3 +137,29 @@ def test_a_damaged_state_is_refused(finished: Path, balls: Path, tmp_path: Path)
     (tmp_path / "r/state.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(ossnet.OssnetError, match="damaged"):
         run(balls, tmp_path / "r", resume=True)
+
+
+def test_an_undefined_loss_is_forgiven_and_many_in_a_row_are_not(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half-precision convolutions of some machines give garbage now and then; that of a diverged training is for ever."""
+    usual = OccupancyRecipe.loss
+    spoilt = {2}
+    count = 0
+
+    def loss(self: OccupancyRecipe, *arguments: Any) -> StepLoss:
+        nonlocal count
+        count += 1
+        found = usual(self, *arguments)
+        return StepLoss(found.total * float("nan"), found.parts) if count in spoilt else found
+
+    monkeypatch.setattr(OccupancyRecipe, "loss", loss)
+    out = run(balls, tmp_path / "once", changes=["validation.dense=false"])
+    told = [float(line.split(",")[1]) for line in losses(out)[1:]]
+    assert [step for step, value in enumerate(told, 1) if np.isnan(value)] == [2]
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert int(rows[-1]["skipped"]) == 1
+    spoilt, count = set(range(1, 1000)), 0
+    with pytest.raises(SettingsError, match="the loss became nan"):
+        run(balls, tmp_path / "always", changes=["schedule.epochs=30"])

@@ -40,11 +40,14 @@ def command(
 
     **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
     """
+    from ossnet.errors import SettingsError
     from ossnet.evaluation.cases import match, score
     from ossnet.evaluation.tables import summarise, to_csv, to_json, to_screen
     from ossnet.files.atomic import require_folder, write_json, write_text
 
     if out is not None:
+        if out.suffix.lower() in (".txt", ".tsv", ".xlsx", ".md", ".html") and not out.is_dir():
+            raise SettingsError("--out", f"{out} is neither a folder nor a table", "End it in .csv or .json")
         require_folder(out.parent if out.suffix.lower() in (".csv", ".json") else out)
     matched = match(predictions, labels, only_predicted=only_predicted)
     with progress("Comparing", len(matched.pairs)) as done:

@@ -16,7 +16,13 @@ def command(
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help='Bound above the loaded scan, such as "2GB".')] = None,
+    memory: Annotated[
+        str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')
+    ] = None,
+    replace_nan: Annotated[
+        bool,
+        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
+    ] = False,
 ) -> None:
     """Write the surface of a structure, watertight, in world millimetres.
 
@@ -29,13 +35,20 @@ def command(
 
     if out.suffix.lower().lstrip(".") not in MESH_FORMATS:
         raise SettingsError("--out", f"{out} is no mesh file", f"End it in .{', .'.join(MESH_FORMATS)}")
-    field = Model.load(model).field(read_volume(image), device=device, memory=memory)
-    mesh = field.mesh(int(structure) if structure.isdigit() else structure, faces=faces, smooth=smooth)
+    if smooth < 0:
+        raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
+    loaded = Model.load(model)
+    volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
+    field = loaded.field(volume, device=device, memory=memory)
+    chosen: int | str = int(structure) if structure.isdigit() else structure
+    mesh = field.mesh(chosen, faces=faces, smooth=smooth)
     if len(mesh.faces) == 0:
         raise SettingsError(
             "structure", f"{structure} was not found in this scan", "Look at `ossnet segment` first"
         )
     save_mesh(mesh, out)
     say(
-        f"{len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, watertight: {mesh.is_watertight}: {out}"
+        f"{loaded.label_names.get(chosen, chosen) if isinstance(chosen, int) else chosen}: "
+        f"{len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, "
+        f"{'watertight' if mesh.is_watertight else 'not watertight'} → {out}"
     )

@@ -16,7 +16,7 @@ def command(
         bool, typer.Option("--channels", help="The files given are the channels of one scan, in order.")
     ] = False,
     spacing: Annotated[
-        float | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's.")
+        str | None, typer.Option(help="Voxel size of the answer in mm, if not the scan's: 0.5 or 0.5,0.5,2.")
     ] = None,
     region: Annotated[
         str | None,
@@ -75,7 +75,7 @@ def command(
             ) from None
     options = Options(
         strategy=strategy,
-        spacing=spacing,
+        spacing=None if spacing is None else _spacing(spacing),
         region=((x0, y0, z0), (x1, y1, z1)) if region is not None else None,
         probabilities=probabilities,
         largest=largest,
@@ -104,3 +104,18 @@ def command(
         report = segment_all(loaded, jobs, options, say=say, done=done)
     if as_json:
         print_json(report)
+
+
+def _spacing(text: str) -> float | tuple[float, float, float]:
+    """One voxel size, or one for each axis as the scan is stored."""
+    from ossnet.errors import SettingsError
+
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) == 1:
+        return values[0]
+    if len(values) == 3:
+        return values[0], values[1], values[2]
+    raise SettingsError("--spacing", f"{text!r} is not one number or three", "Write 0.5 or 0.5,0.5,2")

@@ -41,7 +41,9 @@ def command(
         typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
-    help_settings: Annotated[bool, typer.Option("--help-settings", help="List every setting.")] = False,
+    help_settings: Annotated[
+        bool, typer.Option("--help-settings", help="List every setting, with the values of --variant.")
+    ] = False,
 ) -> None:
     """Train a network on a data set.
 
@@ -51,11 +53,12 @@ def command(
     **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
     from ossnet.errors import SettingsError
-    from ossnet.training.settings import describe_settings, make_settings
+    from ossnet.training.settings import canonical_variant, describe_settings, make_settings
 
     if help_settings:
-        table = Table("setting", "default", "meaning")
-        for row in describe_settings():
+        of = canonical_variant(variant or "multiscale")
+        table = Table("setting", f"in {of}", "meaning")
+        for row in describe_settings(of):
             table.add_row(*row)
         stdout().print(table)
         return

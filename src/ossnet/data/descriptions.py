@@ -87,8 +87,10 @@ def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
                 "declares an 'ignore' label, which is not supported",
                 "Give these voxels a class, or remove it",
             )
-        if isinstance(number, list):  # regions: several labels together
+        if isinstance(number, list) and len(number) != 1:  # regions: several labels together
             parts |= {int(n) for n in number}
+        elif isinstance(number, list):
+            names[int(number[0])] = str(name)
         else:
             names[int(number)] = str(name)
     return {n: names.get(n, f"label {n}") for n in sorted(parts | set(names))}

@@ -54,7 +54,7 @@ class Options:
     """How every scan is segmented; see `Field`, `Field.segment` and `without_islands`."""
 
     strategy: str = "auto"
-    spacing: float | None = None
+    spacing: float | tuple[float, float, float] | None = None
     region: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     probabilities: bool = False
     largest: bool = False
@@ -230,7 +230,7 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
             memory=options.memory,
             device=options.device,
             spacing=options.spacing,
-            dense=options.strategy == "dense",
+            dense=options.strategy == "dense" or options.probabilities,
         )
         out.append({"scan": job.name, **asdict(expected)})
     return out

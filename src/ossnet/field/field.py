@@ -6,7 +6,7 @@ Letters: N locations, K classes, X Y Z voxels.
 import time
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ none. It overlooks a tenth of those that it would overlook otherwise (`benchmark
 are looked at in detail only near their structures."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Segmentation(LabelMap):
     """A label map with how it was found.
 
@@ -90,6 +90,10 @@ class Field:
         preprocessed: bool = False,
         chunk: int | None = None,
     ) -> None:
+        if not isinstance(volume, Volume):
+            raise SettingsError(
+                "volume", f"it is a {type(volume).__name__}", "Read the scan: ossnet.read(path)"
+            )
         if volume.channels != model.channels:
             names = f" ({', '.join(model.channel_names)})" if model.channel_names else ""
             raise VolumeError(
@@ -151,12 +155,18 @@ class Field:
         """Logits at points: (N,) for one structure, (N, K) for K classes including background.
 
         Args:
-            points: Voxel indices of the scan as stored (fractions allowed), or world mm.
+            points: Voxel indices of the scan as stored (fractions allowed), or world mm. Outside the scan they count as
+                the nearest point of its border.
+            space: What the points are.
+
+        Raises:
+            SettingsError: Points that are not (N, 3) finite numbers, or another space.
         """
+        points = _checked(points, space)
         to_fitted = self._fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
         if space == "world":
             to_fitted = to_fitted @ np.linalg.inv(self.volume.affine)
-        logits = ask_at(self._answer, np.asarray(points, dtype=np.float64), to_fitted)
+        logits = ask_at(self._answer, points, to_fitted)
         return logits.float().cpu().numpy()
 
     def probability(
@@ -198,6 +208,9 @@ class Field:
             SettingsError: Arguments that exclude each other.
             ResourceError: The grant does not hold the label map.
         """
+        if strategy not in get_args(Strategy):
+            known = ", ".join(get_args(Strategy))
+            raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
         if sum(x is not None for x in (spacing, shape, like)) > 1:
             raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
         if strategy in START_STATES:
@@ -484,6 +497,19 @@ class Field:
             else:
                 index.append(np.arange(n) + self._fit.offset[axis])
         return grid[np.ix_(*index)], stages.evaluated, tuple(stages.evaluated_per_stage)
+
+
+def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
+    if space not in ("voxel", "world"):
+        raise SettingsError("space", f"{space!r} is unknown", "Use voxel (indices) or world (mm)")
+    out = np.asarray(points, dtype=np.float64)
+    if out.ndim != 2 or out.shape[1] != 3:
+        raise SettingsError(
+            "points", f"their shape is {out.shape} instead of (N, 3)", "One point is [[x, y, z]]"
+        )
+    if not np.isfinite(out).all():
+        raise SettingsError("points", "some are not finite", "Leave them out")
+    return out
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -78,7 +78,7 @@ def forecast(
     *,
     memory: str | int | None = None,
     device: str = "cpu",
-    spacing: float | None = None,
+    spacing: float | tuple[float, float, float] | None = None,
     dense: bool = False,
 ) -> Forecast:
     """Work out what `segment` will take; a region of the scan takes less.

@@ -8,9 +8,10 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from ossnet.errors import SettingsError
 
@@ -80,10 +81,16 @@ class SamplingSettings(_Group):
     """Locations that a training step asks."""
 
     strategy: Literal["uniform", "border"] = Field(
-        "uniform", description="SPEC §3; BraTS uniform, LiTS border"
+        "uniform",
+        description="everywhere alike, or partly near borders (SPEC §3: BraTS uniform, LiTS border)",
     )
     locations: int = Field(2**14, ge=1, description="locations a volume")
-    border_share: float = Field(0.5, ge=0, le=1, description="part of them from the border band")
+    border_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="border: share of them from the border band; default variant: near surfaces",
+    )
     border_kernel: int = Field(13, ge=1, description="max pool in voxels that widens the border (SPEC §7.8)")
     border_width_mm: float | None = Field(
         None, gt=0, description="Euclidean band in mm instead of the released one"
@@ -107,7 +114,7 @@ class AugmentationSettings(_Group):
 
     probability: float = Field(0.5, ge=0, le=1, description="of each kind (SPEC §3)")
     flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
-        (0, 1), description="axes that may be mirrored; () for none"
+        (0, 1), description="axes that may be mirrored, such as [0, 1]; [] for none"
     )
     brightness: float = Field(0.15, ge=0, description="largest factor f of x + f * max(x)")
     noise: float = Field(0.15, ge=0, description="standard deviation, in units of the normalised scan")
@@ -213,8 +220,8 @@ class RuntimeSettings(_Group):
 class Settings(_Group):
     """Everything about one training."""
 
-    variant: str = "multiscale"
-    seed: int = Field(0, ge=0)
+    variant: str = Field("multiscale", description="the network, see `ossnet train --help`")
+    seed: int = Field(0, ge=0, description="of everything random")
     data: DataSettings = DataSettings()
     network: NetworkSettings = NetworkSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -352,16 +359,34 @@ def canonical_variant(name: str) -> str:
     raise SettingsError("variant", f"{name!r} is unknown", f"Choose one of {', '.join(known)}")
 
 
-def describe_settings() -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every setting."""
+def describe_settings(variant: str | None = None) -> list[tuple[str, str, str]]:
+    """(key, value that a variant has when nothing is set, meaning) of every setting."""
+    chosen = make_settings(variant)
     rows = []
     for group_name, group in Settings.model_fields.items():
         if isinstance(group.default, _Group):
+            values = getattr(chosen, group_name)
             for name, field in type(group.default).model_fields.items():
-                rows.append((f"{group_name}.{name}", str(field.default), field.description or ""))
+                rows.append((f"{group_name}.{name}", _shown(getattr(values, name)), _meaning(field)))
         else:
-            rows.append((group_name, str(group.default), group.description or ""))
+            rows.append((group_name, _shown(getattr(chosen, group_name)), _meaning(group)))
     return rows
+
+
+def _shown(value: Any) -> str:
+    """As it may be written after `--set`."""
+    if isinstance(value, tuple):
+        return json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _meaning(field: FieldInfo) -> str:
+    """The description, with the words that may be given."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    words = [w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind) if isinstance(w, str)]
+    text = field.description or ""
+    listed = "" if not words or all(word in text for word in words) else f"one of {', '.join(words)}"
+    return "; ".join(part for part in (text, listed) if part)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

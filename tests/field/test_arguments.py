@@ -1,0 +1,39 @@
+"""What is asked of a field is checked, in plain Python: without the type checks that tests install."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import tiny
+
+CASES = {
+    "field.probability([17, 25, 17])": "One point is [[x, y, z]]",
+    "field.probability([[1, 2, 3]], space='mm')": "Use voxel (indices) or world (mm)",
+    "field.logits([[float('nan'), 1, 1]])": "some are not finite",
+    "field.segment(strategy='fast')": "'fast' is unknown",
+    "model.field('scan.nii.gz')": "it is a str",
+}
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    tiny.model("multiscale").save(tmp_path / "model")
+    tiny.scan().save(tmp_path / "scan.nii.gz")
+    lines = [
+        "import ossnet",
+        f"model = ossnet.load({str(tmp_path / 'model')!r})",
+        f"field = model.field(ossnet.read({str(tmp_path / 'scan.nii.gz')!r}))",
+        "assert ossnet.__version__",
+        "assert field.probability([[1, 2, 3]]).shape == (1,)",
+        "print(field.volume)",
+    ]
+    for call in CASES:
+        lines += ["try:", f"    {call}", "except ossnet.OssnetError as error:", "    print(error)"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith("Volume(14 × 12 × 10 voxels of 1 × 1 × 1 mm, int16, ")
+    assert len(said) == 1 + len(CASES)
+    for line, part in zip(said[1:], CASES.values(), strict=True):
+        assert part in line
