@@ -142,7 +142,7 @@ def test_a_damaged_state_is_refused(finished: Path, balls: Path, tmp_path: Path)
 def test_an_undefined_loss_is_forgiven_and_many_in_a_row_are_not(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half-precision convolutions of some machines give garbage now and then; that of a diverged training is for ever."""
+    """Half-precision convolutions of some machines give garbage now and then; a diverged training always does."""
     usual = OccupancyRecipe.loss
     spoilt = {2}
     count = 0
