@@ -1,5 +1,7 @@
 """Islands go when they are told to, and nothing else does."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from ossnet.errors import SettingsError
-from ossnet.field.components import without_islands
+from ossnet.field.components import island_bytes, without_islands
 from ossnet.volume import LabelMap
 
 
@@ -47,3 +49,17 @@ def test_one_component_a_structure_is_left_and_none_is_invented(seed: int) -> No
     for label in np.unique(data[data > 0]):
         _, count = ndimage.label(found == label)
         assert count == 1
+
+
+def test_memory_is_known_before() -> None:
+    rng = np.random.default_rng(0)
+    data = np.zeros((90, 80, 70), np.uint8)
+    data[5:85, 5:75, 5:65] = rng.random((80, 70, 60)) > 0.4
+    labels = LabelMap(data, np.eye(4))
+    tracemalloc.start()
+    try:
+        without_islands(labels, largest=True)
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 0.5 * island_bytes(labels) < taken < 1.1 * island_bytes(labels)

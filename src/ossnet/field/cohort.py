@@ -20,9 +20,10 @@ from ossnet.errors import (
     SettingsError,
     is_out_of_memory,
 )
-from ossnet.field.components import without_islands
+from ossnet.field.components import island_bytes, without_islands
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
+from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import MARK, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
@@ -295,6 +296,9 @@ def _segment(
     encoder_seconds = field.encoder_seconds
     del field  # its maps, before islands are looked for
     if options.largest or options.smallest_ml:
+        if options.memory is not None:
+            needed = LIBRARIES + labels.data.nbytes + island_bytes(labels)
+            require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
     labels = replace(labels, origin=made_by)
     entry = {

@@ -1,6 +1,7 @@
 """Islands: connected parts of a structure that a user may want gone. Nothing here runs unless it is asked for."""
 
 from dataclasses import replace
+from math import prod
 from typing import TypeVar
 
 import numpy as np
@@ -10,6 +11,13 @@ from ossnet.errors import SettingsError
 from ossnet.volume import LabelMap
 
 Labels = TypeVar("Labels", bound=LabelMap)
+
+
+def island_bytes(labels: LabelMap) -> int:
+    """Memory that `without_islands` takes: a copy, and the parts of the structure with the largest box."""
+    boxes = [box for box in ndimage.find_objects(labels.data) if box is not None]
+    voxels = max((prod(s.stop - s.start for s in box) for box in boxes), default=0)
+    return labels.data.nbytes + 6 * voxels
 
 
 def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float = 0.0) -> Labels:
@@ -32,11 +40,15 @@ def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float
         if box is None:
             continue
         parts, count = ndimage.label(labels.data[box] == label)
-        sizes = np.bincount(parts.ravel(), minlength=count + 1)
+        # Plane by plane: counting all at once would widen the parts to 64 bits.
+        sizes = np.zeros(count + 1, np.int64)
+        for plane in parts:
+            sizes += np.bincount(plane.ravel(), minlength=count + 1)
         sizes[0] = 0
         keep = sizes * voxel_ml >= smallest_ml * (1 - 1e-9)  # volumes are rounded
         if largest:
             keep &= np.arange(count + 1) == sizes.argmax()
         keep[0] = True  # other structures in the box
-        out[box][~keep[parts]] = 0
+        for plane, part in zip(out[box], parts, strict=True):
+            plane[~keep[part]] = 0
     return replace(labels, data=out)
