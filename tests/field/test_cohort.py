@@ -130,6 +130,24 @@ def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path,
         plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "folder.nii.gz")
 
 
+def test_scans_that_are_cut_in_another_way_are_warned_of(model: Model, scans: Path, tmp_path: Path) -> None:
+    known = {"smallest": [9.0, 9.0, 8.0], "largest": [11.0, 9.0, 8.0]}
+    careful = Model(model.network, model.preparation, model.label_names, metadata={"extent_mm": known})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", VolumeWarning)
+        run(careful, scans, tmp_path / "near")  # up to 14 mm
+    tiny.scan((10, 30, 8)).save(scans / "scan_0.nii.gz")
+    tiny.scan((4, 9, 8)).save(scans / "scan_1.nii.gz")
+    with pytest.warns(VolumeWarning) as told:
+        run(careful, scans, tmp_path / "far")
+    said = sorted(str(w.message) for w in told)
+    assert (
+        "scan_0.nii.gz: it shows 10 × 30 × 8 mm, the training scans showed at most 11 × 9 × 8 mm" in said[0]
+    )
+    assert "scan_1.nii.gz: it shows 4 × 9 × 8 mm, the training scans showed at least 9 × 9 × 8 mm" in said[1]
+    assert len(said) == 2
+
+
 def test_probabilities_lie_on_the_grid_of_the_labels(model: Model, scans: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"strategy": "dense", "probabilities": True}
     for name, more in {"fine": {"spacing": 0.5}, "part": {"region": ((2, 1, 0), (9, 6, 5))}}.items():

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from ossnet.errors import (
 from ossnet.field.components import island_bytes, without_islands
 from ossnet.field.field import Field
 from ossnet.field.forecast import forecast
+from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import MARK, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
 from ossnet.files.nifti import origin_of, read_volume
-from ossnet.files.validate import read_header
+from ossnet.files.validate import VolumeWarning, read_header
 from ossnet.volume import Volume
 
 _REPORT_SECONDS = 10.0
@@ -283,6 +285,8 @@ def _segment(
         precision=options.precision,  # type: ignore[arg-type]
         chunk=options.chunk,
     )
+    if note := unlike_training(model, field.grid):
+        warnings.warn(f"{job.files[0]}: {note}.", VolumeWarning, stacklevel=2)
     labels = field.segment(
         strategy=options.strategy,  # type: ignore[arg-type]
         spacing=options.spacing,

@@ -51,6 +51,14 @@ class Grids:
         x, y, z = np.median(np.array(self.spacings), axis=0).tolist()
         return round(x, 4), round(y, 4), round(z, 4)
 
+    def extents(self) -> dict[str, list[float]]:
+        """Smallest and largest extent in mm, per axis."""
+        all_mm = np.array(self.shapes) * np.array(self.spacings)
+        return {
+            "smallest": all_mm.min(axis=0).round(1).tolist(),
+            "largest": all_mm.max(axis=0).round(1).tolist(),
+        }
+
     def median_shape_at(self, spacing: Spacing) -> Shape:
         """Voxels of the median scan after resampling."""
         extent = np.median(np.array(self.shapes) * np.array(self.spacings), axis=0)
@@ -124,6 +132,7 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     model.metadata = {
         "variant": settings.variant,
         "data": {"name": dataset.root.name, "layout": dataset.layout, "training cases": len(train)},
+        "extent_mm": grids.extents(),
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
