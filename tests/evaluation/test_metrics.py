@@ -5,7 +5,7 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from skimage.measure import marching_cubes
@@ -124,6 +124,19 @@ def test_small_gaps_are_measured_below_the_voxel(spacing: tuple[float, float, fl
     assert surface_distances(one, other, linear).mean() == pytest.approx(30 - radius, rel=0.15)
 
 
+def ambiguous(mask: np.ndarray) -> bool:
+    """Whether two voxels of the mask, or two of the background, touch along an edge alone.
+
+    Rare in small balls; scikit-image then decides by the orientation what is connected.
+    """
+    for axis in range(3):
+        plane = np.moveaxis(np.pad(mask, 1), axis, 0)
+        a, b, c, d = plane[:, :-1, :-1], plane[:, 1:, 1:], plane[:, 1:, :-1], plane[:, :-1, 1:]
+        if ((a & b & ~c & ~d) | (c & d & ~a & ~b)).any():
+            return True
+    return False
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nearest_distances_match_brute_force_over_skimage_triangles(seed: int) -> None:
@@ -133,13 +146,11 @@ def test_nearest_distances_match_brute_force_over_skimage_triangles(seed: int) -
     """
     generator = np.random.default_rng(seed)
     linear = np.diag(SPACING) + generator.uniform(-0.2, 0.2, (3, 3))
-    # Convex bodies: their cubes are not ambiguous.
     one, other = (
         ball((16, 14, 12), tuple(linear @ generator.uniform(5, 7, 3)), generator.uniform(2, 5), linear) > 0
         for _ in range(2)
     )
-    if not (one.any() and other.any()):
-        return
+    assume(one.any() and other.any() and not (ambiguous(one) or ambiguous(other)))
 
     def elements(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         padded = np.pad(mask, 1)
