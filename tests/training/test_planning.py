@@ -4,7 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+import torch
+from tests.training.conftest import SMALL
+
 from ossnet.data.layouts import open_dataset
+from ossnet.errors import SettingsError
 from ossnet.training.planning import TrainingPlan, make_plan
 from ossnet.training.settings import make_settings
 
@@ -63,3 +68,23 @@ def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:
     assert not any("mean 0" in reason for reason in plan.reasons)
     plan = planned(copy, "data.normalise=zscore")
     assert any(reason.endswith("mean 0 and deviation 1") for reason in plan.reasons)
+
+
+def test_a_training_may_start_from_another(balls: Path, tmp_path: Path) -> None:
+    first = planned(balls)
+    with torch.no_grad():
+        for parameter in first.model.network.parameters():
+            parameter.add_(1)
+    first.model.save(tmp_path / "first")
+    second = planned(balls, f"network.init={tmp_path / 'first'}")
+    for name, tensor in first.model.network.state_dict().items():
+        assert torch.equal(tensor, second.model.network.state_dict()[name])
+    assert f"weights start as those of {tmp_path / 'first'}" in second.reasons
+    with pytest.raises(SettingsError, match=r"another network: classes 3 instead of 1"):
+        planned(balls, f"network.init={tmp_path / 'first'}", "data.target=foreground")
+    with pytest.raises(SettingsError, match="another network: spacing"):
+        planned(balls, f"network.init={tmp_path / 'first'}", "data.spacing=1,1,1")
+    dataset = open_dataset(balls)
+    settings = make_settings("C", changes=[f"network.init={tmp_path / 'first'}", *SMALL])
+    with pytest.raises(SettingsError, match="another family"):
+        make_plan(dataset, dataset.cases, settings)

@@ -1,5 +1,6 @@
 """`ossnet train`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,9 @@ def command(
             "the others train for epochs."
         ),
     ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start from the weights of this run or model (fine-tuning).")
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Processes or GPUs.")] = None,
     replace_nan: Annotated[
         bool,
@@ -69,6 +73,8 @@ def command(
     chosen = list(changes or ())
     if minutes is not None:
         chosen.append(f"schedule.minutes={minutes}")
+    if init is not None:
+        chosen.append(f"network.init={json.dumps(init)}")
     if devices is not None:
         chosen.append(f"runtime.devices={devices}")
     if replace_nan:

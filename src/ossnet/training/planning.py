@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from torch import nn
 
 from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
@@ -121,6 +122,9 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         recipe = _unet(base, grids, channels, classes, settings, reasons)
         settings = recipe.settings
     reasons.extend(reason)
+    if settings.network.init is not None:
+        _start_from(settings.network.init, recipe.network)
+        reasons.append(f"weights start as those of {settings.network.init}")
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
     minutes = settings.schedule.minutes
     if minutes is not None:
@@ -137,6 +141,27 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         "versions": versions(),
     }
     return TrainingPlan(model, recipe, classes, tuple(reasons))
+
+
+def _start_from(folder: str, network: nn.Module) -> None:
+    """Take over the weights of a model that has the same network.
+
+    Raises:
+        SettingsError: It has another one.
+    """
+    known = Model.load(folder).network
+    if type(known) is not type(network):
+        raise SettingsError("network.init", f"{folder} is of another family", "Give its --variant")
+    wanted, found = (n.spec.to_dict() for n in (network, known))  # type: ignore[union-attr, operator]
+    other = [key for key in wanted if wanted[key] != found.get(key)]
+    if other:
+        listed = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in other[:2])
+        raise SettingsError(
+            "network.init",
+            f"{folder} has another network: {listed}",
+            "Set data.spacing and network.* as it was trained; channels and structures must be as many",
+        )
+    network.load_state_dict(known.state_dict())
 
 
 def _is_ct(dataset: Dataset) -> bool:

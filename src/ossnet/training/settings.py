@@ -65,6 +65,7 @@ class NetworkSettings(_Group):
         description="default variant: tell the network where in the scan a location lies; for scans that are all "
         "cut alike",
     )
+    init: str | None = Field(None, description="a run or model folder whose weights the training starts from")
     cbn_statistics: Literal["scalar", "feature"] = Field("scalar", description="SPEC §7.7")
     normalise_coordinates: bool = Field(False, description="SPEC §7.4")
     large_pool: Literal["avg", "released"] = Field(
