@@ -43,9 +43,7 @@ CHANGES: dict[str, Change] = {
     "AdamW 1e-3 for all weights": Change(("optimiser.name=adamw", "optimiser.lr=1e-3")),
     "AdamW 2e-3 for all weights": Change(("optimiser.name=adamw", "optimiser.lr=2e-3")),
     "AdamW 4e-3 for all weights": Change(("optimiser.name=adamw", "optimiser.lr=4e-3")),
-    "no augmentation": Change(
-        ("augmentation.spatial=false",), crops=lambda crops: replace(crops, spatial=0.0, intensity=0.0)
-    ),
+    "no augmentation": Change(("augmentation.spatial=false", "augmentation.intensity=0")),
     "locations near surfaces count in full": Change(("sampling.importance=0",)),
     "half of the weights' logarithm": Change(("sampling.importance=0.5",)),
     "no raw patch": Change(spec=lambda spec: replace(spec, patch=(1, 1, 1), patch_features=0)),

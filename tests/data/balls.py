@@ -1,5 +1,7 @@
 """A ball to cut crops from."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from jaxtyping import Float, Num
@@ -9,6 +11,8 @@ from ossnet.data.crop_locations import surface_voxels
 from ossnet.data.crops import CropSettings, CropSource
 
 ISO = CropSettings((16, 24, 16), (1.0, 1.0, 1.0), locations=300, strides=(4, 4, 4), elastic=2.0)
+AS_SCANNED = replace(ISO, spatial=0.0, intensity=0.0)
+"""The same crops and locations, without augmentation."""
 
 
 def as_is(part: Num[np.ndarray, "C X Y Z"]) -> Float[Tensor, "C X Y Z"]:

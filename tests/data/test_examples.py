@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.data.balls import ISO, as_is, ball
+from tests.data.balls import AS_SCANNED, ISO, as_is, ball
 
 from ossnet.data.crop_locations import surface_voxels, targets_at
-from ossnet.data.crops import CropSource, without_augmentation
+from ossnet.data.crops import CropSource
 from ossnet.data.examples import example
 
 SEEDS = st.integers(0, 10_000)
@@ -37,7 +37,7 @@ def test_examples_are_complete_and_pure(seed: int, zoom: tuple[float, float, flo
 
 def test_half_of_the_locations_are_near_the_surface_and_of_both_kinds() -> None:
     source = ball()
-    plan = replace(without_augmentation(ISO), crop=(32, 32, 24), jitter=(1.0,))
+    plan = replace(AS_SCANNED, crop=(32, 32, 24), jitter=(1.0,))
     made = example(source, plan, np.random.default_rng(0))
     inside = float(made["targets"].mean())
     assert 0.2 < inside < 0.6
@@ -76,9 +76,7 @@ def test_locations_near_a_flat_surface_are_inside_half_of_the_time() -> None:
     labels = np.zeros((40, 40, 40), np.uint8)
     labels[:20] = 1
     source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
-    plan = replace(
-        without_augmentation(ISO), crop=(32, 32, 32), locations=4000, near_surface=1.0, jitter=(1.0,)
-    )
+    plan = replace(AS_SCANNED, crop=(32, 32, 32), locations=4000, near_surface=1.0, jitter=(1.0,))
     targets = [example(source, plan, np.random.default_rng(s))["targets"].mean() for s in range(5)]
     assert float(torch.stack(targets).mean()) == pytest.approx(0.5, abs=0.02)
 
@@ -122,7 +120,7 @@ def test_places_are_those_of_the_scan_or_of_its_mirror_image(
 ) -> None:
     """The image of the ball says where its voxels lie."""
     source = ball(zoom=zoom)
-    plan = replace(without_augmentation(ISO), position=True, jitter=(1.0,))
+    plan = replace(AS_SCANNED, position=True, jitter=(1.0,))
     plain = example(source, plan, np.random.default_rng(seed))
     mirrored = example(source, replace(plan, flips=(0, 1, 2)), np.random.default_rng(seed))
     size = torch.tensor(source.shape)

@@ -155,11 +155,6 @@ class SpatialMap:
         return out
 
 
-def without_augmentation(settings: CropSettings) -> CropSettings:
-    """The same crops and locations, as scanned."""
-    return replace(settings, spatial=0.0, intensity=0.0, flips=())
-
-
 def to_scan(points: Points, zoom: Sequence[float]) -> Points:
     """Grid to scan coordinates."""
     return (points + np.float32(0.5)) / np.asarray(zoom, np.float32) - np.float32(0.5)
@@ -203,7 +198,7 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         linear[c, c] = np.exp(rng.uniform(-1, 1) * settings.scaling_across)
         linear = linear * mm / mm[:, None]
         if settings.elastic > 0:
-            # Between control points displacements differ by less than these are apart: nothing is folded.
+            # Between control points displacements differ by less than these are apart: hardly anything is folded.
             most = min(settings.elastic * mm.min(), _BEND * (crop * mm)[[a, b]].min() / 4)
             strength = rng.uniform(0, 1) * most
             elastic = rng.uniform(-1, 1, (2, 5, 5)) * strength / mm[[a, b]].reshape(2, 1, 1)

@@ -241,29 +241,26 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
 
 def _require_replaceable(jobs: Sequence[Job], origins: Mapping[str, str], overwrite: bool) -> None:
     """Refuse where files are in the way: those that are no results at all, and results of something else."""
-    for foreign in (True, False):
-        found = [
-            job
-            for job in jobs
-            if job.target.is_file()
-            and (line := origin_of(job.target)) != origins[job.name]
-            and line.startswith(MARK) != foreign
-            and (foreign or not overwrite)
-        ]
-        if not found:
-            continue
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        if foreign:
-            raise SettingsError(
-                "--out",
-                f"{found[0].target} is there{more} and is no result of ossnet",
-                "Name another output, or move it away: it may be a reference",
-            )
+    there = {job.name: (job.target, origin_of(job.target)) for job in jobs if job.target.is_file()}
+    foreign = [target for target, line in there.values() if not line.startswith(MARK)]
+    others = [target for name, (target, line) in there.items() if line != origins[name]]
+    if foreign:
         raise SettingsError(
             "--out",
-            f"{found[0].target} is there{more}, made by another model, from another scan or with other options",
+            f"{_first(foreign)} and is no result of ossnet",
+            "Name another output, or move it away: it may be a reference",
+        )
+    if others and not overwrite:
+        raise SettingsError(
+            "--out",
+            f"{_first(others)}, made by another model, from another scan or with other options",
             "Name another output, or replace it with --overwrite",
         )
+
+
+def _first(targets: Sequence[Path]) -> str:
+    more = f" (and {len(targets) - 1} more)" if len(targets) > 1 else ""
+    return f"{targets[0]} is there{more}"
 
 
 def _told(entry: Mapping[str, Any]) -> str:
@@ -301,7 +298,8 @@ def _segment(
     del field  # its maps, before islands are looked for
     if options.largest or options.smallest_ml:
         if options.memory is not None:
-            needed = LIBRARIES + labels.data.nbytes + island_bytes(labels)
+            held = labels.data.nbytes + (0 if maps is None else maps.data.nbytes)
+            needed = LIBRARIES + held + island_bytes(labels)
             require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
     labels = replace(labels, origin=made_by)

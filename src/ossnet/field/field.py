@@ -211,8 +211,6 @@ class Field:
         if strategy not in get_args(Strategy):
             known = ", ".join(get_args(Strategy))
             raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
-        if sum(x is not None for x in (spacing, shape, like)) > 1:
-            raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
         if strategy in START_STATES:
             if spacing is not None or shape is not None or like is not None or region is not None:
                 raise SettingsError(
@@ -267,6 +265,10 @@ class Field:
             spacing: As for `segment`, and so are `shape`, `like` and `region`.
             progress: As for `segment`.
             beside: Bytes of the grant that the caller needs meanwhile, of a label map for example.
+
+        Raises:
+            SettingsError: Arguments that exclude each other.
+            ResourceError: The grant does not hold the probabilities.
         """
         grid, orientation = self._target(spacing, shape, like)
         box = self._oriented_region(region, grid, orientation)
@@ -290,7 +292,7 @@ class Field:
                 if report:
                     report(done, out[0].size - done)
         affine = _stored_affine(grid.part(low, size), orientation, (x, y, z))
-        return Volume(out, affine, header=(like or self.volume).header)
+        return Volume(out, affine, self.volume.source, (like or self.volume).header)
 
     def mesh(
         self,
@@ -394,6 +396,8 @@ class Field:
         shape: Shape | None,
         like: Volume | LabelMap | None,
     ) -> tuple[Grid, Orientation]:
+        if sum(x is not None for x in (spacing, shape, like)) > 1:
+            raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
         if like is not None:
             # Octrees start at a corner: the same one, whatever order the voxels of `like` are stored in.
             orientation = closest_canonical(like.affine)

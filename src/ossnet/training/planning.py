@@ -278,7 +278,7 @@ def _multiscale(
 def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     """What the default network is fed and moved by, for the user."""
     sampling, flips = settings.sampling, settings.augmentation.flip_axes
-    near = sampling.border_share if sampling.strategy == "border" else 0.0
+    near = sampling.near_borders
     balance = ", of every structure as many" if classes > 1 and near else ""
     weights = "; weights make them count as the voxels do" if sampling.importance and near else ""
     share = "half" if near == 0.5 else f"{near:.0%}" if near else "none"

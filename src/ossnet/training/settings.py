@@ -109,6 +109,11 @@ class SamplingSettings(_Group):
         description="default variant: most voxels of a training crop; fewer make more, cheaper steps",
     )
 
+    @property
+    def near_borders(self) -> float:
+        """Share of the locations that are drawn near borders; 0 where all are drawn alike."""
+        return self.border_share if self.strategy == "border" else 0.0
+
 
 class AugmentationSettings(_Group):
     """Changes to a training example."""

@@ -72,7 +72,7 @@ def crop_settings(
         spacing,
         locations=sampling.locations,
         strides=strides,
-        near_surface=sampling.border_share if sampling.strategy == "border" else 0.0,
+        near_surface=sampling.near_borders,
         flips=augmentation.flip_axes,
         intensity=augmentation.intensity,
         importance=sampling.importance,
