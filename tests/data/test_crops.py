@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.data.balls import ISO, ball
 
@@ -60,6 +60,7 @@ def test_grid_and_scan_coordinates_invert_each_other() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(seed=SEEDS, thin=st.integers(1, 12), axis=st.integers(0, 2), spatial=st.sampled_from([0.0, 1.0]))
+@example(seed=9, thin=1, axis=0, spatial=1.0)
 def test_few_slices_stay_in_sight(seed: int, thin: int, axis: int, spatial: float) -> None:
     """Also at the edge of a much thicker crop: there are voxels to ask about, and they are not rotated out of it."""
     shape = [60, 50, 40]

@@ -195,7 +195,9 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         scale = np.exp(rng.uniform(-1, 1) * settings.scaling)
         linear[a, a] = linear[b, b] = scale * np.cos(angle)
         linear[a, b], linear[b, a] = -scale * np.sin(angle), scale * np.sin(angle)
-        linear[c, c] = np.exp(rng.uniform(-1, 1) * settings.scaling_across)
+        across = np.exp(rng.uniform(-1, 1) * settings.scaling_across)
+        # Voxels further apart than a single slice is thick could all miss it.
+        linear[c, c] = across if size[c] > 1 else 1.0
         linear = linear * mm / mm[:, None]
         if settings.elastic > 0:
             # Between control points displacements differ by less than these are apart: hardly anything is folded.
