@@ -112,6 +112,26 @@ def test_two_files_and_folders_of_files_need_no_data_set(tmp_path: Path) -> None
     ]
 
 
+def test_one_prediction_is_found_in_a_data_set(tmp_path: Path) -> None:
+    given, reference = predictions(tmp_path / "p", "_seg"), dataset(tmp_path / "d")
+    told = json.loads(evaluate(given / "a_seg.nii.gz", reference, "--json").out)
+    assert [(row["case"], row["name"]) for row in told["cases"]] == [("a", "front"), ("a", "back")]
+
+
+def test_a_scan_is_not_taken_for_a_label_map(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 900, (8, 9, 7)).astype(np.int16)
+    for name in ("p", "l"):
+        Volume(grey[None], AFFINE).save(tmp_path / name / "x.nii.gz")
+    refused(evaluate(tmp_path / "p", tmp_path / "l"), "x.nii.gz", "grey values", "label map")
+    # Many labels, each in one piece, are an atlas.
+    atlas = LabelMap(
+        np.repeat(np.arange(60, dtype=np.uint8), 3)[:, None, None] * np.ones((1, 2, 2), np.uint8), AFFINE
+    )
+    for name in ("a", "b"):
+        atlas.save(tmp_path / f"{name}.nii.gz")
+    assert evaluate(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz").code == 0
+
+
 def test_label_values_of_files_and_classes_of_a_model_mean_the_same(tmp_path: Path) -> None:
     # Files hold 1 and 4, a trained model answers classes 1 and 2.
     reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "back": 4})
@@ -160,7 +180,9 @@ def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -
     reference = dataset(tmp_path / "d")
     given = predictions(tmp_path / "p")
     refused(evaluate(tmp_path / "nowhere", reference), "nowhere", "no such file")
-    refused(evaluate(given / "a.nii.gz", reference), "a.nii.gz", "two folders")
+    refused(evaluate(given, given / "a.nii.gz"), "a.nii.gz", "one prediction")
+    labels(1).save(tmp_path / "stranger.nii.gz")
+    refused(evaluate(tmp_path / "stranger.nii.gz", reference), "stranger.nii.gz", "is not named", "a.nii.gz")
     (tmp_path / "empty").mkdir()
     refused(evaluate(tmp_path / "empty", reference), "empty", "a.nii.gz")
 

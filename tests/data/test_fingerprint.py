@@ -112,11 +112,12 @@ def test_undeclared_labels(tmp_path: Path) -> None:
     (problem,) = fingerprint(open_dataset(tmp_path)).problems
     assert "holds label 2, which the data set does not declare" in problem.reason
     assert "declared are 0, 1" in problem.fix
-    value["labels"] = {"background": 0, "box": 1, "corner": 2, "rare": 3}
+    value["labels"] = {"background": 0, "box": 1, "corner": 2, "rare": 3, "both": [1, 2]}
     (tmp_path / "dataset.json").write_text(json.dumps(value))
     found = fingerprint(open_dataset(tmp_path))
     assert found.problems == ()
     assert any("no case has label 3 (rare)" in n for n in found.notes)
+    assert any("both: of several labels each, which are learnt one by one" in n for n in found.notes)
 
 
 def test_notes(tmp_path: Path) -> None:

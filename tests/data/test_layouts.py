@@ -101,7 +101,9 @@ def test_values_that_are_not_consecutive_become_classes(tmp_path: Path) -> None:
 def test_regions_are_taken_apart(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "d", ("a",), 1)
     describe(root, channel_names={"0": "T1"}, labels={"background": 0, "whole": [1, 2], "core": 2})
-    assert open_dataset(root).label_names == {0: "background", 1: "label 1", 2: "core"}
+    data = open_dataset(root)
+    assert data.label_names == {0: "background", 1: "label 1", 2: "core"}
+    assert data.regions == ("whole",)
 
 
 def test_patients_of_cases_json(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ def command(
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.", min=0.0)] = 1.0,
     only_predicted: Annotated[
-        bool, typer.Option("--only-predicted", help="Leave out cases without a prediction, do not refuse.")
+        bool,
+        typer.Option(
+            "--only-predicted", help="Leave out cases without a prediction, do not refuse (as for a file)."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

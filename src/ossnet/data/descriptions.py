@@ -18,6 +18,8 @@ class Description:
     label_names: Mapping[int, str] = field(default_factory=dict)
     listed: tuple[tuple[str, tuple[str, ...], str], ...] | None = None
     """(case, image files, label file), relative to the folder, where the description lists them."""
+    regions: tuple[str, ...] = ()
+    """Names that stand for several label values together."""
 
 
 def read_description(root: Path) -> Mapping[str, Any] | None:
@@ -48,7 +50,9 @@ def nnunet(value: Mapping[str, Any], path: Path) -> Description:
             (str(name), tuple(str(i) for i in entry["images"]), str(entry["label"]))
             for name, entry in value["dataset"].items()
         )
-    return Description(_channels(value["channel_names"]), _named(value["labels"], path), listed)
+    labels = value["labels"]
+    regions = tuple(str(name) for name, number in labels.items() if _is_region(number))
+    return Description(_channels(value["channel_names"]), _named(labels, path), listed, regions)
 
 
 def decathlon(value: Mapping[str, Any], path: Path) -> Description:
@@ -74,6 +78,10 @@ def _channels(value: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(value[key]) for key in sorted(value, key=int))
 
 
+def _is_region(number: Any) -> bool:
+    return isinstance(number, list) and len(number) != 1
+
+
 def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
     """Value → name, from either direction in which `labels` is written."""
     if all(str(key).isdigit() for key in value):
@@ -87,7 +95,7 @@ def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
                 "declares an 'ignore' label, which is not supported",
                 "Give these voxels a class, or remove it",
             )
-        if isinstance(number, list) and len(number) != 1:  # regions: several labels together
+        if _is_region(number):
             parts |= {int(n) for n in number}
         elif isinstance(number, list):
             names[int(number[0])] = str(name)

@@ -350,6 +350,11 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
             notes.append(f"no case has label {number} ({name}), so it cannot be learnt")
     if empty := [f.name for f in facts if f.foreground is None]:
         notes.append(f"{_cases(len(empty))} {_has(len(empty))} an empty label, for example {empty[0]}")
+    if dataset.regions:
+        notes.append(
+            f"{', '.join(dataset.regions)}: of several labels each, which are learnt one by one; "
+            "join them in the results where a region is wanted"
+        )
     groups = {c.name: c.group for c in dataset.cases}
     for number, part in enumerate(dataset.splits or ()):
         if both := shared_patients(part, groups):

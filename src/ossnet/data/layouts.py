@@ -175,6 +175,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         label_names=names,
         label_map=mapping,
         splits=read_splits(split_file) if split_file.exists() else None,
+        regions=description.regions,
         problems=tuple(problems),
     )
 

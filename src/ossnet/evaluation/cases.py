@@ -21,6 +21,10 @@ SUFFIXES = ("", "_seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_
 """What may follow the name of a case in the name of its prediction, in order of preference."""
 
 
+_MANY = 32
+"""With more values than these a map must look like one of labels."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prediction and the label that it is judged by."""
@@ -52,6 +56,12 @@ class Matched:
         """
         labels = read_labels(file)
         found = {int(v) for v in np.unique(labels.data)}
+        if len(found) > _MANY and not self.names and not _in_pieces(labels):
+            raise VolumeError(
+                file,
+                f"holds {len(found)} values that change from voxel to voxel, as the grey values of a scan do",
+                "Give the label map",
+            )
         if self.names and (unknown := found - {0} - set(self.names) - set(self.values)):
             raise VolumeError(
                 file,
@@ -73,24 +83,24 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     Args:
         predictions: A file, or a folder with files named after the cases (`CASE.nii.gz`,
             `CASE_seg.nii.gz`, …).
-        labels: A file where `predictions` is one; otherwise a data set in any layout, or a folder of label
-            files named after the cases.
-        only_predicted: Leave out labels without a prediction instead of refusing.
+        labels: A file for a file; a data set in any layout, or a folder of label files named after the cases,
+            for a file or a folder.
+        only_predicted: Leave out labels without a prediction instead of refusing; so they are for a file.
 
     Raises:
-        DatasetError: A path does not exist, one is a file and the other a folder, predictions are missing or
+        DatasetError: A path does not exist, a folder is to be compared with a file, predictions are missing or
             ambiguous, or nothing matches.
     """
     for path in (predictions, labels):
         if not path.exists():
             raise DatasetError(path, "there is no such file or folder", "Check the path")
-    if predictions.is_file() != labels.is_file():
+    if labels.is_file() and not predictions.is_file():
         raise DatasetError(
-            predictions if predictions.is_file() else labels,
+            labels,
             "is a file, and is to be compared with a folder",
-            "Give two files, or two folders",
+            "Give one prediction, or the folder that holds the labels of all",
         )
-    if predictions.is_file():
+    if labels.is_file():
         return Matched((Pair(stem(predictions), predictions, labels),), dict(read_labels(labels).names))
 
     references, dataset = _references(labels)
@@ -99,10 +109,10 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     if not found:
         raise DatasetError(
             predictions,
-            f"no file is named after a case of {labels}",
+            f"{'is not' if predictions.is_file() else 'no file is'} named after a case of {labels}",
             f"Name predictions after the cases, for example {missing[0]}.nii.gz",
         )
-    if missing and not only_predicted:
+    if missing and not only_predicted and not predictions.is_file():
         raise DatasetError(
             predictions,
             f"{len(missing)} of {len(references)} cases have no prediction: {_listed(missing)}",
@@ -155,6 +165,13 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
     return [Row(pair.case, label, names.get(label, ""), found) for label, found in scores.items()]
 
 
+def _in_pieces(labels: LabelMap) -> bool:
+    """Whether most labelled voxels have a neighbour of their own label, along the axis with the most voxels."""
+    data = np.moveaxis(labels.data, int(np.argmax(labels.data.shape)), 0)
+    labelled = data[1:] > 0
+    return bool((data[1:] == data[:-1])[labelled].mean() > 0.5) if labelled.any() else True
+
+
 def _values(*maps: LabelMap) -> list[int]:
     return sorted({int(v) for labels in maps for v in np.unique(labels.data)} - {0})
 
@@ -185,12 +202,12 @@ def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
     return {case.name: case.label for case in dataset.cases if case.label}, dataset
 
 
-def _predictions(folder: Path, cases: Iterable[str]) -> dict[str, Path]:
-    """Case → prediction; files that fit no case are named in a warning."""
+def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:
+    """Case → prediction, of a folder or a file; files that fit no case are named in a warning."""
     names = set(cases)
     found: dict[str, tuple[int, Path]] = {}
     strangers = []
-    for file in _images(folder):
+    for file in [given] if given.is_file() else _images(given):
         fits = [
             (rank, stem(file).removesuffix(suffix))
             for rank, suffix in enumerate(SUFFIXES)
@@ -208,7 +225,7 @@ def _predictions(folder: Path, cases: Iterable[str]) -> dict[str, Path]:
             found[case] = (rank, file)
     if strangers and found:
         warnings.warn(
-            f"{len(strangers)} files in {folder} belong to no case and are left out: {_listed(strangers)}",
+            f"{len(strangers)} files in {given} belong to no case and are left out: {_listed(strangers)}",
             stacklevel=3,
         )
     return {case: file for case, (_, file) in found.items()}

@@ -97,6 +97,8 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     reasons.append(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
+    if dataset.regions:
+        reasons.append(f"regions of several labels are learnt label by label: {', '.join(dataset.regions)}")
 
     windows = _windows(dataset, train, settings, reasons)
     normalise: Literal["window", "none", "zscore"] = (
