@@ -1,24 +1,29 @@
 """Networks do all their work, and a known object answers: costs at full size without training a network.
 
-An ellipsoid cut into sectors around its long axis, one a class. The answers of the engine are computed and put
-aside; the octree gets logits that fall off with the distance to the nearest surface, as a trained network's do.
+An ellipsoid cut into sectors around its long axis, one a class, or a structure as it was drawn. The answers of the
+engine are computed and put aside; the octree gets logits that fall off with the distance to the nearest surface, as a
+trained network's do.
 
 Letters: N locations, K classes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.ndimage import distance_transform_edt
 from surfaces import surface_voxels
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ossnet.data.preparation import Preparation
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import PREPARERS, prepare_multiscale, prepare_ossnet
 from ossnet.field.model import Model
+from ossnet.files.nifti import read_labels, read_volume
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import plan
 from ossnet.networks.ossnet import OSSNet
@@ -29,8 +34,76 @@ SHAPE = np.array([1.0, 0.9, 1.2])
 """Half axes of the ellipsoid, in units of its size."""
 
 
+class Truth(Protocol):
+    """A known object in a scan."""
+
+    shape: Shape
+
+    def logits(self, places: Tensor) -> Tensor:
+        """(N,) for one class, (N, K) otherwise; one unit a voxel, at most 8."""
+
+    def labels(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Labels of a box of voxels."""
+
+    @property
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels around the object."""
+
+    def surface(self) -> int:
+        """Foreground voxels with a 6-neighbour of another label."""
+
+    def scan(self) -> Volume:
+        """A scan of the object."""
+
+
+class Drawn:
+    """What a label map shows, all labels as one structure, in its scan."""
+
+    def __init__(self, scan: Path, labels: Path) -> None:
+        self._scan = read_volume(scan)
+        inside = read_labels(labels).data > 0
+        x, y, z = inside.shape
+        self.shape = (x, y, z)
+        found = [np.flatnonzero(inside.any(axis=tuple({0, 1, 2} - {i}))) for i in range(3)]
+        self._low = np.maximum([f[0] - 10 for f in found], 0)
+        self._high = np.minimum([f[-1] + 11 for f in found], inside.shape)
+        self._inside = inside[self._part(*self.box)]
+        distance = distance_transform_edt(self._inside) - distance_transform_edt(~self._inside)
+        self._logits = torch.from_numpy((distance - 0.5 * np.sign(distance)).clip(-8, 8).astype(np.float32))
+
+    def logits(self, places: Tensor) -> Tensor:
+        """(N,): the distance to the surface in voxels, between voxel centres by trilinear interpolation."""
+        extent = torch.tensor(self._logits.shape)
+        at = (places.float() - torch.from_numpy(self._low).float()) * 2 / (extent - 1) - 1
+        grid = at.flip(1).view(1, 1, 1, -1, 3)
+        return F.grid_sample(
+            self._logits[None, None], grid, padding_mode="border", align_corners=True
+        ).flatten()
+
+    def labels(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Labels of a box of voxels within `box`."""
+        return self._inside[self._part(low - self._low, high - self._low)].astype(np.uint8)
+
+    @property
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """Voxels around the object."""
+        return self._low, self._high
+
+    def surface(self) -> int:
+        """Foreground voxels with a 6-neighbour in the background."""
+        return surface_voxels(self._inside.astype(np.uint8))[0]
+
+    def scan(self) -> Volume:
+        """The scan."""
+        return self._scan
+
+    @staticmethod
+    def _part(low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
+        return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
 class Sectors:
-    """The object.
+    """An ellipsoid in sectors.
 
     Args:
         shape: Voxels of the scan.
@@ -101,8 +174,14 @@ class Sectors:
         return Volume(out, np.eye(4))
 
 
-def model_for(family: str, shape: tuple[int, int, int], classes: int, surface: int) -> Model:
-    """An untrained network of full size."""
+def model_for(
+    family: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    surface: int,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Model:
+    """An untrained network of full size, for scans with such a spacing in mm."""
     torch.manual_seed(0)
     k = 1 if classes == 2 else classes
     names = {label: f"part {label}" for label in range(1, classes)}
@@ -110,8 +189,8 @@ def model_for(family: str, shape: tuple[int, int, int], classes: int, surface: i
     if family == "C":
         network: nn.Module = OSSNet(spec_for("C", 1, k, shape))
         return Model(network, Preparation(fit="pad", shape=shape), names, metadata=surfaces)
-    network = MultiscaleNetwork(plan((1.0, 1.0, 1.0), shape, 1, k).spec)
-    return Model(network, Preparation(), names, metadata=surfaces)
+    network = MultiscaleNetwork(plan(spacing, shape, 1, k).spec)
+    return Model(network, Preparation(orientation="file"), names, metadata=surfaces)
 
 
 class Oracle:
@@ -121,7 +200,7 @@ class Oracle:
         work: Whether the network is asked at all.
     """
 
-    def __init__(self, answer: Answer, truth: Sectors, work: bool = True) -> None:
+    def __init__(self, answer: Answer, truth: Truth, work: bool = True) -> None:
         self.answer, self.truth, self.work = answer, truth, work
 
     def __getattr__(self, name: str) -> Any:
@@ -161,7 +240,7 @@ class CoverableOracle(Oracle):
 
 
 @contextmanager
-def installed(truth: Sectors, work: bool = True) -> Iterator[None]:
+def installed(truth: Truth, work: bool = True) -> Iterator[None]:
     """Meanwhile every network is bound as an oracle for the object; see `Oracle`."""
 
     def prepared(make: Any) -> Any:
