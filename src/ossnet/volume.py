@@ -128,6 +128,7 @@ class _Placed:
     affine: Affine
     source: Path | None = None
     header: FileHeader = field(default_factory=FileHeader)
+    origin: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
@@ -182,6 +183,7 @@ class Volume(_Placed):
         affine: (4, 4) float64, voxel index → world mm.
         source: The (first) file it came from.
         header: What written results take over.
+        origin: What made it, at most 79 letters, for the file that is written (`descrip` of a NIfTI header).
     """
 
     data: Num[np.ndarray, "C X Y Z"]
@@ -206,12 +208,11 @@ class LabelMap(_Placed):
         data: (X, Y, Z) integers, 0 is background.
         affine: (4, 4) float64, voxel index → world mm.
         names: Label value → name.
-        origin: What made it, at most 79 letters; written into the file (`descrip` of a NIfTI header).
+        origin: What made it, at most 79 letters; read from and written into files (`descrip` of a NIfTI header).
     """
 
     data: Integer[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
-    origin: str = ""
 
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""

@@ -3,9 +3,11 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from tests import tiny
@@ -105,8 +107,50 @@ def test_results_of_something_else_are_not_taken_for_finished(
         run(model, scans, out)
     assert times(out) == before
     assert run(model, scans, out, overwrite=True)["scans"]["scan_2"]["shape"] == [30, 9, 8]
-    # What does not decide the result may change.
-    assert segment_all(model, plan_jobs([scans], out), Options(strategy="dense", memory="1GB"))["scans"]
+    # What does not decide the result may change; who asks for all voxels to be asked does not get less.
+    before = times(out)
+    segment_all(model, plan_jobs([scans], out), Options(memory="1GB"))
+    assert times(out) == before
+    with pytest.raises(SettingsError, match="other options"):
+        run(model, scans, out, strategy="dense")
+    run(model, scans, out, strategy="dense", overwrite=True)
+    before = times(out)
+    run(model, scans, out)
+    assert times(out) == before
+
+
+def test_another_scan_of_the_same_name_and_size_is_another_scan(model: Model, tmp_path: Path) -> None:
+    """Also where only a voxel in a pair's second file differs."""
+    for ending in (".nii", ".img"):
+        out = tmp_path / f"out_{ending[1:]}"
+        for patient in ("p1", "p2"):
+            scan = tiny.scan()
+            if patient == "p2":
+                scan = replace(scan, data=scan.data + 1)
+            folder = tmp_path / f"{patient}{ending}"
+            folder.mkdir()
+            image = nib.Nifti1Image if ending == ".nii" else nib.Nifti1Pair
+            nib.save(image(scan.data[0], scan.affine), folder / f"T1{ending}")
+        (first,) = (tmp_path / f"p1{ending}").glob("T1.[nh][id][ir]")
+        (second,) = (tmp_path / f"p2{ending}").glob("T1.[nh][id][ir]")
+        segment_all(model, plan_jobs([first], out), Options())
+        with pytest.raises(SettingsError, match="from another scan"):
+            segment_all(model, plan_jobs([second], out), Options())
+
+
+def test_probabilities_say_what_made_them(model: Model, scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(model, scans, out, probabilities=True)
+    other = tiny.model("multiscale")
+    next(iter(other.network.parameters())).data.add_(0.01)
+    run(other, scans, out, overwrite=True)  # leaves the maps of the first model
+    with pytest.raises(
+        SettingsError, match=r"scan_0_probabilities\.nii\.gz is there \(and 4 more\), made by another"
+    ):
+        run(other, scans, out, probabilities=True)
+    Volume(np.zeros((1, 4, 4, 4), np.float32), np.eye(4)).save(out / "scan_1_probabilities.nii.gz")
+    with pytest.raises(SettingsError, match=r"scan_1_probabilities.*no result of ossnet"):
+        run(other, scans, out, probabilities=True, overwrite=True)
 
 
 def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path, tmp_path: Path) -> None:
@@ -161,11 +205,9 @@ def test_probabilities_lie_on_the_grid_of_the_labels(model: Model, scans: Path, 
 
 def test_probabilities(model: Model, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(model, scans, out)
+    run(model, scans, out, strategy="dense")
     before = times(out)
-    run(
-        model, scans, out, probabilities=True, strategy="dense"
-    )  # not finished: they were not asked for before
+    run(model, scans, out, probabilities=True, strategy="dense")  # not finished: they were not asked for
     assert len(times(out)) == 10
     for index in range(5):
         labels = read_labels(out / f"scan_{index}.nii.gz")
@@ -192,7 +234,7 @@ def test_regions_and_spacings(model: Model, scans: Path, tmp_path: Path) -> None
     assert fine["scans"]["scan_0"]["spacing_mm"] == [0.5, 0.5, 0.5]
 
 
-@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+@pytest.mark.parametrize("names", [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")])
 def test_processes_share(
     model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
@@ -208,6 +250,15 @@ def test_processes_share(
     assert (out / "report.0.json").exists()
     assert (out / "report.1.json").exists()
     assert not (out / "report.json").exists()
+
+
+def test_a_batch_script_alone_does_all_the_work(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # of the job; `srun` was not used
+    run(model, scans, tmp_path / "out")
+    assert len(times(tmp_path / "out")) == 5
 
 
 def test_a_scan_that_cannot_be_read_does_not_stop_the_others(

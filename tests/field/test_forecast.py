@@ -43,3 +43,12 @@ def test_a_grant_is_forecast(family: str) -> None:
     assert forecast(model, (24, 20, 18), np.eye(4), spacing=2.0, dense=True).locations == 12 * 10 * 9
     with pytest.raises(ResourceError, match="at least"):
         forecast(model, (24, 20, 18), np.eye(4), memory="50MB")
+
+
+def test_a_map_of_probabilities_is_forecast() -> None:
+    model, shape = tiny.model("multiscale"), (160, 160, 160)
+    without = forecast(model, shape, np.eye(4), dense=True)
+    beside = forecast(model, shape, np.eye(4), dense=True, probabilities=True)
+    assert beside.memory_bytes > without.memory_bytes
+    with pytest.raises(ResourceError, match="at least"):
+        forecast(model, (2000, 2000, 500), np.eye(4), dense=True, probabilities=True, memory="4GB")

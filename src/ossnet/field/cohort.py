@@ -27,7 +27,7 @@ from ossnet.field.forecast import forecast
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
-from ossnet.field.provenance import MARK, origin
+from ossnet.field.provenance import MARK, look_of, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
 from ossnet.files.nifti import origin_of, read_volume
@@ -70,10 +70,9 @@ class Options:
     overwrite: bool = False
 
     def deciding(self) -> dict[str, Any]:
-        """Those that decide which label map comes out; octree and dense, devices and grants do not."""
-        exact = self.strategy in ("auto", "octree", "dense")
+        """Those that decide which label map comes out; devices and grants do not."""
         return {
-            "strategy": "exact" if exact else self.strategy,
+            "strategy": "octree" if self.strategy == "auto" else self.strategy,
             "spacing": self.spacing,
             "region": self.region,
             "largest": self.largest,
@@ -94,6 +93,21 @@ class Job:
     def probabilities(self) -> Path:
         """Where probabilities go."""
         return self.target.with_name(f"{stem(self.target)}_probabilities.nii.gz")
+
+    def results(self, options: Options) -> tuple[Path, ...]:
+        """All that is written."""
+        return (self.target, self.probabilities) if options.probabilities else (self.target,)
+
+    def origins(self, model: str, options: Options) -> tuple[str, ...]:
+        """What results that are finished may say of their making: first what new ones say, then what is as good.
+
+        Args:
+            model: Its fingerprint.
+        """
+        scan, known = look_of(self.files), options.deciding()
+        # Nothing that asking everywhere finds is missed.
+        kinds = [known, known | {"strategy": "dense"}] if known["strategy"] == "octree" else [known]
+        return tuple(origin(model, scan, kind) for kind in kinds)
 
 
 def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bool = False) -> list[Job]:
@@ -183,10 +197,12 @@ def segment_all(
     rank, world = _processes()
     share = list(jobs)[rank::world]
     made_by = model.fingerprint()
-    origins = {job.name: origin(made_by, job.files, options.deciding()) for job in share}
-    _require_replaceable(share, origins, options.overwrite)
+    origins = {job.name: job.origins(made_by, options) for job in share}
+    _require_replaceable(share, origins, options)
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
     _clear(todo)
+    if world > 1:
+        say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
     report = _Report(_report_file(jobs, rank, world), model, made_by, options)
@@ -194,20 +210,23 @@ def segment_all(
     count = len(share) - len(todo)
     try:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            # So many label maps may wait for the disk; a grant of memory is for one scan.
+            waiting = 1 if options.memory is None else 0
             written: list[tuple[Job, dict[str, Any], Future[None]]] = []
             try:
                 for job, scan in _read_ahead(todo, reader, options):
-                    while len(written) > 1:  # at most two label maps wait for the disk
+                    while len(written) > waiting:
                         report.collect(written.pop(0))
                     try:
                         with _memory_told(job):
-                            entry, save = _segment(model, job, scan.result(), options, origins[job.name])
+                            entry, save = _segment(model, job, scan.result(), options, origins[job.name][0])
                     except (InputError, ResourceError) as error:
                         failed.append(error)
                         report.refuse(job, error)
                     else:
                         written.append((job, entry, writer.submit(save)))
                         say(f"{job.name}: {_told(entry)} → {job.target}")
+                        del save  # and the maps with it, once they are written
                     count += 1
                     if done:
                         done(count)
@@ -234,23 +253,24 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
             device=options.device,
             spacing=options.spacing,
             dense=options.strategy == "dense" or options.probabilities,
+            probabilities=options.probabilities,
         )
         out.append({"scan": job.name, **asdict(expected)})
     return out
 
 
-def _require_replaceable(jobs: Sequence[Job], origins: Mapping[str, str], overwrite: bool) -> None:
+def _require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
     """Refuse where files are in the way: those that are no results at all, and results of something else."""
-    there = {job.name: (job.target, origin_of(job.target)) for job in jobs if job.target.is_file()}
-    foreign = [target for target, line in there.values() if not line.startswith(MARK)]
-    others = [target for name, (target, line) in there.items() if line != origins[name]]
+    there = [(job, file, origin_of(file)) for job in jobs for file in job.results(options) if file.is_file()]
+    foreign = [file for _, file, line in there if not line.startswith(MARK)]
+    others = [file for job, file, line in there if line not in origins[job.name]]
     if foreign:
         raise SettingsError(
             "--out",
             f"{_first(foreign)} and is no result of ossnet",
             "Name another output, or move it away: it may be a reference",
         )
-    if others and not overwrite:
+    if others and not options.overwrite:
         raise SettingsError(
             "--out",
             f"{_first(others)}, made by another model, from another scan or with other options",
@@ -303,6 +323,7 @@ def _segment(
             require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
     labels = replace(labels, origin=made_by)
+    maps = maps and replace(maps, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
         "result": str(job.target),
@@ -372,12 +393,16 @@ def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
 
 
 def _finished(job: Job, options: Options) -> bool:
-    return job.target.is_file() and (not options.probabilities or job.probabilities.is_file())
+    return all(file.is_file() for file in job.results(options))
 
 
 def _processes() -> tuple[int, int]:
     """This process and how many there are, as torchrun or SLURM say."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    kinds = [("RANK", "WORLD_SIZE")]
+    # A batch script or a shell has these too, of all tasks of its job; `srun` alone starts as many processes.
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        kinds.append(("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+    for rank, world in kinds:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
@@ -404,7 +429,7 @@ class _Report:
         self._written = time.monotonic()
         if file is not None and file.is_file():
             try:
-                known = json.loads(file.read_text())
+                known = json.loads(file.read_text(encoding="utf-8"))
                 self.scans = dict(known["scans"])
             except (ValueError, TypeError, KeyError):
                 raise SettingsError(

@@ -16,7 +16,7 @@ from ossnet.data.preparation import Fit
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
 from ossnet.field.grid import Grid
-from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size
+from ossnet.field.memory import LIBRARIES, asking_bytes, label_bytes, parse_size
 from ossnet.field.model import Model
 from ossnet.field.scan import Scan
 from ossnet.field.strides import choose_path
@@ -80,6 +80,7 @@ def forecast(
     device: str = "cpu",
     spacing: float | tuple[float, float, float] | None = None,
     dense: bool = False,
+    probabilities: bool = False,
 ) -> Forecast:
     """Work out what `segment` will take; a region of the scan takes less.
 
@@ -89,6 +90,7 @@ def forecast(
         memory: The grant, as for `Field`.
         spacing: Voxel size in mm of the answer; None: the scan's own grid.
         dense: All voxels are asked.
+        probabilities: A map of them is wanted as well.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
@@ -103,6 +105,10 @@ def forecast(
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
     surface = surface_voxels(model, target.shape, target.affine)
     asking = asking_bytes(target.shape, classes, surface)
+    if probabilities:
+        # Made when the label map is there already.
+        maps = 4 * max(model.classes, 1) * math.prod(target.shape)
+        asking = max(asking, maps + label_bytes(target.shape, classes))
     started = time.perf_counter()
     answer = prepare(
         model.network,

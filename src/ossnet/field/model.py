@@ -160,7 +160,7 @@ class Model:
         folder = model_folder(folder)
         file = folder / "model.json"
         try:
-            description = json.loads(file.read_text())
+            description = json.loads(file.read_text(encoding="utf-8"))
             if description.get("format", 0) > FORMAT:
                 raise ModelError(
                     file, f"it has format {description['format']}", "Update ossnet to use this model"

@@ -3,22 +3,50 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ossnet.errors import VolumeError
+from ossnet.files.containers import locate
 
-def origin(model: str, files: Sequence[Path], options: Mapping[str, Any]) -> str:
+MARK = "ossnet"
+"""How the line begins."""
+
+_BLOCK = 4096
+"""Bytes that are looked at in one place of a file."""
+
+_BLOCKS = 256
+"""Places of a file that are looked at, the header among them."""
+
+
+def origin(model: str, scan: str, options: Mapping[str, Any]) -> str:
     """Alike for results that are the same: of one model, one scan, and the same options.
 
     Args:
         model: `Model.fingerprint`.
-        files: Of the scan; known by their names and sizes, wherever they lie.
+        scan: `look_of`.
         options: Those that decide what the result is; values that JSON has.
     """
-    scan = [(file.name, file.stat().st_size) for file in files]
     made = json.dumps([model, scan, options], sort_keys=True).encode()
     return f"{MARK} {hashlib.sha256(made).hexdigest()[:16]}"
 
 
-MARK = "ossnet"
-"""How the line begins."""
+def look_of(files: Sequence[Path]) -> str:
+    """A digest of a scan's files, wherever they lie: names, sizes, headers and voxels from all over them.
+
+    Scans that another program wrote into the same name and grid have equal names and sizes: their voxels tell them
+    apart. Files that cannot be read are refused when they are.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode())
+        with suppress(OSError, VolumeError):
+            for half in dict.fromkeys(locate(file)):
+                size = half.stat().st_size
+                digest.update(str(size).encode())
+                with half.open("rb") as stream:
+                    for place in range(0, size, max(size // _BLOCKS, _BLOCK)):
+                        stream.seek(place)
+                        digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()

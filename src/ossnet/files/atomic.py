@@ -137,7 +137,8 @@ def _flush(path: Path) -> None:
     """Make the operating system put a file or folder on the disk, where it can."""
     if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes what may be written only.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

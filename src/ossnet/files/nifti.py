@@ -115,7 +115,7 @@ def write_volume(volume: Volume, path: Path | str) -> None:
     """
     data = volume.data
     shape = data.shape[1:] if len(data) == 1 else (*data.shape[1:], len(data))
-    _write(Path(path), shape, data, volume.affine, volume.header, {})
+    _write(Path(path), shape, data, volume.affine, volume.header, {}, volume.origin)
 
 
 def write_labels(labels: LabelMap, path: Path | str) -> None:
@@ -144,7 +144,7 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
 
 
 def origin_of(path: Path | str) -> str:
-    """What a label map says of its making (`LabelMap.origin`); empty where it says nothing, or is none."""
+    """What a file says of its making (`LabelMap.origin`); empty where it says nothing, or is no image."""
     try:
         return read_header(path).origin
     except VolumeError:

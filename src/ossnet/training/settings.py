@@ -397,7 +397,7 @@ def _meaning(field: FieldInfo) -> str:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         values = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise SettingsError(file, f"cannot be read ({error.strerror})", "Check the path") from error

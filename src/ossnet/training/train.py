@@ -196,7 +196,7 @@ def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float 
     stamp = str(model.metadata.get("metrics"))
     done: dict[str, Any] = {"model": stamp, "cases": {}}
     if done_file.is_file():
-        known = json.loads(done_file.read_text())
+        known = json.loads(done_file.read_text(encoding="utf-8"))
         if known.get("model") == stamp:
             done = known
     rows: list[Row] = []
@@ -230,7 +230,7 @@ def settings_of(out: Path) -> Settings:
     if not file.is_file():
         raise SettingsError(out, "there is no run to resume", "Start the training without --resume")
     try:
-        return parse_settings(json.loads(file.read_text()), str(file))
+        return parse_settings(json.loads(file.read_text(encoding="utf-8")), str(file))
     except ValueError as error:
         if isinstance(error, SettingsError):
             raise
@@ -238,7 +238,7 @@ def settings_of(out: Path) -> Settings:
 
 
 def _require_same_split(file: Path, used: dict[str, list[str]], data: Path) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else used
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else used
     if known != used:
         raise SettingsError(
             data, "it no longer has the cases that the run was started with", "Resume with the same data set"
