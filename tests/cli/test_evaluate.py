@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ def labels(*values: int, size: int = 8, affine: np.ndarray = AFFINE) -> LabelMap
 def dataset(root: Path, *, named: dict[str, int] | None = None) -> Path:
     """Three cases in nnU-Net's layout: `a` has both structures, `b` the first, `c` none."""
     named = named or {"background": 0, "front": 1, "back": 2}
-    first, second = sorted(named.values())[1:]
+    first, second = sorted(named.values())[1:3]
     for case, values in {"a": (first, second), "b": (first,), "c": ()}.items():
         labels(*values).save(root / "labelsTr" / f"{case}.nii.gz")
         Volume(np.zeros((1, 8, 8, 8), np.int16), AFFINE).save(root / "imagesTr" / f"{case}_0000.nii.gz")
@@ -141,6 +141,30 @@ def test_label_values_of_files_and_classes_of_a_model_mean_the_same(tmp_path: Pa
             labels(*values).save(folder / f"{case}.nii.gz")
         told = json.loads(evaluate(folder, reference, "--json").out)
         assert [e["estimates"]["dice"]["mean"] for e in told["summary"]] == [1, 1, 1]
+
+
+def test_values_that_are_classes_too_are_read_in_one_way(tmp_path: Path) -> None:
+    """Files hold 1, 3 and 4, which are classes 1, 2 and 3: results of ossnet say that they hold classes."""
+    reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "middle": 3, "back": 4})
+    labels(3, 4).save(reference / "labelsTr" / "a.nii.gz")
+    replace(labels(2, 3), origin="ossnet 0123").save(tmp_path / "ours" / "a.nii.gz")
+    labels(3, 4).save(tmp_path / "theirs" / "a.nii.gz")
+    labels(2, 3).save(tmp_path / "classes" / "a.nii.gz")
+    for folder in ("ours", "theirs", "classes"):
+        told = json.loads(evaluate(tmp_path / folder, reference, "--only-predicted", "--json").out)
+        assert [row["dice"] for row in told["cases"] if row["outcome"] == "scored"] == [1, 1]
+    labels(2, 4).save(tmp_path / "mixed" / "a.nii.gz")
+    refused(evaluate(tmp_path / "mixed", reference, "--only-predicted"), "label 2", "declared are [1, 3, 4]")
+
+
+def test_structures_learnt_as_one_are_judged_as_one(tmp_path: Path) -> None:
+    reference = dataset(tmp_path / "d")
+    both = labels(1, 2).data > 0
+    replace(LabelMap(both.astype(np.uint8), AFFINE), names={1: "front and back"}, origin="ossnet 0123").save(
+        tmp_path / "p" / "a.nii.gz"
+    )
+    told = json.loads(evaluate(tmp_path / "p", reference, "--only-predicted", "--json").out)
+    assert [(row["name"], row["dice"]) for row in told["cases"]] == [("front and back", 1)]
 
 
 def refused(result: Result, *expected: str) -> None:

@@ -373,6 +373,20 @@ def test_images_of_plain_folders(tmp_path: Path) -> None:
     assert [c.images[0] for c in images_in(deep)] == [deep / "x" / "c.nii.gz"]
 
 
+def test_results_in_the_folder_are_not_taken_for_scans(tmp_path: Path) -> None:
+    image(tmp_path / "d" / "a.nii.gz")
+    image(tmp_path / "d" / "a_seg.nii.gz")
+    image(tmp_path / "d" / "results" / "a.nii.gz")
+    assert open_dataset(tmp_path / "d").problems
+    (tmp_path / "d" / "results" / "report.json").write_text('{"model": {"fingerprint": "0"}, "scans": {}}')
+    data = open_dataset(tmp_path / "d")
+    assert not data.problems
+    assert [case.name for case in data.cases] == ["a"]
+    assert len(images_in(tmp_path / "d" / "results")) == 1  # if it is asked for itself
+    (tmp_path / "d" / "results" / "report.json").write_text('{"EchoTime": 1}')
+    assert open_dataset(tmp_path / "d").problems
+
+
 def test_labels_are_never_taken_for_images(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "d", ("a",), 1)
     (root / "imagesTr" / "a_0000.nii.gz").unlink()

@@ -1,6 +1,6 @@
 """A data set: its cases, what their channels and labels mean, and reading them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,11 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None = None
     group: str | None = None
+
+
+def joined_name(structures: Iterable[str]) -> str:
+    """The name of structures that are learnt as one."""
+    return " and ".join(structures) or "foreground"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """How data sets name their files: a layout is a declaration.
 
-Patterns are matched against names only; no file is opened here.
+Patterns are matched against names only; no image is opened here.
 """
 
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class Layout:
 
 
 class Files:
-    """The image files in a folder, some folders deep; hidden ones are left out."""
+    """The image files in a folder, some folders deep; hidden ones are left out, and what `segment` wrote in folders
+    below."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -76,6 +78,8 @@ class Files:
             place = Path(folder)
             depth = len(place.relative_to(root).parts)
             names[:] = sorted(n for n in names if not n.startswith(".")) if depth < _DEPTH else []
+            if depth and _holds_results(place, files):
+                continue
             for name in sorted(files):
                 if is_image(place / name):
                     relative = (place / name).relative_to(root)
@@ -110,6 +114,18 @@ class Files:
     def flat(self) -> list[Path]:
         """Those directly in the folder."""
         return [path for name, path in self._files if name.count("/") == 1]
+
+
+def _holds_results(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a report says that these are segmentations: they are named after cases, as scans and labels are."""
+    for name in files:
+        if re.fullmatch(r"report(\.\d+)?\.json", name):
+            try:
+                value = json.loads((folder / name).read_text(encoding="utf-8"))
+                return "fingerprint" in value["model"]
+            except (OSError, ValueError, TypeError, KeyError):
+                pass
+    return False
 
 
 @dataclass(frozen=True)

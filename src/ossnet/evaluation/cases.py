@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from ossnet.data.cases import joined_name
 from ossnet.data.layouts import Dataset, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.evaluation.metrics import compare
@@ -41,20 +42,39 @@ class Matched:
     Attributes:
         pairs: Sorted by case.
         names: Class → name; empty where nothing names them.
-        values: Value in a file → class, for those that differ.
+        values: Value in a label file → class, for those that differ.
+        as_in_files: Predictions that do not say what made them hold the values of label files, not classes.
     """
 
     pairs: tuple[Pair, ...]
     names: dict[int, str] = field(default_factory=dict)
     values: dict[int, int] = field(default_factory=dict)
+    as_in_files: bool = True
 
-    def read(self, file: Path) -> LabelMap:
-        """A label file or a prediction, as classes.
+    def reference(self, pair: Pair) -> LabelMap:
+        """The label, as classes.
 
         Raises:
             VolumeError: The file cannot be trusted, or holds a value that is no class.
         """
+        return self._read(pair.label, self.values)
+
+    def prediction(self, pair: Pair) -> LabelMap:
+        """The prediction, as classes (errors as for `reference`)."""
+        return self._read(pair.prediction, self.values if self.as_in_files else {})
+
+    def as_one(self, prediction: LabelMap) -> str | None:
+        """The name of all structures together, where the prediction is of a model that learnt them as one."""
+        structures = [name for number, name in sorted(self.names.items()) if number]
+        names = [name for number, name in prediction.names.items() if number]
+        joined = joined_name(structures)
+        return joined if len(structures) > 1 and names == [joined] else None
+
+    def _read(self, file: Path, values: Mapping[int, int]) -> LabelMap:
         labels = read_labels(file)
+        if _holds_classes(labels):
+            values = {}
+        known = _file_values(self.names, values)
         found = {int(v) for v in np.unique(labels.data)}
         if len(found) > _MANY and not self.names and not _in_pieces(labels):
             raise VolumeError(
@@ -62,17 +82,16 @@ class Matched:
                 f"holds {len(found)} values that change from voxel to voxel, as the grey values of a scan do",
                 "Give the label map",
             )
-        if self.names and (unknown := found - {0} - set(self.names) - set(self.values)):
+        if self.names and (unknown := found - {0} - known):
             raise VolumeError(
                 file,
                 f"holds label {min(unknown)}, which the data set does not declare",
-                f"Check that it belongs to this data set; declared are {sorted(set(self.names) - {0})}",
+                f"Check that it belongs to this data set; declared are {sorted(known - {0})}",
             )
-        if not found & set(self.values):
+        if not found & set(values):
             return labels
-        # Results of a trained model hold classes, label files may hold other values: both become classes.
         table = np.arange(max(found) + 1)
-        for value, target in self.values.items():
+        for value, target in values.items():
             table[value : value + 1] = target
         return replace(labels, data=table.astype(np.min_scalar_type(int(table.max())))[labels.data])
 
@@ -121,7 +140,31 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     pairs = tuple(Pair(case, found[case], references[case]) for case in sorted(found))
     if dataset is None:
         return Matched(pairs)
-    return Matched(pairs, dict(dataset.label_names), dict(dataset.label_map))
+    names, values = dict(dataset.label_names), dict(dataset.label_map)
+    return Matched(pairs, names, values, not values or _hold_file_values(pairs, names, values))
+
+
+def _holds_classes(labels: LabelMap) -> bool:
+    """Results of ossnet do, whatever values the label files of the training had."""
+    return labels.origin.startswith("ossnet")
+
+
+def _file_values(names: Mapping[int, str], values: Mapping[int, int]) -> set[int]:
+    return set(values) | (set(names) - set(values.values()))
+
+
+def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: Mapping[int, int]) -> bool:
+    """Whether predictions of other programs hold values as in label files, and not classes 0 … K-1.
+
+    One answer for all of them; with values that fit both they are taken for those of the files.
+    """
+    in_files = _file_values(names, values)
+    for pair in pairs:
+        labels = read_labels(pair.prediction)
+        found = {int(v) for v in np.unique(labels.data)}
+        if not _holds_classes(labels) and found - in_files and found <= set(names):
+            return False
+    return True
 
 
 def score(
@@ -152,7 +195,7 @@ def score(
 
 
 def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
-    prediction, reference = matched.read(pair.prediction), matched.read(pair.label)
+    prediction, reference = matched.prediction(pair), matched.reference(pair)
     if reason := same_place(prediction, reference):
         raise VolumeError(
             pair.prediction,
@@ -161,6 +204,9 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
         )
     names = matched.names or dict(reference.names)
     classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
+    if joined := matched.as_one(prediction):
+        names, classes = {1: joined}, [1]
+        reference = replace(reference, data=(reference.data > 0).astype(np.uint8))
     scores = compare(prediction.data, reference.data, reference.affine, classes, tolerance_mm)
     return [Row(pair.case, label, names.get(label, ""), found) for label, found in scores.items()]
 

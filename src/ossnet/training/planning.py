@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from ossnet.data.cases import joined_name
 from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
@@ -91,7 +92,7 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     structures = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
     if settings.data.target == "foreground" or len(structures) <= 1:
         classes = 1
-        names = {1: " and ".join(structures.values()) or "foreground"}
+        names = {1: joined_name(structures.values())}
     else:
         classes, names = len(structures) + 1, structures
     reasons.append(
