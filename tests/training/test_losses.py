@@ -193,6 +193,17 @@ def test_scores_are_set_overlaps(pairs: list[tuple[bool, bool]]) -> None:
         assert overlap_scores(b, b).dice.item() == pytest.approx(1)
 
 
+def test_weights_of_scores_are_counts() -> None:
+    occupied = torch.tensor([[1, 1, 0, 0]], dtype=torch.bool)[..., None]
+    labels = torch.tensor([[1, 0, 1, 0]], dtype=torch.bool)[..., None]
+    weights = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
+    often = [0, 0, 0, 1, 2, 2, *[3] * 9]
+    scores = overlap_scores(occupied, labels, weights=weights)
+    plain = overlap_scores(occupied[:, often], labels[:, often])
+    assert scores.iou.item() == pytest.approx(plain.iou.item())
+    assert scores.dice.item() == pytest.approx(plain.dice.item()) == pytest.approx(6 / 9)
+
+
 def test_empty_score_and_strict_threshold() -> None:
     logits = torch.tensor([[-1.0, 0.0, -2.0]])  # a probability of exactly 0.5 is outside
     empty = torch.zeros(1, 3, dtype=torch.long)

@@ -14,6 +14,7 @@ from ossnet.data.examples import example
 from ossnet.data.preparation import Preparation
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import MultiscalePlan
+from ossnet.training.losses import compound_loss
 from ossnet.training.recipes.multiscale import MultiscaleRecipe, crop_settings
 from ossnet.training.settings import Settings, make_settings
 
@@ -44,6 +45,29 @@ def test_coarse_cells_that_see_nothing_of_a_thin_scan_do_not_count() -> None:
     assert float(loss.parts["aux"]) == 0
     loss.total.backward()
     assert all(p.grad is not None for p in trained.network.parameters())  # several processes need all of them
+
+
+def test_a_structure_of_few_voxels_counts_in_soft_dice() -> None:
+    """Missing it costs nearly as much as missing a large one: sums of soft Dice are not drowned."""
+    labels = np.zeros((64, 64, 64), np.uint8)
+    labels[30:33, 30:33, 30:33] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    made = network("multiscale")
+    assert isinstance(made, MultiscaleNetwork)
+    wide = MultiscaleRecipe(
+        made,
+        Preparation(),
+        make_settings(changes=["sampling.locations=4096"]),
+        MultiscalePlan(made.spec, (64, 64, 64), ()),
+    )
+    crops = replace(wide.crops, spatial=0.0, centred=1.0)
+    drawn = example(source, crops, np.random.default_rng(0))
+    logits = torch.full((1, 4096), -20.0)
+    missed = compound_loss(
+        logits, drawn["targets"][None], 1.0, weights=drawn["importance"][None], smooth=wide.voxel
+    ) - compound_loss(logits, drawn["targets"][None], 0.0, weights=drawn["importance"][None])
+    assert wide.voxel == 4096 / 64**3
+    assert float(missed) > 0.9
 
 
 def test_settings_of_crops_do_what_they_say() -> None:

@@ -2,14 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from tests.training.conftest import SMALL
 
 from ossnet.data.layouts import open_dataset
 from ossnet.errors import SettingsError
+from ossnet.files.nifti import read_labels, read_volume
 from ossnet.training.planning import TrainingPlan, make_plan
 from ossnet.training.settings import make_settings
 
@@ -70,6 +74,38 @@ def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:
     assert any(reason.endswith("mean 0 and deviation 1") for reason in plan.reasons)
 
 
+def test_scans_that_nothing_describes_are_taken_for_what_they_look_like(balls: Path, tmp_path: Path) -> None:
+    for lowest, is_ct in ((-1024, True), (-3, False), (-4096, False)):
+        root = tmp_path / str(-lowest)
+        for file in sorted((balls / "imagesTr").glob("*.nii.gz")):
+            volume = read_volume(file)
+            data = volume.data - 100
+            data[0, 0, 0, 0] = lowest
+            replace(volume, data=data).save(root / "images" / file.name.replace("_0000", ""))
+        shutil.copytree(balls / "labelsTr", root / "labels")
+        plan = planned(root)
+        assert plan.model.preparation.normalise == ("window" if is_ct else "zscore")
+        assert any("taken for CT in Hounsfield units" in reason for reason in plan.reasons) == is_ct
+    assert planned(tmp_path / "1024", "data.normalise=zscore").model.preparation.normalise == "zscore"
+
+
+def test_windows_are_made_from_scans_with_a_structure(balls: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(balls, tmp_path / balls.name))
+    description = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "CT"}}))
+    for file in sorted((copy / "labelsTr").glob("*.nii.gz"))[:7]:
+        labels = read_labels(file)
+        replace(labels, data=np.zeros_like(labels.data)).save(file)
+    with mock.patch("ossnet.training.planning._WINDOWED", 2):
+        assert planned(copy).model.preparation.windows[0].high > 100
+
+
+def test_mirroring_is_said(balls: Path) -> None:
+    dataset = open_dataset(balls)
+    said = make_plan(dataset, dataset.cases, make_settings("C", changes=SMALL)).reasons
+    assert any("mirrored along axes 0, 1 (augmentation.flip_axes=[]" in reason for reason in said)
+
+
 def test_a_training_may_start_from_another(balls: Path, tmp_path: Path) -> None:
     first = planned(balls)
     with torch.no_grad():
@@ -88,3 +124,6 @@ def test_a_training_may_start_from_another(balls: Path, tmp_path: Path) -> None:
     settings = make_settings("C", changes=[f"network.init={tmp_path / 'first'}", *SMALL])
     with pytest.raises(SettingsError, match="another family"):
         make_plan(dataset, dataset.cases, settings)
+    # A training that goes on needs it no more.
+    shutil.rmtree(tmp_path / "first")
+    make_plan(dataset, dataset.cases, settings, fresh=False)

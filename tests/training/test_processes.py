@@ -162,5 +162,7 @@ def test_numbers_of_processes_come_from_who_started_them() -> None:
     four = make_settings("C", None, None, ["runtime.devices=4"])
     with pytest.raises(SettingsError, match="4 are wanted"):
         with_processes(four, torchrun)
+    # A recipe of one crop a step: one for each process.
+    assert with_processes(make_settings(changes=["runtime.devices=3"]), {}).schedule.batch_size == 3
     with pytest.raises(SettingsError, match="cannot be shared"):
         with_processes(make_settings("C", None, None, ["runtime.devices=3"]), {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ossnet.errors import SettingsError
-from ossnet.training.settings import PRESETS, describe_settings, make_settings
+from ossnet.training.settings import PRESETS, UNUSED, describe_settings, make_settings
 
 
 def test_the_defaults_of_the_papers_variants_are_the_papers() -> None:
@@ -45,6 +45,22 @@ def test_later_ones_win(tmp_path: Path) -> None:
     other = tmp_path / "mine.json"
     other.write_text(json.dumps({"variant": "A", "optimiser": {"pade_lr": "released"}}))
     assert make_settings(config=other).optimiser.pade_lr == "released"
+
+
+def test_settings_that_a_variant_does_not_heed_are_refused_and_not_listed() -> None:
+    with pytest.raises(SettingsError, match=r"augmentation\.noise: variant multiscale does not use it"):
+        make_settings(changes=["augmentation.noise=0"])
+    assert make_settings("C", changes=["augmentation.noise=0"]).augmentation.noise == 0
+    listed = {key for key, _, _ in describe_settings("multiscale")}
+    assert "augmentation.noise" not in listed
+    assert "augmentation.intensity" in listed
+    assert {key for key, _, _ in describe_settings("C")} - listed == UNUSED["multiscale"]
+
+
+def test_epochs_are_meant_where_they_are_given() -> None:
+    assert make_settings().schedule.minutes == 60
+    assert make_settings(changes=["schedule.epochs=20"]).schedule.minutes is None
+    assert make_settings(changes=["schedule.epochs=20", "schedule.minutes=5"]).schedule.minutes == 5
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def command(
     **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
     from ossnet.errors import SettingsError
-    from ossnet.training.settings import canonical_variant, describe_settings, make_settings
+    from ossnet.training.settings import canonical_variant, describe_settings, given_keys, make_settings
 
     if help_settings:
         of = canonical_variant(variant or "multiscale")
@@ -81,8 +81,12 @@ def command(
         chosen.append("data.replace_nan=true")
     if resume:
         settings = settings_of(out)
-        if variant or preset or config or chosen:
-            require_unchanged(settings, make_settings(variant, preset, config, chosen))
+        named = given_keys(preset, config, chosen) | ({"variant"} if variant else set())
+        given = make_settings(variant or settings.variant, preset, config, chosen)
+        require_unchanged(settings, given, named)
+        if devices is not None:
+            runtime = settings.runtime.model_copy(update={"devices": devices})
+            settings = settings.model_copy(update={"runtime": runtime})
     else:
         settings = make_settings(variant, preset, config, chosen)
     with Watcher() as watcher:
@@ -91,8 +95,11 @@ def command(
         say(f"finished: {out}")
 
 
-def require_unchanged(used: "Settings", given: "Settings") -> None:
+def require_unchanged(used: "Settings", given: "Settings", named: set[str]) -> None:
     """Refuse to resume with other settings than those of the run.
+
+    Args:
+        named: Those that the user gave; others stay as they are.
 
     Raises:
         SettingsError: The first that differs.
@@ -102,7 +109,7 @@ def require_unchanged(used: "Settings", given: "Settings") -> None:
     flat = [_flat(settings.model_dump(mode="json")) for settings in (used, given)]
     for key, value in flat[0].items():
         # How many processes there are is decided where the training is started.
-        if flat[1][key] != value and key not in ("runtime.devices", "runtime.nodes"):
+        if key in named and flat[1][key] != value and key not in ("runtime.devices", "runtime.nodes"):
             raise SettingsError(
                 f"--resume: {key}",
                 f"{flat[1][key]} is given, the run was started with {value}",

@@ -14,6 +14,7 @@ from jaxtyping import Integer, Num
 from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
+from ossnet.errors import ResourceError
 from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
 
 
@@ -95,7 +96,7 @@ def load_case(
 
 
 class CaseCache(Sequence[CachedCase]):
-    """All cases, loaded in parallel; those beyond `limit_bytes` are mapped from files in `folder`.
+    """All cases, loaded in parallel; those beyond `limit_bytes` (`mapped_bytes`) are mapped from files in `folder`.
 
     The mapped files are a cache and nothing else: they are removed with the folder and made anew when wanted.
     """
@@ -110,12 +111,14 @@ class CaseCache(Sequence[CachedCase]):
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self._cases: list[CachedCase] = []
+        self.mapped_bytes = 0
         used = 0
         with ThreadPoolExecutor(jobs) as pool:
             for case in _in_order(pool, load, cases, ahead=2 * jobs):
                 size = case.image.nbytes + case.labels.nbytes
                 if used + size > limit_bytes:
                     case = _mapped(case, folder)
+                    self.mapped_bytes += size
                 else:
                     used += size
                 self._cases.append(case)
@@ -149,6 +152,12 @@ def _mapped(case: CachedCase, folder: Path) -> CachedCase:
     arrays = {}
     for kind in ("image", "labels"):
         file = folder / f"{case.name}.{os.getpid()}.{kind}.npy"
-        np.save(file, getattr(case, kind), allow_pickle=False)
+        try:
+            np.save(file, getattr(case, kind), allow_pickle=False)
+        except OSError as error:
+            raise ResourceError(
+                f"{folder}: cases beyond data.cache_gb are kept here, and cannot be written "
+                f"({error.strerror or error}). Free some space, or raise data.cache_gb."
+            ) from error
         arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
     return replace(case, image=arrays["image"], labels=arrays["labels"])

@@ -140,6 +140,14 @@ def _surface_in_crop(
     return points[((points >= -0.5) & (points <= crop - 0.5)).all(axis=1)]
 
 
+def nearest_labels(source: CropSource, points: Points) -> Integer[np.ndarray, " N"]:
+    """Labels of the voxels nearest to scan coordinates; beyond the scan those at its border."""
+    nearest = [
+        np.clip(np.floor(points[:, i] + 0.5).astype(np.int64), 0, n - 1) for i, n in enumerate(source.shape)
+    ]
+    return np.asarray(source.labels[tuple(nearest)])
+
+
 def targets_at(
     source: CropSource, points: Points, soft: bool
 ) -> Float[np.ndarray, "N"] | Float[np.ndarray, "N K"]:
@@ -147,8 +155,7 @@ def targets_at(
     repeated."""
     shape, labels = source.shape, source.labels
     if not soft:
-        nearest = [np.clip(np.floor(points[:, i] + 0.5).astype(np.int64), 0, shape[i] - 1) for i in range(3)]
-        found, weights = labels[tuple(nearest)][:, None], np.ones((len(points), 1), np.float32)
+        found, weights = nearest_labels(source, points)[:, None], np.ones((len(points), 1), np.float32)
     else:
         steps, fractions = [], []
         for i in range(3):

@@ -29,7 +29,7 @@ from ossnet.training.recipes.base import Recipe
 from ossnet.training.schedule import rate_factor
 from ossnet.training.settings import Settings
 from ossnet.training.stopping import StopRequest
-from ossnet.training.validation import SampledScores, validate
+from ossnet.training.validation import SampledScores, mean_of_known, validate
 
 STATE = "state.safetensors"
 
@@ -220,7 +220,9 @@ class Trainer:
             rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
             return self.recipe.example(self.train[case], rng)
 
-        ahead = 2 if self.settings.runtime.workers else 1
+        # One batch for the next step, and enough to keep every thread at work meanwhile.
+        workers = self.settings.runtime.workers
+        ahead = 1 + math.ceil(workers / max(len(batches[0]), 1)) if batches else 1
         waiting: list[list[Future[Any]]] = []
         rest = iter(batches[self.state.position :])
         for batch in rest:
@@ -334,9 +336,12 @@ class Trainer:
             self.state.rows.append(row)
             # What this step reached already, in a run that ended while it validated, is no reason not to write it.
             again = self.state.best_step == self.state.step
-            better = again or row.get("iou", self.state.step) > self.state.best
+            score = row.get("iou")
+            # Of equal ones the later: its rates are lower, its average is longer.
+            better = again or score is None or score >= self.state.best
             if better:
-                self.state.best, self.state.best_step = row.get("iou", self.state.step), self.state.step
+                self.state.best_step = self.state.step
+                self.state.best = self.state.best if score is None else score
             if self.fabric.is_global_zero:
                 if better:
                     self.model.metadata["metrics"] = _scores_only(row)
@@ -367,12 +372,14 @@ class Trainer:
             "skipped": self.state.skipped,
             "lr": self.optimisers[0].param_groups[0]["lr"],
         }
-        if scores:
-            row |= {"iou": mean([s.mean_iou for s in scores]), "dice": mean([s.mean_dice for s in scores])}
-            if len(self.model.label_names) > 1:
-                for index, name in enumerate(self.model.label_names.values()):
-                    row[f"dice {name}"] = mean([s.dice[index] for s in scores])
-        return row
+        found = {
+            "iou": mean_of_known([s.mean_iou for s in scores]),
+            "dice": mean_of_known([s.mean_dice for s in scores]),
+        }
+        if len(self.model.label_names) > 1:
+            for index, name in enumerate(self.model.label_names.values()):
+                found[f"dice {name}"] = mean_of_known([s.dice[index] for s in scores])
+        return row | {key: value for key, value in found.items() if math.isfinite(value)}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

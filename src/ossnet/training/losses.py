@@ -166,16 +166,18 @@ def soft_dice_loss(
         logits: (B, N), or (B, N, K) with background first.
         labels: As for `occupancy_loss`.
         whole_batch: Sum over the volumes too, so that a structure which one volume lacks still has a slope.
-        smooth: Keeps the quotient defined, and its slope bounded, where a structure is absent.
+        smooth: Keeps the slope bounded where there is little of a structure. Where there is nothing of it 1 takes its
+            place: what is drawn nevertheless is pushed back, however much it is.
         weights: What each location counts in the sums; None: all alike.
     """
     probabilities, targets = _foreground(logits, labels)
-    overlap, total = probabilities * targets, probabilities + targets
+    overlap, total, present = probabilities * targets, probabilities + targets, targets
     if weights is not None:
         overlap, total = overlap * weights[..., None], total * weights[..., None]
     dims = (0, 1) if whole_batch else (1,)
-    overlap, total = overlap.sum(dims), total.sum(dims)
-    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
+    overlap, total, present = overlap.sum(dims), total.sum(dims), present.sum(dims)
+    added = torch.where(present > 0, smooth, 1.0)
+    return (1 - (2 * overlap + added) / (total + added)).mean()
 
 
 def compound_loss(
@@ -184,6 +186,7 @@ def compound_loss(
     dice_weight: float = 1.0,
     whole_batch: bool = False,
     weights: Float[Tensor, "B N"] | None = None,
+    smooth: float = 1.0,
 ) -> Float[Tensor, ""]:
     """Cross-entropy plus `dice_weight` · soft Dice loss over sampled locations; arguments as above.
 
@@ -192,7 +195,7 @@ def compound_loss(
     loss = occupancy_loss(logits, labels, weights=weights)
     if dice_weight == 0:
         return loss
-    return loss + dice_weight * soft_dice_loss(logits, labels, whole_batch, weights=weights)
+    return loss + dice_weight * soft_dice_loss(logits, labels, whole_batch, smooth, weights)
 
 
 def as_locations(dense: Float[Tensor, "B K *space"]) -> Float[Tensor, "B N *K"]:
@@ -209,7 +212,10 @@ class Scores(NamedTuple):
 
 
 def overlap_scores(
-    occupied: Bool[Tensor, "B N G"], labels: Bool[Tensor, "B N G"], empty_score: float = 0.0
+    occupied: Bool[Tensor, "B N G"],
+    labels: Bool[Tensor, "B N G"],
+    empty_score: float = 0.0,
+    weights: Float[Tensor, "B N"] | None = None,
 ) -> Scores:
     """IoU and Dice of sets of locations (SPEC §4), one value a volume and structure.
 
@@ -220,11 +226,13 @@ def overlap_scores(
         labels: True ones.
         empty_score: Score where prediction and label are both empty (SPEC §7.26): 0 as in the paper; 1 or NaN
             are common elsewhere.
+        weights: What each location counts; None: all alike.
     """
-    # Counted in integers: exact for any number of locations.
-    intersection = (occupied & labels).sum(1)
-    union = (occupied | labels).sum(1)
-    total = occupied.sum(1) + labels.sum(1)
+    # Counted in integers or doubles: exact for any number of locations.
+    each = torch.ones((), dtype=torch.int64) if weights is None else weights.double()[..., None]
+    intersection = ((occupied & labels) * each).sum(1)
+    union = ((occupied | labels) * each).sum(1)
+    total = (occupied * each).sum(1) + (labels * each).sum(1)
     # The 1e-10 of SPEC §4 only matters where the union is empty, and there it is replaced by `empty_score`.
     iou = intersection.double() / (union.double() + 1e-10)
     dice = 2 * intersection.double() / (total.double() + 1e-10)
@@ -232,20 +240,25 @@ def overlap_scores(
     return Scores(iou.masked_fill(empty, empty_score).float(), dice.masked_fill(empty, empty_score).float())
 
 
-def sampled_scores(logits: Tensor, labels: Tensor, empty_score: float = 0.0) -> Scores:
+def sampled_scores(
+    logits: Tensor,
+    labels: Tensor,
+    empty_score: float = 0.0,
+    weights: Float[Tensor, "B N"] | None = None,
+) -> Scores:
     """IoU and Dice at sampled locations from logits, for each volume and foreground structure.
 
     Args:
         logits: (B, N): occupied where above 0 (p > 0.5, strictly). (B, N, K): the class of the largest logit.
         labels: (B, N) integers or booleans.
-        empty_score: See `overlap_scores`.
+        empty_score, weights: See `overlap_scores`.
     """
     _check_shapes(logits, labels)
     if logits.ndim == 2:
-        return overlap_scores((logits > 0)[..., None], (labels > 0)[..., None], empty_score)
+        return overlap_scores((logits > 0)[..., None], (labels > 0)[..., None], empty_score, weights)
     kinds = torch.arange(1, logits.shape[-1], device=logits.device)
     answers = logits.argmax(dim=-1)
-    return overlap_scores(answers[..., None] == kinds, labels[..., None] == kinds, empty_score)
+    return overlap_scores(answers[..., None] == kinds, labels[..., None] == kinds, empty_score, weights)
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, spacing_of
 
+_LOOKED_AT = 5
+"""Scans whose darkest voxels say whether they are CT."""
+
+_AIR, _PADDING = -500, -3100
+"""Hounsfield units: CT holds darker voxels than the first (air is -1000), and none darker than the second."""
+
+_WINDOWED = 50
+"""Scans with a structure that CT windows are made from."""
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -51,7 +60,7 @@ class Grids:
     def median_spacing(self) -> Spacing:
         """Per axis."""
         x, y, z = np.median(np.array(self.spacings), axis=0).tolist()
-        return round(x, 4), round(y, 4), round(z, 4)
+        return float(f"{x:.6g}"), float(f"{y:.6g}"), float(f"{z:.6g}")
 
     def extents(self) -> dict[str, list[float]]:
         """Smallest and largest extent in mm, per axis."""
@@ -81,8 +90,13 @@ def read_grids(cases: Sequence[Case], preparation: Preparation) -> Grids:
     return Grids(tuple(shapes), tuple(spacings))
 
 
-def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> TrainingPlan:
+def make_plan(
+    dataset: Dataset, train: Sequence[Case], settings: Settings, *, fresh: bool = True
+) -> TrainingPlan:
     """Decide preparation, network and recipe.
+
+    Args:
+        fresh: A training that starts; one that goes on has weights of its own.
 
     Raises:
         SettingsError: Settings that do not fit the data.
@@ -101,12 +115,13 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
     if dataset.regions:
         reasons.append(f"regions of several labels are learnt label by label: {', '.join(dataset.regions)}")
 
-    windows = _windows(dataset, train, settings, reasons)
+    ct = _is_ct(dataset, train, settings, reasons)
+    windows = _windows(dataset, train, settings, ct, reasons)
     normalise: Literal["window", "none", "zscore"] = (
         "window" if windows else "none" if settings.data.normalise == "none" else "zscore"
     )
     if normalise == "zscore":
-        why = "" if _is_ct(dataset) else ", since they have no unit"
+        why = "" if ct else ", since they have no unit"
         reasons.append(f"intensities of every scan brought to mean 0 and deviation 1{why}")
     base = Preparation(orientation=settings.data.orientation, normalise=normalise, windows=windows)
     grids = read_grids(train, base)
@@ -125,7 +140,11 @@ def make_plan(dataset: Dataset, train: Sequence[Case], settings: Settings) -> Tr
         recipe = _unet(base, grids, channels, classes, settings, reasons)
         settings = recipe.settings
     reasons.extend(reason)
-    if settings.network.init is not None:
+    flips = settings.augmentation.flip_axes
+    if flips and settings.variant != "multiscale":
+        axes = ", ".join(map(str, flips))
+        reasons.append(f"scans are mirrored along axes {axes} (augmentation.flip_axes=[] where sides differ)")
+    if fresh and settings.network.init is not None:
         _start_from(settings.network.init, recipe.network)
         reasons.append(f"weights start as those of {settings.network.init}")
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
@@ -167,30 +186,42 @@ def _start_from(folder: str, network: nn.Module) -> None:
     network.load_state_dict(known.state_dict())
 
 
-def _is_ct(dataset: Dataset) -> bool:
-    return all(name.strip().lower() == "ct" for name in dataset.channel_names)
+def _is_ct(dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]) -> bool:
+    """Whether all channels are CT, as the data set says; where nothing says what they are, as they look."""
+    if dataset.channel_names != ("image",) or settings.variant in OFFERED:
+        return all(name.strip().lower() == "ct" for name in dataset.channel_names)
+    some = train[:: max(1, -(-len(train) // _LOOKED_AT))]
+    lowest = [float(dataset.image(case).data.min()) for case in some]
+    if not lowest or max(lowest) > _AIR or min(lowest) < _PADDING:
+        return False
+    reasons.append(f"taken for CT in Hounsfield units: voxels go down to {min(lowest):.0f} (data.normalise)")
+    return True
 
 
 def _windows(
-    dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]
+    dataset: Dataset, train: Sequence[Case], settings: Settings, ct: bool, reasons: list[str]
 ) -> tuple[ChannelWindow, ...]:
     """Intensity windows of CT channels over the foreground, as nnU-Net defines them; none for other scans.
 
     The paper's variants normalise CT as MRI (SPEC §3); only the default variant and the U-Nets choose by themselves.
     """
     wanted = settings.data.normalise
-    by_itself = _is_ct(dataset) and settings.variant not in OFFERED
+    by_itself = ct and settings.variant not in OFFERED
     if wanted in ("zscore", "none") or (wanted == "auto" and not by_itself):
         return ()
     kept: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
     rng = np.random.default_rng(settings.seed)
-    for case in train[:50]:
-        volume, labels = dataset.read(case)
+    found = 0
+    for index in rng.permutation(len(train)):
+        volume, labels = dataset.read(train[index])
         inside = np.flatnonzero(labels.data.reshape(-1) > 0)
+        found += len(inside) > 0
         if len(inside) > 10_000:
             inside = rng.choice(inside, 10_000, replace=False)
         for channel, values in enumerate(volume.data):
             kept[channel].append(values.reshape(-1)[inside].astype(np.float64))
+        if found == _WINDOWED:
+            break
     windows = []
     for parts in kept:
         values = np.concatenate(parts)

@@ -35,6 +35,10 @@ def with_processes(settings: Settings, environment: Mapping[str, str] = os.envir
     """
     settings = _with_external(settings, environment)
     batch, world = settings.schedule.batch_size, settings.runtime.devices * settings.runtime.nodes
+    if batch < world:
+        # One for each: recipes of a single crop a step are for a single device.
+        schedule = settings.schedule.model_copy(update={"batch_size": world})
+        return settings.model_copy(update={"schedule": schedule})
     if batch % world:
         raise SettingsError(
             "schedule.batch_size",

@@ -191,12 +191,14 @@ class ValidationSettings(_Group):
     """How a model is judged while it trains, and at the end."""
 
     every: int = Field(5, ge=1, description="epochs between validations (with minutes: 10 in all)")
-    locations: int = Field(2**17, ge=1, description="uniform locations a volume, the same each time")
-    scheme: Literal["uniform", "released_lits"] = Field(
-        "uniform", description="released_lits: 2^14 locations, 40 % from the border (SPEC §7.9)"
+    locations: int = Field(2**17, ge=1, description="locations a volume, the same each time")
+    scheme: Literal["uniform", "released_lits", "balanced"] = Field(
+        "uniform",
+        description="released_lits: 2^14 locations, 40 % from the border (SPEC §7.9); balanced: half of them near "
+        "structures, weighted",
     )
-    empty_score: float = Field(
-        0.0, ge=0, le=1, description="score when label and prediction are empty (SPEC §7.26)"
+    empty_score: float | None = Field(
+        0.0, ge=0, le=1, description="score when label and prediction are empty (SPEC §7.26); none: left out"
     )
     dense: bool = Field(True, description="segment the validation cases at the end")
     dense_cases: int | None = Field(None, ge=1, description="at most this many")
@@ -241,6 +243,11 @@ class Settings(_Group):
 
 Changes = Mapping[str, Any]
 
+_SET = "--set "
+"""How messages name single changes."""
+
+_JUDGED: Changes = {"locations": 2**15, "scheme": "balanced", "empty_score": None}
+
 VARIANT_RECIPES: dict[str, Changes] = {
     "multiscale": {
         "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
@@ -248,18 +255,18 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
         "augmentation": {"flip_axes": ()},
-        "validation": {"locations": 2**15},
+        "validation": _JUDGED,
     },
     # SPEC §3 "Baselines". The paper feeds whole volumes at reduced resolution; patch_shape makes it patches.
     "unet3d": {
         "optimiser": {"lr": 1e-3},
         "schedule": {"epochs": 20, "batch_size": 2},
-        "validation": {"locations": 2**15},
+        "validation": _JUDGED,
     },
     "unet2d": {
         "optimiser": {"lr": 1e-4},
         "schedule": {"epochs": 50, "batch_size": 32},
-        "validation": {"locations": 2**15},
+        "validation": _JUDGED,
     },
     # What a user of MONAI would choose, on the default variant's crops and augmentation.
     "monai-unet": {
@@ -267,7 +274,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "loss": {"kind": "dice"},
         "augmentation": {"flip_axes": ()},
-        "validation": {"locations": 2**15},
+        "validation": _JUDGED,
     },
 }
 """What differs from the defaults, which are the paper's for O-Net and A to D, by variant."""
@@ -301,6 +308,30 @@ PRESETS: dict[str, Changes] = {
 """The paper's two experiments (SPEC §1, §3)."""
 
 
+UNUSED: dict[str, frozenset[str]] = {
+    "multiscale": frozenset(
+        {
+            "data.fit",
+            "data.shape",
+            "network.width",
+            "network.blocks",
+            "network.cbn_statistics",
+            "network.normalise_coordinates",
+            "network.large_pool",
+            "network.slice_axis",
+            "network.patch_shape",
+            "sampling.include_last_voxel",
+            "augmentation.probability",
+            "augmentation.brightness",
+            "augmentation.noise",
+            "optimiser.pade_lr",
+            "runtime.checkpoint_blocks",
+        }
+    )
+}
+"""Settings that change nothing in a training of a variant."""
+
+
 def make_settings(
     variant: str | None = None,
     preset: str | None = None,
@@ -314,7 +345,8 @@ def make_settings(
         changes: `group.key=value`, values as in JSON; bare words are strings.
 
     Raises:
-        SettingsError: Unknown keys (with the nearest known name) and values without meaning.
+        SettingsError: Unknown keys (with the nearest known name), values without meaning, and changes that the
+            variant does not heed.
     """
     layers: list[tuple[str, Changes]] = []
     if preset is not None:
@@ -323,7 +355,8 @@ def make_settings(
         layers.append((f"preset {preset}", PRESETS[preset]))
     if config is not None:
         layers.append((str(config), _read_config(config)))
-    layers += [_parse_change(change) for change in changes]
+    single = [_parse_change(change) for change in changes]
+    layers += single
     if variant is not None:
         layers.append(("--variant", {"variant": variant}))
     chosen = next(
@@ -335,7 +368,27 @@ def make_settings(
         _check_keys(where, values, Settings)
         tree = _merged(tree, values)
     tree["variant"] = chosen
+    for where, _ in single:
+        if where.removeprefix(_SET) in UNUSED.get(chosen, ()):
+            raise SettingsError(
+                where, f"variant {chosen} does not use it", "Leave it out; see `ossnet train --help-settings`"
+            )
+    # Who says for how many epochs does not mean the recipe's minutes.
+    schedules = [values.get("schedule", {}) for _, values in layers]
+    if any("epochs" in s for s in schedules) and not any("minutes" in s for s in schedules):
+        tree["schedule"] = {**tree["schedule"], "minutes": None}
     return parse_settings(tree)
+
+
+def given_keys(preset: str | None, config: Path | None, changes: Sequence[str]) -> set[str]:
+    """Settings that a user named, `group.key` each (errors as for `make_settings`)."""
+    layers: list[Changes] = [PRESETS.get(preset or "", {}), _read_config(config) if config else {}]
+    layers += [values for _, values in map(_parse_change, changes)]
+    keys = set()
+    for values in layers:
+        for group, value in values.items():
+            keys |= {f"{group}.{key}" for key in value} if isinstance(value, Mapping) else {group}
+    return keys
 
 
 def parse_settings(tree: Mapping[str, Any], where: str = "settings") -> Settings:
@@ -366,13 +419,15 @@ def canonical_variant(name: str) -> str:
 
 
 def describe_settings(variant: str | None = None) -> list[tuple[str, str, str]]:
-    """(key, value that a variant has when nothing is set, meaning) of every setting."""
+    """(key, value that a variant has when nothing is set, meaning) of every setting that it heeds."""
     chosen = make_settings(variant)
     rows = []
     for group_name, group in Settings.model_fields.items():
         if isinstance(group.default, _Group):
             values = getattr(chosen, group_name)
             for name, field in type(group.default).model_fields.items():
+                if variant and f"{group_name}.{name}" in UNUSED.get(chosen.variant, ()):
+                    continue
                 rows.append((f"{group_name}.{name}", _shown(getattr(values, name)), _meaning(field)))
         else:
             rows.append((group_name, _shown(getattr(chosen, group_name)), _meaning(group)))
@@ -424,7 +479,7 @@ def _parse_change(change: str) -> tuple[str, Changes]:
     tree: Any = value
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
-    return f"--set {key}", tree
+    return f"{_SET}{key.strip()}", tree
 
 
 def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str = "") -> None:

@@ -64,7 +64,11 @@ def train(
     data, out = Path(data), Path(out)
     say = say or (lambda text: None)
     if resume:
+        runtime = settings.runtime
         settings = settings_of(out)
+        # What is learnt is that of the run; how many processes learn it may change.
+        chosen = {"devices": runtime.devices, "nodes": runtime.nodes}
+        settings = settings.model_copy(update={"runtime": settings.runtime.model_copy(update=chosen)})
     elif (out / STATE).exists() or (out / "model").exists():
         raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
     require_folder(out)
@@ -105,7 +109,7 @@ def _train(
     parts = split(dataset, settings.data.fold)
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
-    plan = make_plan(dataset, train_cases, settings)
+    plan = make_plan(dataset, train_cases, settings, fresh=not resume)
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
     for reason in plan.reasons:
         say(reason)
@@ -134,6 +138,8 @@ def _train(
 
     try:
         train, validation = cache(train_cases), cache(validation_cases)
+        if mapped_bytes := train.mapped_bytes + validation.mapped_bytes:
+            say(f"{mapped_bytes / 1e9:.1f} GB of cases are kept in {mapped}: beyond data.cache_gb")
         surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
         plan.model.metadata["surface_mm2"] = round(median(surfaces), 2)
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)

@@ -1,5 +1,6 @@
 """Judging a network while it trains: IoU and Dice at sampled locations, the same ones each time (SPEC §3, §4)."""
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +9,23 @@ from typing import Literal
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
+from ossnet.data.balanced import balanced_voxels
 from ossnet.data.cache import CachedCase
 from ossnet.data.preparation import as_float
 from ossnet.data.sampling import labels_at, sample_locations
 from ossnet.field.engine import prepare
 from ossnet.field.model import Model
 from ossnet.networks.variants import OFFERED
+from ossnet.training.checkpoint import mean
 from ossnet.training.losses import sampled_scores
 from ossnet.training.settings import Settings
 
 
 @dataclass(frozen=True)
 class SampledScores:
-    """Scores of one case, one value a structure."""
+    """Scores of one case, one value a structure; NaN for one that is neither there nor predicted."""
 
     name: str
     iou: tuple[float, ...]
@@ -29,21 +33,54 @@ class SampledScores:
 
     @property
     def mean_iou(self) -> float:
-        """Mean over structures."""
-        return sum(self.iou) / len(self.iou)
+        """Mean over structures, NaN for none."""
+        return mean_of_known(self.iou)
 
     @property
     def mean_dice(self) -> float:
-        """Mean over structures."""
-        return sum(self.dice) / len(self.dice)
+        """Mean over structures, NaN for none."""
+        return mean_of_known(self.dice)
 
 
-def validation_locations(case: CachedCase, settings: Settings) -> np.ndarray:
-    """(N, 3) locations of a case: they depend on its name and nothing else (SPEC §7.10)."""
+def mean_of_known(values: Sequence[float]) -> float:
+    """Arithmetic mean of those that are finite, NaN for none."""
+    return mean([v for v in values if math.isfinite(v)])
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Where a case is asked: they depend on its name and nothing else (SPEC §7.10).
+
+    Attributes:
+        locations: (N, 3) on the network's grid.
+        labels: (N,) what is right there.
+        weights: (N,) what each counts; None: all alike.
+    """
+
+    locations: Tensor
+    labels: Tensor
+    weights: Tensor | None
+
+
+def validation_questions(case: CachedCase, settings: Settings, classes: int) -> Questions:
+    """Questions to a case.
+
+    Args:
+        classes: Logits a location.
+    """
     rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    count = settings.validation.locations
+    if settings.validation.scheme == "balanced":
+        voxels, weights = balanced_voxels(rng, case.labels, classes, count)
+        labels = case.labels[tuple(voxels.T)]
+        locations = case.fit.to_fitted(torch.from_numpy(voxels).float())
+        return Questions(locations, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(weights))
     if settings.validation.scheme == "released_lits":
-        return sample_locations(rng, case.fit, 2**14, case.border, 0.4)
-    return sample_locations(rng, case.fit, settings.validation.locations)
+        places = sample_locations(rng, case.fit, 2**14, case.border, 0.4)
+    else:
+        places = sample_locations(rng, case.fit, count)
+    labels = labels_at(case.labels, case.fit, places).astype(np.int64)
+    return Questions(torch.from_numpy(places), torch.from_numpy(labels), None)
 
 
 @torch.no_grad()
@@ -63,10 +100,15 @@ def validate(
         answer = prepare(
             model.network, image, device=fabric.device, precision=precision, **model.engine_options()
         )
-        locations = validation_locations(case, settings)
-        logits = answer(torch.from_numpy(locations).to(fabric.device)).cpu()
-        labels = torch.from_numpy(labels_at(case.labels, case.fit, locations).astype(np.int64))
-        scores = sampled_scores(logits[None], labels[None], settings.validation.empty_score)
+        asked = validation_questions(case, settings, model.classes)
+        logits = answer(asked.locations.to(fabric.device)).cpu()
+        empty = settings.validation.empty_score
+        scores = sampled_scores(
+            logits[None],
+            asked.labels[None],
+            math.nan if empty is None else empty,
+            None if asked.weights is None else asked.weights[None],
+        )
         table[index] = torch.stack([scores.iou[0], scores.dice[0]])
     if fabric.world_size > 1:
         table = fabric.all_reduce(table.to(fabric.device), reduce_op="sum").cpu()  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ossnet.data.augment import Augmentation, apply_intensity, draw
 from ossnet.data.cache import CachedCase
-from ossnet.data.crop_locations import targets_at
+from ossnet.data.crop_locations import nearest_labels
 from ossnet.data.crops import cut, draw_map, to_scan
 from ossnet.data.intensities import change_intensities
 from ossnet.data.preparation import Preparation, as_float
@@ -81,8 +81,9 @@ class CropUNetRecipe(_DenseRecipe):
         source = self.sources(case)
         mapping = draw_map(source, self.crops, rng)
         image = change_intensities(cut(source, mapping), self.crops, rng)
-        found = targets_at(source, to_scan(mapping(self.voxels), source.zoom), soft=False)
-        labels = found > 0.5 if found.ndim == 1 else found.argmax(axis=-1)
+        labels = nearest_labels(source, to_scan(mapping(self.voxels), source.zoom))
+        if source.classes == 1:
+            labels = labels > 0
         return image, torch.from_numpy(labels.reshape(self.crops.crop).astype(np.int64))
 
     def loss(

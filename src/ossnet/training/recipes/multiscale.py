@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,10 @@ from ossnet.training.recipes.base import Recipe, StepLoss
 from ossnet.training.settings import Settings
 
 SURFACE_VOXELS = 100_000
-"""Kept of a structure in a scan, at most."""
+"""Kept of a scan, at most, its structures sharing them; a crop draws from a part of them only."""
+
+_FEW = 2_000
+"""Of them for each structure in any case."""
 
 
 class CropSources:
@@ -39,18 +43,19 @@ class CropSources:
                 case.image,
                 case.labels,
                 case.classes,
-                [_some(s) for s in surface_voxels(case.labels, case.classes)],
+                [_some(s, case.classes) for s in surface_voxels(case.labels, case.classes)],
                 partial(_normalised, self.preparation, case.statistics),
                 case.fit.scale,
             )
         return self._known[case.name]
 
 
-def _some(voxels: Integer[np.ndarray, "M 3"]) -> Integer[np.ndarray, "_ 3"]:
+def _some(voxels: Integer[np.ndarray, "M 3"], classes: int) -> Integer[np.ndarray, "_ 3"]:
     """Enough of them to draw from: those of large cohorts are kept all at once."""
-    if len(voxels) <= SURFACE_VOXELS:
+    most = max(SURFACE_VOXELS // max(classes - 1, 1), _FEW)
+    if len(voxels) <= most:
         return voxels
-    return voxels[np.random.default_rng(0).choice(len(voxels), SURFACE_VOXELS, replace=False)]
+    return voxels[np.random.default_rng(0).choice(len(voxels), most, replace=False)]
 
 
 def _normalised(
@@ -93,6 +98,8 @@ class MultiscaleRecipe(Recipe):
         strides = plan.spec.strides[network.coarse_stage]
         self.crops = crop_settings(settings, plan.crop, plan.spec.spacing, strides)
         self.sources = CropSources(preparation)
+        self.voxel = self.crops.locations / prod(self.crops.crop)
+        """What a voxel of a crop counts, in weights of its locations."""
 
     def example(self, case: CachedCase, rng: np.random.Generator) -> dict[str, Tensor]:
         """A crop with locations and soft targets."""
@@ -110,7 +117,9 @@ class MultiscaleRecipe(Recipe):
             logits = logits[..., 0]
         chosen = self.settings.loss
         dice = chosen.dice if chosen.kind == "dice" else 0.0
-        main = compound_loss(logits, batch["targets"], dice, weights=batch["importance"])
+        # The sums of soft Dice stand for the voxels of the crop: more than a voxel added to them would leave little
+        # to learn from a structure of few voxels.
+        main = compound_loss(logits, batch["targets"], dice, weights=batch["importance"], smooth=self.voxel)
         weights = batch["weights"].bool()
         asked = coarse.float().movedim(1, -1)[weights]
         wanted = batch["coarse"].movedim(1, -1)[weights]
