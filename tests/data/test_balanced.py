@@ -23,15 +23,17 @@ def test_weights_count_as_the_voxels_do(classes: int) -> None:
     assert voxels.shape == (200_000, 3)
     found = labels[tuple(voxels.T)]
     for label in range(3):
-        assert weights[found == label].sum() == pytest.approx((labels == label).sum(), rel=0.03)
+        # Of the small one some 200 are hit.
+        close = 0.25 if label == 2 else 0.03
+        assert weights[found == label].sum() == pytest.approx((labels == label).sum(), rel=close)
 
 
 def test_every_structure_is_met_however_small() -> None:
-    labels = scan(((0, 0, 0), 40, 1), ((50, 44, 38), 2, 2), shape=(160, 160, 100))
+    labels = scan(((0, 0, 0), 40, 1), ((50, 44, 38), 3, 2), shape=(160, 160, 100))
     voxels, _ = balanced_voxels(np.random.default_rng(0), labels, 3, 2**15)
-    assert (labels[tuple(voxels.T)] == 2).sum() > 5  # of eight voxels among 2.5 million
+    assert (labels[tuple(voxels.T)] == 2).sum() > 5  # of 27 voxels among 2.5 million
     uniform = np.random.default_rng(0).integers(labels.size, size=2**15)
-    assert (labels.ravel()[uniform] == 2).sum() <= 1
+    assert (labels.ravel()[uniform] == 2).sum() <= 2
 
 
 @settings(deadline=None, max_examples=30)

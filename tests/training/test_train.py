@@ -17,7 +17,7 @@ from ossnet.errors import SettingsError
 from ossnet.training.loop import State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.occupancy import OccupancyRecipe
-from ossnet.training.settings import make_settings
+from ossnet.training.settings import UNUSED, make_settings
 from ossnet.training.train import train
 
 
@@ -36,7 +36,8 @@ class Stop:
 
 
 def run(data: Path, out: Path, variant: str = "C", changes: Sequence[str] = (), **options: Any) -> Path:
-    return train(data, out, make_settings(variant, None, None, [*SMALL, *changes]), **options)
+    small = [change for change in SMALL if change.split("=")[0] not in UNUSED.get(variant, ())]
+    return train(data, out, make_settings(variant, None, None, [*small, *changes]), **options)
 
 
 def losses(folder: Path) -> list[str]:

@@ -24,6 +24,7 @@ from ossnet.networks.boxes import (
     Box,
     Triple,
     clip,
+    cut,
     divide,
     holds,
     join,
@@ -44,7 +45,7 @@ from ossnet.networks.multiscale import (
     positions_in_scan,
     to_cells,
 )
-from ossnet.networks.receptive import image_margin, receptive_halo
+from ossnet.networks.receptive import image_margin, map_margins, receptive_halo
 from ossnet.networks.sources import Held, Source, windows
 
 WORK_BYTES = 64 << 20
@@ -338,47 +339,66 @@ class BlockwiseEncoder:
 
     def _compute_block(self, block: Triple) -> list["MapPart"]:
         spec, first = self.spec, self.network.coarse_stage
-        unit = spec.strides[first]
         # What lies beyond the core is wrong, and never asked.
         box = meet(triple(i * b for i, b in zip(block, self.block, strict=True)), self.block, self.crop)
-        halo = self._halo(first)
-        wide = within([(a - h, b + h) for (a, b), h in zip(pairs(box), halo, strict=True)], self.crop)
+        wide = self._around(box, self._halo(first))
+        # Each map is worked on no further out than the finer one, or the samples, reach.
+        parts = [self._around(box, margin) for margin in map_margins(spec, 0, first)]
         with self._autocast():
             x = self._read(wide)
             trunk = []
             for i in range(first):
                 x = self.network.stage(i).descend(x)
                 trunk.append(x)
-            above: Tensor = self._coarse[0].cut(divide(wide, unit))
+            above: Tensor | None = None
             maps: list[MapPart] = []
             for i in reversed(range(first)):
-                stage = self.network.stage(i)
-                above = stage.map(trunk.pop(), above, spec.stages[i + 1].stride)
-                stride = spec.strides[i]
+                stride, coarser = spec.strides[i], spec.strides[i + 1]
+                span = divide(parts[i], coarser)
+                if above is None:
+                    above = self._coarse[0].cut(span)
+                else:
+                    above = cut(above, span, divide(parts[i + 1], coarser)[0])
+                x = cut(trunk.pop(), divide(parts[i], stride), divide(wide, stride)[0])
+                above = self.network.stage(i).map(x, above, spec.stages[i + 1].stride)
                 whole = triple(n // s for n, s in zip(self.padded, stride, strict=True))
                 cells = divide(box, stride)
                 keep = within([(a - 1, b + 1) for a, b in pairs(cells)], divide(self.crop, stride))
-                origin = divide(wide, stride)[0]
-                part = above[(0, slice(None), *slices(keep, origin))]
+                part = above[(0, slice(None), *slices(keep, divide(parts[i], stride)[0]))]
                 maps.append(MapPart.of(part, whole, keep[0], self.dtype))
         return maps[::-1]
 
+    def _around(self, box: Box, margin: Triple) -> Box:
+        """A box of voxels with a margin, as far as coarse maps were computed."""
+        return within([(a - m, b + m) for (a, b), m in zip(pairs(box), margin, strict=True)], self.crop)
+
     def _halo(self, first: int) -> Triple:
-        """Voxels around a block of fine stages: enough for every map, a multiple of the coarse stride."""
-        need = image_margin(self.spec, 0, first)
-        return triple(ceil(n / s) * s for n, s in zip(need, self.spec.strides[first], strict=True))
+        """Voxels of the scan around a block that its maps depend on: whole cells of all fine stages."""
+        need, cell = image_margin(self.spec, 0, first), self.spec.strides[max(first - 1, 0)]
+        return triple(ceil(n / s) * s for n, s in zip(need, cell, strict=True))
 
     def _block_shape(self, block: int | None) -> Triple:
         first = self.network.coarse_stage
         unit, halo = self.spec.strides[first], self._halo(first)
         if block is not None:
             return triple(min(ceil(block / u) * u, n) for u, n in zip(unit, self.padded, strict=True))
-        cells = [prod(s) for s in self.spec.strides]
-        # Bytes a voxel of the widest stage: input, branch, its activation and the output at once.
-        stages = zip(self.spec.stages[: first or 1], cells, strict=False)
-        cost = 4 * self.spec.channels + max(4 * self.dtype.itemsize * s.width / c for s, c in stages)
+        # Bytes a voxel: of the scan and the trunk of every stage; of a map the input, the branch, its activation and
+        # the output at once.
+        each = [
+            self.dtype.itemsize * stage.width / prod(stride)
+            for stage, stride in zip(self.spec.stages[: first or 1], self.spec.strides, strict=False)
+        ]
+        held, margins = 4 * self.spec.channels + sum(each), map_margins(self.spec, 0, first or 1)
         shape = list(self.padded)
-        while prod(n + 2 * h for n, h in zip(shape, halo, strict=True)) * cost > self.work:
+
+        def needed() -> float:
+            maps = [4 * size * voxels(margin) for size, margin in zip(each, margins, strict=True)]
+            return held * voxels(halo) + max(maps)
+
+        def voxels(margin: Triple) -> int:
+            return prod(n + 2 * m for n, m in zip(shape, margin, strict=True))
+
+        while needed() > self.work:
             axis = max(range(3), key=lambda a: shape[a] / unit[a])
             if shape[axis] <= unit[axis]:
                 break

@@ -35,7 +35,19 @@ def trunk_margin(spec: MultiscaleSpec, stage: int, margin: Triple, trunk_of_last
 
 def image_margin(spec: MultiscaleSpec, first: int, stop: int) -> Triple:
     """Voxels of image around a box that the maps of stages `first` to `stop` need for samples in the box."""
-    need, out = [0, 0, 0], (0, 0, 0)
+    margins = [
+        trunk_margin(spec, i, need)
+        for i, need in zip(range(first, stop), map_margins(spec, first, stop), strict=True)
+    ]
+    return triple(max(ns) for ns in zip((0, 0, 0), *margins, strict=True))
+
+
+def map_margins(spec: MultiscaleSpec, first: int, stop: int) -> list[Triple]:
+    """For each of these stages, voxels around a box in which its map must be worked on for samples in the box.
+
+    Whole cells of the next stage: what is repeated from there fits.
+    """
+    need, out = [0, 0, 0], []
     for i in range(first, stop):
         # One cell for interpolation, then the lateral blocks; finer maps read coarser ones that far out.
         need = [max(n, s) for n, s in zip(need, spec.strides[i], strict=True)]
@@ -44,7 +56,7 @@ def image_margin(spec: MultiscaleSpec, first: int, stop: int) -> Triple:
         # The repeated coarser cell can begin up to one cell further out.
         if i + 1 < len(spec.stages):
             need = [ceil(n / s) * s for n, s in zip(need, spec.strides[i + 1], strict=True)]
-        out = triple(max(a, b) for a, b in zip(out, trunk_margin(spec, i, triple(need)), strict=True))
+        out.append(triple(need))
     return out
 
 
