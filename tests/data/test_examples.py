@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.data.balls import AS_SCANNED, ISO, as_is, ball
 
 from ossnet.data.crop_locations import surface_voxels, targets_at
-from ossnet.data.crops import CropSource
+from ossnet.data.crops import CropSettings, CropSource
 from ossnet.data.examples import example
 
 SEEDS = st.integers(0, 10_000)
@@ -147,3 +147,20 @@ def test_a_single_slice_in_a_thick_crop_is_asked_about() -> None:
         made = example(source, replace(ISO, crop=(32, 64, 32), spatial=1.0), np.random.default_rng(seed))
         assert made["locations"].shape == (300, 3)
         assert 0 < float(made["targets"].mean()) < 1
+
+
+def test_little_of_a_structure_keeps_a_part_of_the_weight() -> None:
+    """Otherwise answering background everywhere would be no mistake to speak of."""
+    labels = np.zeros((64, 64, 64), np.uint8)
+    labels[30:33, 30:33, 30:33] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    plan = replace(ISO, crop=(64, 64, 64), locations=2000, spatial=0.0, centred=1.0)
+
+    def near(settings: CropSettings) -> float:
+        made = example(source, settings, np.random.default_rng(0))
+        assert float(made["importance"].mean()) == pytest.approx(1, abs=1e-4)
+        return float(made["importance"][:1000].sum() / made["importance"].sum())
+
+    assert near(replace(plan, least_near=0.0)) < 0.05
+    assert near(plan) == pytest.approx(plan.least_near, abs=0.01)
+    assert near(replace(plan, importance=0.0)) == pytest.approx(0.5)

@@ -81,8 +81,33 @@ def draw_locations(
         return locations, np.ones(len(locations), np.float32)
     everywhere = (len(locations) - len(near)) * drawn / (valid_draws * float(crop.prod()))
     crowd = everywhere + len(near) / kept * _near_density(candidates, settings, locations)
-    weights = crowd**-settings.importance
-    return locations, np.asarray(weights / weights.mean(), np.float32)
+    return locations, _weights(crowd, len(near), settings)
+
+
+def _weights(crowd: Float[np.ndarray, " N"], near: int, settings: CropSettings) -> Float[np.ndarray, " N"]:
+    """Weights against the density `crowd` of the draw, 1 on average; the first `near` locations lie near surfaces.
+
+    Where a crop shows little of any structure, all that lies near it would count next to nothing, and a network that
+    answers background everywhere would hear of no mistake. The density is then undone less far, as far as leaves
+    `least_near` of the weight there.
+    """
+    logarithm = np.log(crowd / crowd.min()).astype(np.float64)
+
+    def weights(importance: float) -> np.ndarray:
+        return np.asarray(np.exp(-importance * logarithm))
+
+    def share(importance: float) -> float:
+        found = weights(importance)
+        return float(found[:near].sum() / found.sum())
+
+    low, high = 0.0, settings.importance
+    if share(high) < settings.least_near:
+        # The share falls with the exponent.
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (middle, high) if share(middle) > settings.least_near else (low, middle)
+    chosen = weights(high)
+    return np.asarray(chosen / chosen.mean(), np.float32)
 
 
 def _near_density(
