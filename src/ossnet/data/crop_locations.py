@@ -17,6 +17,10 @@ _CELL = 2
 """Voxels along each edge of the cells in which the density of locations is known."""
 
 
+_LITTLE = 0.1
+"""With a smaller share of the weight near surfaces a crop shows little (hearts, atria, hippocampi: 0.12 to 0.28)."""
+
+
 def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
     """Per structure (1, or classes - 1), the indices (M, 3) of the voxels on both sides of its surface.
 
@@ -88,7 +92,8 @@ def _weights(crowd: Float[np.ndarray, " N"], near: int, settings: CropSettings) 
     """Weights against the density `crowd` of the draw, 1 on average; the first `near` locations lie near surfaces.
 
     Where a crop shows little of any structure, all that lies near it would count next to nothing, and a network that
-    answers background everywhere would hear of no mistake. The density is then undone less far, as far as leaves
+    answers background everywhere would hear of no mistake: spots of 5 voxels in a crop of 96³ were never found with a
+    tenth of the weight, and within 60 steps with three tenths. The density is then undone less far, as far as leaves
     `least_near` of the weight there.
     """
     logarithm = np.log(crowd / crowd.min()).astype(np.float64)
@@ -101,7 +106,7 @@ def _weights(crowd: Float[np.ndarray, " N"], near: int, settings: CropSettings) 
         return float(found[:near].sum() / found.sum())
 
     low, high = 0.0, settings.importance
-    if share(high) < settings.least_near:
+    if share(high) < min(_LITTLE, settings.least_near):
         # The share falls with the exponent.
         for _ in range(12):
             middle = (low + high) / 2

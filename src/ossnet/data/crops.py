@@ -77,8 +77,8 @@ class CropSettings:
     """Standard deviations in voxels of the distance from the surface, with even odds."""
     importance: float = 1.0
     """How far weights of locations undo that they crowd near surfaces (`data.crop_locations`): 1 wholly, 0 not."""
-    least_near: float = 0.1
-    """Share of the weight that locations near surfaces keep, however little of a structure a crop shows."""
+    least_near: float = 0.3
+    """Share of the weight that locations near surfaces keep where a crop shows little of any structure."""
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
     position: bool = False

@@ -197,7 +197,8 @@ class Field:
             like: The grid of this volume; what lies outside the scan is background.
             region: ((x0, y0, z0), (x1, y1, z1)), ends excluded, voxels of the output grid: only this box.
             strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
-                no location hit; "dense" asks everywhere; "original", "released" and "paper" are the released
+                no location hit; "dense" asks everywhere; "auto" is "dense" for models of small pieces
+                (`Model.small_pieces`) and "octree" for others; "original", "released" and "paper" are the released
                 algorithm and its improved start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
@@ -421,7 +422,7 @@ class Field:
     def _resolve(self, strategy: Strategy) -> str:
         if strategy != "auto":
             return strategy
-        return "dense" if getattr(self._answer, "dense", False) else "octree"
+        return "dense" if getattr(self._answer, "dense", False) or self.model.small_pieces else "octree"
 
     def _fill(
         self,

@@ -125,7 +125,7 @@ def forecast(
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
     predicted = answer.coarse is not None and answer.coarse.is_floating_point()
-    if dense or getattr(answer, "dense", False):
+    if dense or getattr(answer, "dense", False) or model.small_pieces:
         locations, predicted = float(math.prod(target.shape)), False
     else:
         locations = locations_for(target.shape, surface, classes, predicted)

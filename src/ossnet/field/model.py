@@ -18,6 +18,7 @@ from torch import nn
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError
 from ossnet.files.atomic import atomic_write, write_json, write_text
+from ossnet.networks.multiscale import MultiscaleSpec
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
 from ossnet.networks.released import read_released
@@ -82,6 +83,19 @@ class Model:
     def channels(self) -> int:
         """Channels of a scan."""
         return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def small_pieces(self) -> bool:
+        """Whether a quarter of the pieces of structures, in the training scans, can hide between coarse cells.
+
+        The octree would start from a prediction in which they do not appear, and never ask where they are.
+        """
+        spec = self.network.spec
+        if not isinstance(spec, MultiscaleSpec) or "piece_mm" not in self.metadata:
+            return False
+        cells = spec.strides[min(2, len(spec.stages) - 1)]
+        coarse = max(n * mm for n, mm in zip(cells, spec.spacing, strict=True))
+        return bool(self.metadata["piece_mm"] < 2 * coarse)
 
     def engine_options(self) -> dict[str, Any]:
         """What the training decided about answering: pooling of large patches, window of patch-trained U-Nets."""
