@@ -86,7 +86,7 @@ class Model:
 
     @property
     def small_pieces(self) -> bool:
-        """Whether a quarter of the pieces of structures, in the training scans, can hide between coarse cells.
+        """Whether a quarter of a structure, in the training scans, is of pieces that can hide between coarse cells.
 
         The octree would start from a prediction in which they do not appear, and never ask where they are.
         """

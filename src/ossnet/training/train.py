@@ -9,14 +9,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, open_dataset
-from ossnet.data.pieces import piece_extents
+from ossnet.data.pieces import pieces_of, small_extent
 from ossnet.data.splits import split
 from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
@@ -144,9 +143,9 @@ def _train(
             say(f"{mapped_bytes / 1e9:.1f} GB of cases are kept in {mapped}: beyond data.cache_gb")
         surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
         plan.model.metadata["surface_mm2"] = round(median(surfaces), 2)
-        pieces = [e for c in train[:_MEASURED] for e in piece_extents(c.labels, c.classes, c.spacing)]
-        if pieces:
-            plan.model.metadata["piece_mm"] = round(float(np.percentile(pieces, 25)), 2)
+        pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
+        if (extent := small_extent(pieces)) is not None:
+            plan.model.metadata["piece_mm"] = round(extent, 2)
         if plan.model.small_pieces:
             say("structures are small beside the network's coarse cells: every voxel is asked in use")
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
