@@ -16,7 +16,6 @@ from ossnet.data.crops import CropSettings, CropSource, Points, SpatialMap, insi
 _CELL = 2
 """Voxels along each edge of the cells in which the density of locations is known."""
 
-
 _LITTLE = 0.1
 """With a smaller share of the weight near surfaces a crop shows little (hearts, atria, hippocampi: 0.12 to 0.28)."""
 

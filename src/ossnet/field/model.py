@@ -18,7 +18,7 @@ from torch import nn
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError
 from ossnet.files.atomic import atomic_write, write_json, write_text
-from ossnet.networks.multiscale import MultiscaleSpec
+from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
 from ossnet.networks.released import read_released
@@ -90,10 +90,11 @@ class Model:
 
         The octree would start from a prediction in which they do not appear, and never ask where they are.
         """
-        spec = self.network.spec
-        if not isinstance(spec, MultiscaleSpec) or "piece_mm" not in self.metadata:
+        network = self.network
+        if not isinstance(network, MultiscaleNetwork) or "piece_mm" not in self.metadata:
             return False
-        cells = spec.strides[min(2, len(spec.stages) - 1)]
+        spec = network.spec
+        cells = spec.strides[network.coarse_stage]
         coarse = max(n * mm for n, mm in zip(cells, spec.spacing, strict=True))
         return bool(self.metadata["piece_mm"] < 2 * coarse)
 
