@@ -12,6 +12,7 @@ import torch
 from tests.training.conftest import SMALL
 
 from ossnet.data.layouts import open_dataset
+from ossnet.data.preparation import Preparation, as_float
 from ossnet.errors import SettingsError
 from ossnet.files.nifti import read_labels, read_volume
 from ossnet.training.planning import TrainingPlan, make_plan
@@ -67,11 +68,38 @@ def test_ct_is_clipped_to_the_foreground(balls: Path, tmp_path: Path) -> None:
     (copy / "dataset.json").write_text(json.dumps(description | {"channel_names": {"0": "CT"}}))
     plan = planned(copy)
     window = plan.model.preparation.windows[0]
+    assert window is not None
     assert 60 < window.low < 100 < window.high < 250
     assert any(f"clipped to {window.low:.0f} to {window.high:.0f}" in reason for reason in plan.reasons)
     assert not any("mean 0" in reason for reason in plan.reasons)
     plan = planned(copy, "data.normalise=zscore")
     assert any(reason.endswith("mean 0 and deviation 1") for reason in plan.reasons)
+
+
+def test_channels_are_normalised_by_what_they_are(balls: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(balls, tmp_path / balls.name))
+    description = json.loads((copy / "dataset.json").read_text())
+    names = {"channel_names": {"0": "CT", "1": "PET"}}
+    (copy / "dataset.json").write_text(json.dumps(description | names))
+    for file in sorted((copy / "imagesTr").glob("*_0000.nii.gz")):
+        volume = read_volume(file)
+        replace(volume, data=volume.data * 7 + 3).save(file.with_name(file.name.replace("_0000", "_0001")))
+    plan = planned(copy)
+    preparation = plan.model.preparation
+    window, other = preparation.windows
+    assert window is not None
+    assert other is None
+    said = "\n".join(plan.reasons)
+    assert f"clipped to {window.low:.0f} to {window.high:.0f} (CT)" in said
+    assert "every scan (PET) brought to mean 0" in said
+    dataset = open_dataset(copy)
+    scan = dataset.image(dataset.cases[0]).data
+    seen = preparation.normalised(as_float(scan), preparation.statistics(scan))
+    assert seen[0].max() <= (window.high - window.mean) / window.std + 1e-5
+    assert abs(float(seen[1].mean())) < 1e-4
+    assert abs(float(seen[1].std()) - 1) < 1e-4
+    assert Preparation.model_validate_json(preparation.model_dump_json()) == preparation
+    assert planned(copy, "data.normalise=window").model.preparation.windows[1] is not None
 
 
 def test_scans_that_nothing_describes_are_taken_for_what_they_look_like(balls: Path, tmp_path: Path) -> None:
@@ -96,8 +124,10 @@ def test_windows_are_made_from_scans_with_a_structure(balls: Path, tmp_path: Pat
     for file in sorted((copy / "labelsTr").glob("*.nii.gz"))[:7]:
         labels = read_labels(file)
         replace(labels, data=np.zeros_like(labels.data)).save(file)
-    with mock.patch("ossnet.training.planning._WINDOWED", 2):
-        assert planned(copy).model.preparation.windows[0].high > 100
+    with mock.patch("ossnet.training.intensities._WINDOWED", 2):
+        window = planned(copy).model.preparation.windows[0]
+    assert window is not None
+    assert window.high > 100
 
 
 def test_mirroring_is_said(balls: Path) -> None:

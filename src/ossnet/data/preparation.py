@@ -129,7 +129,9 @@ class Preparation(BaseModel):
         "zscore",
         description="zscore: per scan and channel over all voxels, unbiased std; window: fixed for CT",
     )
-    windows: tuple[ChannelWindow, ...] = Field((), description="one a channel, for normalise=window")
+    windows: tuple[ChannelWindow | None, ...] = Field(
+        (), description="one a channel, for normalise=window; none: this channel per scan, as for zscore"
+    )
     fit: Literal["none", "pad", "resize", "spacing"] = Field(
         "none",
         description="onto `shape` by zero padding or resizing, onto `spacing` by resampling, or as it is",
@@ -180,33 +182,41 @@ class Preparation(BaseModel):
 
     def statistics(self, image: Num[np.ndarray, "C X Y Z"]) -> "Statistics":
         """What normalising this scan takes."""
-        flat = image.reshape(len(image), -1)
-        if self.normalise == "none":
-            shift, scale = np.zeros(len(flat)), np.ones(len(flat))
-        elif self.normalise == "window":
-            if len(self.windows) != len(flat):
-                raise VolumeError(
-                    "scan",
-                    f"it has {len(flat)} channels, the model was trained with {len(self.windows)}",
-                    "Give the channels the model was trained with",
-                )
-            shift = np.array([w.mean for w in self.windows])
-            scale = np.array([max(w.std, 1e-8) for w in self.windows])
-        else:
-            # One channel at a time: a float64 copy of a whole scan would double the peak memory.
-            shift = np.array([float(c.mean(dtype=np.float64)) for c in flat])
-            scale = np.array([_unbiased_std(c, m) for c, m in zip(flat, shift, strict=True)])
-        top = np.array([float(c.max()) for c in flat])
-        if self.normalise == "window":
-            top = np.array([min(t, w.high) for t, w in zip(top, self.windows, strict=True)])
+        if self.normalise == "window" and len(self.windows) != len(image):
+            raise VolumeError(
+                "scan",
+                f"it has {len(image)} channels, the model was trained with {len(self.windows)}",
+                "Give the channels the model was trained with",
+            )
+        # One channel at a time: a float64 copy of a whole scan would double the peak memory.
+        rows = [
+            self._channel(values, window)
+            for values, window in zip(image.reshape(len(image), -1), self._windows(len(image)), strict=True)
+        ]
+        shift, scale, top = np.array(rows).reshape(-1, 3).T
         return Statistics(shift, scale, (top - shift) / scale)
+
+    def _windows(self, channels: int) -> tuple[ChannelWindow | None, ...]:
+        return self.windows if self.normalise == "window" else (None,) * channels
+
+    def _channel(
+        self, values: Num[np.ndarray, " N"], window: ChannelWindow | None
+    ) -> tuple[float, float, float]:
+        """Shift, scale and largest value of a channel."""
+        top = float(values.max())
+        if window is not None:
+            return window.mean, max(window.std, 1e-8), min(top, window.high)
+        if self.normalise == "none":
+            return 0.0, 1.0, top
+        mean = float(values.mean(dtype=np.float64))
+        return mean, _unbiased_std(values, mean), top
 
     def normalised(self, image: Float[Tensor, "C *S"], statistics: "Statistics") -> Float[Tensor, "C *S"]:
         """(x - mean) / std per channel, after clipping for CT."""
         column = (-1,) + (1,) * (image.ndim - 1)
         if self.normalise == "window":
-            low = image.new_tensor([w.low for w in self.windows]).view(column)
-            high = image.new_tensor([w.high for w in self.windows]).view(column)
+            low = image.new_tensor([-math.inf if w is None else w.low for w in self.windows]).view(column)
+            high = image.new_tensor([math.inf if w is None else w.high for w in self.windows]).view(column)
             image = image.clamp(low, high)
         shift = image.new_tensor(statistics.shift).view(column)
         scale = image.new_tensor(statistics.scale).view(column)

@@ -5,7 +5,6 @@ Every choice that the user did not make is named with its reason.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from ossnet.data.cases import joined_name
 from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
-from ossnet.data.preparation import ChannelWindow, Preparation, Spacing
+from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
@@ -22,21 +21,13 @@ from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_s
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import FILTERS, UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
+from ossnet.training.intensities import choose_intensities
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, spacing_of
-
-_LOOKED_AT = 5
-"""Scans whose darkest voxels say whether they are CT."""
-
-_AIR, _PADDING = -500, -3100
-"""Hounsfield units: CT holds darker voxels than the first (air is -1000), and none darker than the second."""
-
-_WINDOWED = 50
-"""Scans with a structure that CT windows are made from."""
 
 
 @dataclass(frozen=True)
@@ -115,15 +106,13 @@ def make_plan(
     if dataset.regions:
         reasons.append(f"regions of several labels are learnt label by label: {', '.join(dataset.regions)}")
 
-    ct = _is_ct(dataset, train, settings, reasons)
-    windows = _windows(dataset, train, settings, ct, reasons)
-    normalise: Literal["window", "none", "zscore"] = (
-        "window" if windows else "none" if settings.data.normalise == "none" else "zscore"
+    intensities = choose_intensities(dataset, train, settings)
+    reasons.extend(intensities.reasons)
+    base = Preparation(
+        orientation=settings.data.orientation,
+        normalise=intensities.normalise,
+        windows=intensities.windows,
     )
-    if normalise == "zscore":
-        why = "" if ct else ", since they have no unit"
-        reasons.append(f"intensities of every scan brought to mean 0 and deviation 1{why}")
-    base = Preparation(orientation=settings.data.orientation, normalise=normalise, windows=windows)
     grids = read_grids(train, base)
     channels = len(dataset.channel_names)
     reason: tuple[str, ...] = ()
@@ -184,59 +173,6 @@ def _start_from(folder: str, network: nn.Module) -> None:
             "Set data.spacing and network.* as it was trained; channels and structures must be as many",
         )
     network.load_state_dict(known.state_dict())
-
-
-def _is_ct(dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]) -> bool:
-    """Whether all channels are CT, as the data set says; where nothing says what they are, as they look."""
-    if dataset.channel_names != ("image",) or settings.variant in OFFERED:
-        return all(name.strip().lower() == "ct" for name in dataset.channel_names)
-    some = train[:: max(1, -(-len(train) // _LOOKED_AT))]
-    lowest = [float(dataset.image(case).data.min()) for case in some]
-    if not lowest or max(lowest) > _AIR or min(lowest) < _PADDING:
-        return False
-    reasons.append(f"taken for CT in Hounsfield units: voxels go down to {min(lowest):.0f} (data.normalise)")
-    return True
-
-
-def _windows(
-    dataset: Dataset, train: Sequence[Case], settings: Settings, ct: bool, reasons: list[str]
-) -> tuple[ChannelWindow, ...]:
-    """Intensity windows of CT channels over the foreground, as nnU-Net defines them; none for other scans.
-
-    The paper's variants normalise CT as MRI (SPEC §3); only the default variant and the U-Nets choose by themselves.
-    """
-    wanted = settings.data.normalise
-    by_itself = ct and settings.variant not in OFFERED
-    if wanted in ("zscore", "none") or (wanted == "auto" and not by_itself):
-        return ()
-    kept: list[list[np.ndarray]] = [[] for _ in dataset.channel_names]
-    rng = np.random.default_rng(settings.seed)
-    found = 0
-    for index in rng.permutation(len(train)):
-        volume, labels = dataset.read(train[index])
-        inside = np.flatnonzero(labels.data.reshape(-1) > 0)
-        found += len(inside) > 0
-        if len(inside) > 10_000:
-            inside = rng.choice(inside, 10_000, replace=False)
-        for channel, values in enumerate(volume.data):
-            kept[channel].append(values.reshape(-1)[inside].astype(np.float64))
-        if found == _WINDOWED:
-            break
-    windows = []
-    for parts in kept:
-        values = np.concatenate(parts)
-        if not len(values):
-            raise SettingsError(
-                "data.normalise", "no training case has foreground", "Use data.normalise=zscore"
-            )
-        low, high = (float(v) for v in np.percentile(values, [0.5, 99.5]))
-        clipped = values.clip(low, high)
-        windows.append(
-            ChannelWindow(low=low, high=high, mean=float(clipped.mean()), std=max(float(clipped.std()), 1e-6))
-        )
-    text = ", ".join(f"{w.low:.0f} to {w.high:.0f}" for w in windows)
-    reasons.append(f"intensities clipped to {text}: percentiles 0.5 and 99.5 of the foreground")
-    return tuple(windows)
 
 
 def _spaced(base: Preparation, grids: Grids, settings: Settings) -> Preparation:

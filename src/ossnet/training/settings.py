@@ -37,7 +37,7 @@ class DataSettings(_Group):
     )
     orientation: Literal["canonical", "file"] = Field("canonical", description="axis order inside")
     normalise: Literal["auto", "zscore", "window", "none"] = Field(
-        "auto", description="auto: window for CT in the default variant, zscore otherwise"
+        "auto", description="auto: window for CT in the default variant and the U-Nets, zscore otherwise"
     )
     fit: Literal["auto", "none", "pad", "resize", "spacing"] = Field(
         "auto",
