@@ -15,6 +15,7 @@ from ossnet.data.layouts import open_dataset
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.errors import SettingsError
 from ossnet.files.nifti import read_labels, read_volume
+from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.training.planning import TrainingPlan, make_plan
 from ossnet.training.settings import make_settings
 
@@ -146,14 +147,39 @@ def test_a_training_may_start_from_another(balls: Path, tmp_path: Path) -> None:
     for name, tensor in first.model.network.state_dict().items():
         assert torch.equal(tensor, second.model.network.state_dict()[name])
     assert f"weights start as those of {tmp_path / 'first'}" in second.reasons
-    with pytest.raises(SettingsError, match=r"another network: classes 3 instead of 1"):
-        planned(balls, f"network.init={tmp_path / 'first'}", "data.target=foreground")
-    with pytest.raises(SettingsError, match="another network: spacing"):
-        planned(balls, f"network.init={tmp_path / 'first'}", "data.spacing=1,1,1")
     dataset = open_dataset(balls)
     settings = make_settings("C", changes=[f"network.init={tmp_path / 'first'}", *SMALL])
     with pytest.raises(SettingsError, match="another family"):
         make_plan(dataset, dataset.cases, settings)
+    with pytest.raises(SettingsError, match="another network: position False instead of True"):
+        planned(balls, f"network.init={tmp_path / 'first'}", "network.position=true")
     # A training that goes on needs it no more.
     shutil.rmtree(tmp_path / "first")
-    make_plan(dataset, dataset.cases, settings, fresh=False)
+    make_plan(dataset, dataset.cases, settings, resumed=tmp_path)
+
+
+def test_a_training_starts_from_one_on_other_scans(balls: Path, tmp_path: Path) -> None:
+    first = planned(balls, "data.spacing=1,1.5,1")
+    first.model.save(tmp_path / "first")
+    init = f"network.init={tmp_path / 'first'}"
+    other = planned(balls, init, "data.target=foreground")
+    assert other.model.preparation.spacing == (1, 1.5, 1)
+    said = "\n".join(other.reasons)
+    assert f"grid: 1 × 1.5 × 1 mm, that of {tmp_path / 'first'}" in said
+    assert "those of coarse, decoder.last anew" in said
+    known, found = first.model.network.state_dict(), other.model.network.state_dict()
+    assert all(
+        torch.equal(found[k], v) for k, v in known.items() if not k.startswith(("coarse", "decoder.last"))
+    )
+    # Its stages whatever the spacing; when the training goes on they are its own.
+    network = planned(balls, init, "data.spacing=1,1,5").model.network
+    assert isinstance(network, MultiscaleNetwork)
+    assert isinstance(first.model.network, MultiscaleNetwork)
+    assert network.spec.stages == first.model.network.spec.stages
+    other.model.save(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "first")
+    dataset = open_dataset(balls)
+    settings = make_settings(changes=[init, "data.target=foreground"])
+    again = make_plan(dataset, dataset.cases, settings, resumed=tmp_path / "run").model
+    assert again.preparation == other.model.preparation
+    again.network.load_state_dict(other.model.network.state_dict())

@@ -37,7 +37,10 @@ def command(
         ),
     ] = None,
     init: Annotated[
-        str | None, typer.Option(help="Start from the weights of this run or model (fine-tuning).")
+        str | None,
+        typer.Option(
+            help="Start from the stages and weights of this run or model; scans and structures may be others."
+        ),
     ] = None,
     devices: Annotated[int | None, typer.Option(help="Processes or GPUs.")] = None,
     replace_nan: Annotated[

@@ -1,6 +1,6 @@
 """Stages, widths and crops of the default network, chosen from the spacing and size of the scans."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from ossnet.networks.boxes import Triple, triple
@@ -74,6 +74,7 @@ def plan(
     classes: int,
     *,
     crop_voxels: int = CROP_VOXELS,
+    like: MultiscaleSpec | None = None,
 ) -> MultiscalePlan:
     """Choose stages and crop for a data set.
 
@@ -83,25 +84,19 @@ def plan(
         channels: Channels of a scan.
         classes: Logits a location: 1, or number of structures + 1.
         crop_voxels: Voxels of a crop that the machine affords.
+        like: A network whose stages are taken over.
     """
-    reasons: list[str] = []
-    fine = prod(median_shape) <= SMALL_SCAN
-    sizes = SMALL if fine else LARGE
-    shapes = plan_stages(spacing, median_shape, len(sizes), fine)
-    stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
-    patch = triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
-    spec = MultiscaleSpec(channels, classes, spacing, stages, patch)
-    if fine:
-        reasons.append(
-            f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
-        )
+    if like is not None:
+        spec, reasons = replace(like, channels=channels, classes=classes, spacing=spacing), []
+    else:
+        spec, reasons = _choose_spec(spacing, median_shape, channels, classes)
     cells = ", ".join(
         "×".join(f"{m * s:g}" for m, s in zip(spacing, stride, strict=True)) for stride in spec.strides
     )
     reasons.append(f"stages: cells of {cells} mm")
-    if patch != (5, 5, 5):
+    if spec.patch != (5, 5, 5):
         reasons.append(
-            f"raw patch {'×'.join(map(str, patch))}: neighbouring voxels are far apart on the long axes"
+            f"raw patch {'×'.join(map(str, spec.patch))}: neighbouring voxels are far apart on the long axes"
         )
     crop = plan_crop(median_shape, spec.strides[-1], crop_voxels)
     whole = all(c >= n for c, n in zip(crop, median_shape, strict=True))
@@ -110,3 +105,20 @@ def plan(
         + ("a whole median scan" if whole else f"about {crop_voxels:,} voxels in the shape of the scans")
     )
     return MultiscalePlan(spec, crop, tuple(reasons))
+
+
+def _choose_spec(
+    spacing: Spacing, median_shape: Triple, channels: int, classes: int
+) -> tuple[MultiscaleSpec, list[str]]:
+    """A network for scans of this kind, and why (arguments as for `plan`)."""
+    fine = prod(median_shape) <= SMALL_SCAN
+    sizes = SMALL if fine else LARGE
+    shapes = plan_stages(spacing, median_shape, len(sizes), fine)
+    stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
+    patch = triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
+    reasons = []
+    if fine:
+        reasons.append(
+            f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
+        )
+    return MultiscaleSpec(channels, classes, spacing, stages, patch), reasons

@@ -5,6 +5,7 @@ Every choice that the user did not make is named with its reason.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from torch import nn
@@ -82,12 +83,12 @@ def read_grids(cases: Sequence[Case], preparation: Preparation) -> Grids:
 
 
 def make_plan(
-    dataset: Dataset, train: Sequence[Case], settings: Settings, *, fresh: bool = True
+    dataset: Dataset, train: Sequence[Case], settings: Settings, *, resumed: Path | None = None
 ) -> TrainingPlan:
     """Decide preparation, network and recipe.
 
     Args:
-        fresh: A training that starts; one that goes on has weights of its own.
+        resumed: The run folder of a training that goes on: it has weights of its own.
 
     Raises:
         SettingsError: Settings that do not fit the data.
@@ -117,9 +118,9 @@ def make_plan(
     channels = len(dataset.channel_names)
     reason: tuple[str, ...] = ()
     recipe: Recipe
+    known = _known_network(settings, resumed)
     if settings.variant == "multiscale":
-        preparation = _spaced(base, grids, settings)
-        recipe, reason = _multiscale(preparation, grids, channels, classes, settings)
+        recipe, reason = _multiscale(base, grids, channels, classes, settings, known)
     elif settings.variant in OFFERED:
         preparation, blocks = _fitted(base, grids, settings, reasons)
         network = _oss_net(preparation, blocks, channels, classes, settings)
@@ -133,9 +134,8 @@ def make_plan(
     if flips and settings.variant != "multiscale":
         axes = ", ".join(map(str, flips))
         reasons.append(f"scans are mirrored along axes {axes} (augmentation.flip_axes=[] where sides differ)")
-    if fresh and settings.network.init is not None:
-        _start_from(settings.network.init, recipe.network)
-        reasons.append(f"weights start as those of {settings.network.init}")
+    if resumed is None and known is not None:
+        reasons.append(_start_from(known, recipe.network, str(settings.network.init)))
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
     minutes = settings.schedule.minutes
     if minutes is not None:
@@ -154,25 +154,40 @@ def make_plan(
     return TrainingPlan(model, recipe, classes, tuple(reasons))
 
 
-def _start_from(folder: str, network: nn.Module) -> None:
-    """Take over the weights of a model that has the same network.
+def _known_network(settings: Settings, resumed: Path | None) -> nn.Module | None:
+    """The network that a training starts from; of one that goes on, where its stages are those of another, itself."""
+    source = settings.network.init
+    if source is None or (resumed is not None and settings.variant != "multiscale"):
+        return None
+    own = None if resumed is None else resumed / "model"
+    return Model.load(own if own is not None and own.is_dir() else source).network
+
+
+def _start_from(known: nn.Module, network: nn.Module, name: str) -> str:
+    """Take over all weights but those whose number follows from the channels and structures; returns what was done.
 
     Raises:
-        SettingsError: It has another one.
+        SettingsError: The networks differ in more than these.
     """
-    known = Model.load(folder).network
     if type(known) is not type(network):
-        raise SettingsError("network.init", f"{folder} is of another family", "Give its --variant")
+        raise SettingsError("network.init", f"{name} is of another family", "Give its --variant")
     wanted, found = (n.spec.to_dict() for n in (network, known))  # type: ignore[union-attr, operator]
-    other = [key for key in wanted if wanted[key] != found.get(key)]
+    free = {"channels", "classes", "spacing"}
+    other = [key for key in wanted if key not in free and wanted[key] != found.get(key)]
     if other:
         listed = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in other[:2])
         raise SettingsError(
             "network.init",
-            f"{folder} has another network: {listed}",
-            "Set data.spacing and network.* as it was trained; channels and structures must be as many",
+            f"{name} has another network: {listed}",
+            "Set network.* and data.shape as it was trained",
         )
-    network.load_state_dict(known.state_dict())
+    own = network.state_dict()
+    taken = {k: v for k, v in known.state_dict().items() if k in own and v.shape == own[k].shape}
+    network.load_state_dict(taken, strict=False)
+    anew = sorted({key.rpartition(".")[0] for key in own.keys() - taken.keys()})
+    return f"weights start as those of {name}" + (
+        f", those of {', '.join(anew)} anew: channels or structures are others" if anew else ""
+    )
 
 
 def _spaced(base: Preparation, grids: Grids, settings: Settings) -> Preparation:
@@ -226,20 +241,32 @@ def _oss_net(
 
 
 def _multiscale(
-    preparation: Preparation, grids: Grids, channels: int, classes: int, settings: Settings
+    base: Preparation,
+    grids: Grids,
+    channels: int,
+    classes: int,
+    settings: Settings,
+    known: nn.Module | None,
 ) -> tuple[Recipe, tuple[str, ...]]:
+    """The default network: stages and grid from the scans, or those of a network that the training starts from."""
+    like = known.spec if isinstance(known, MultiscaleNetwork) else None
+    if like is not None and settings.data.spacing is None:
+        preparation = base.model_copy(update={"fit": "spacing", "spacing": like.spacing})
+        origin = f"that of {settings.network.init}"
+    else:
+        preparation = _spaced(base, grids, settings)
+        origin = "as set" if settings.data.spacing else "the median spacing of the training scans"
     spacing = preparation.spacing or grids.median_spacing
     chosen = plan(
         spacing,
         grids.median_shape_at(spacing),
         channels,
         classes,
-        **({"crop_voxels": settings.sampling.crop_voxels} if settings.sampling.crop_voxels else {}),
+        crop_voxels=settings.sampling.crop_voxels or CROP_VOXELS,
+        like=like,
     )
-    if settings.network.position:
-        chosen = replace(chosen, spec=replace(chosen.spec, position=True))
+    chosen = replace(chosen, spec=replace(chosen.spec, position=settings.network.position))
     network = MultiscaleNetwork(chosen.spec)
-    origin = "as set" if settings.data.spacing else "the median spacing of the training scans"
     grid = f"grid: {' × '.join(f'{s:g}' for s in spacing)} mm, {origin}"
     reasons = (grid, *chosen.reasons, *_training_reasons(settings, classes))
     return MultiscaleRecipe(network, preparation, settings, chosen), reasons

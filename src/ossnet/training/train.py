@@ -110,7 +110,7 @@ def _train(
     parts = split(dataset, settings.data.fold)
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
-    plan = make_plan(dataset, train_cases, settings, fresh=not resume)
+    plan = make_plan(dataset, train_cases, settings, resumed=out if resume else None)
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
     for reason in plan.reasons:
         say(reason)
