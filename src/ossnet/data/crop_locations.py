@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from scipy.ndimage import find_objects, gaussian_filter
 
 from ossnet.data.crops import CropSettings, CropSource, Points, SpatialMap, inside, to_grid, to_scan
@@ -17,7 +17,8 @@ _CELL = 2
 """Voxels along each edge of the cells in which the density of locations is known."""
 
 _LITTLE = 0.1
-"""With a smaller share of the weight near surfaces a crop shows little (hearts, atria, hippocampi: 0.12 to 0.28)."""
+"""With a smaller share of the weight near it, times the number of structures, a crop shows little of a structure
+(hearts, atria, hippocampi: 0.12 to 0.28)."""
 
 
 def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
@@ -51,88 +52,78 @@ def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[I
 def draw_locations(
     source: CropSource, settings: CropSettings, mapping: SpatialMap, rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "N 3"], Float[np.ndarray, " N"]]:
-    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface; and their weights."""
+    """Locations in the crop that lie in the scan, `near_surface` of them close to a surface; and their weights.
+
+    Weights, 1 on average, undo that locations crowd near surfaces (`_density`). But where a crop shows little of a
+    structure, all that lies near it would then count next to nothing, and a network that answers background (or the
+    organ that the structure lies in) everywhere would hear of no mistake: spots of 5 voxels in a crop of 96³ were
+    never found with a tenth of the weight, and within 60 steps with three tenths. There the neighbourhood of the
+    structure counts more: `least_near` of the whole for all structures together.
+    """
     crop = np.array(settings.crop, np.float32)
     wanted = round(settings.locations * settings.near_surface)
     near, kept = np.zeros((0, 3), np.float32), 1.0
     present = [s for s in source.surfaces if len(s) and wanted]
-    candidates = [
-        _surface_in_crop(s, source, mapping, rng, max(4 * wanted // len(present), 64)) for s in present
-    ]
-    candidates = [c for c in candidates if len(c)]
-    if candidates:
-        pick = rng.integers(len(candidates), size=2 * wanted)
+    shown = [_surface_in_crop(s, source, mapping, rng, max(4 * wanted // len(present), 64)) for s in present]
+    shown = [points for points in shown if len(points)]
+    group = np.zeros(0, np.int64)
+    if shown:
+        group = rng.integers(len(shown), size=2 * wanted)
         rank = rng.random(2 * wanted)
         near = np.empty((2 * wanted, 3), np.float32)
-        for i, points in enumerate(candidates):
-            mine = pick == i
+        for i, points in enumerate(shown):
+            mine = group == i
             near[mine] = points[(rank[mine] * len(points)).astype(np.int64)]
         sigma = np.array(settings.jitter, np.float32)[rng.integers(len(settings.jitter), size=2 * wanted)]
         near += rng.standard_normal((2 * wanted, 3), dtype=np.float32) * sigma[:, None]
-        valid = _valid(near, source, mapping)
-        near, kept = valid[:wanted], len(valid) / len(near)
+        valid = np.flatnonzero(_valid(near, source, mapping))
+        kept = len(valid) / len(near)
+        near, group = near[valid[:wanted]], group[valid[:wanted]]
     parts, missing, drawn, valid_draws = [near], settings.locations - len(near), 0, 0
     while missing > 0:
         uniform = rng.random((2 * missing, 3), dtype=np.float32) * crop - np.float32(0.5)
         drawn += len(uniform)
-        uniform = _valid(uniform, source, mapping)
+        uniform = uniform[_valid(uniform, source, mapping)]
         valid_draws += len(uniform)
         parts.append(uniform[:missing])
         missing -= len(parts[-1])
     locations = np.concatenate(parts)
     if not 0 < len(near) < len(locations) or settings.importance == 0:
         return locations, np.ones(len(locations), np.float32)
-    everywhere = (len(locations) - len(near)) * drawn / (valid_draws * float(crop.prod()))
-    crowd = everywhere + len(near) / kept * _near_density(candidates, settings, locations)
-    return locations, _weights(crowd, len(near), settings)
+    voxels = float(crop.prod()) * valid_draws / drawn
+    everywhere = (len(locations) - len(near)) / voxels
+    crowd = everywhere + len(near) / kept * _density(shown, settings, locations)
+    weights = crowd**-settings.importance
+    shares = np.bincount(group, weights[: len(near)], len(shown)) / weights.sum()
+    few = [points for points, share in zip(shown, shares, strict=True) if share * len(shown) < _LITTLE]
+    if few:
+        share = settings.least_near * len(few) / len(shown)
+        weights *= 1 + voxels * share / (1 - share) * _density(few, settings, locations)
+    return locations, np.asarray(weights / weights.mean(), np.float32)
 
 
-def _weights(crowd: Float[np.ndarray, " N"], near: int, settings: CropSettings) -> Float[np.ndarray, " N"]:
-    """Weights against the density `crowd` of the draw, 1 on average; the first `near` locations lie near surfaces.
-
-    Where a crop shows little of any structure, all that lies near it would count next to nothing, and a network that
-    answers background everywhere would hear of no mistake: spots of 5 voxels in a crop of 96³ were never found with a
-    tenth of the weight, and within 60 steps with three tenths. The density is then undone less far, as far as leaves
-    `least_near` of the weight there.
-    """
-    logarithm = np.log(crowd / crowd.min()).astype(np.float64)
-
-    def weights(importance: float) -> np.ndarray:
-        return np.asarray(np.exp(-importance * logarithm))
-
-    def share(importance: float) -> float:
-        found = weights(importance)
-        return float(found[:near].sum() / found.sum())
-
-    low, high = 0.0, settings.importance
-    if share(high) < min(_LITTLE, settings.least_near):
-        # The share falls with the exponent.
-        for _ in range(12):
-            middle = (low + high) / 2
-            low, high = (middle, high) if share(middle) > settings.least_near else (low, middle)
-    chosen = weights(high)
-    return np.asarray(chosen / chosen.mean(), np.float32)
-
-
-def _near_density(
-    candidates: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
+def _density(
+    shown: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
 ) -> Float[np.ndarray, " N"]:
     """How densely locations near surfaces are drawn where `locations` lie, a draw and voxel.
+
+    Args:
+        shown: Points of the surface of each structure; all structures are drawn as often.
 
     A location near a surface is drawn for its label: the end of a vessel is asked often in a scan whose label
     follows the vessel so far, and seldom in one whose label ends earlier. A network that is trained on these as they
     come learns the odds of the draw, and draws everything longer than it was labelled. Weights against this
     density give it the odds of the voxels, while the surface is still looked at closely.
 
-    The density is that of the candidates, smoothed as the draw smooths them. Cells blur it: right to a few percent,
+    The density is that of the points, smoothed as the draw smooths them. Cells blur it: right to a few percent,
     but for the first two voxels outside a structure, which count 11 to 18 % too much. Finer cells cost a tenth of a
     step, and shift logits there by 0.16 at most.
     """
     shape = [-(-n // _CELL) for n in settings.crop]
     counts = np.zeros(math.prod(shape), np.float32)
-    for points in candidates:
+    for points in shown:
         found = np.bincount(_cells(points, shape), minlength=len(counts))
-        counts += found.astype(np.float32) / (len(points) * len(candidates) * _CELL**3)
+        counts += found.astype(np.float32) / (len(points) * len(shown) * _CELL**3)
     grid = counts.reshape(shape)
     smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
     density: np.ndarray = np.mean(smooth, axis=0, dtype=np.float32).ravel()
@@ -147,11 +138,11 @@ def _cells(locations: Points, shape: Sequence[int]) -> Integer[np.ndarray, " N"]
     return np.asarray((x * shape[1] + y) * shape[2] + z)
 
 
-def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Float[np.ndarray, "V 3"]:
+def _valid(locations: Points, source: CropSource, mapping: SpatialMap) -> Bool[np.ndarray, " N"]:
+    """Whether crop coordinates lie in the crop and in the scan."""
     crop = np.array(mapping.crop, np.float32)
     here = ((locations >= -0.5) & (locations <= crop - 0.5)).all(axis=1)
-    here &= inside(to_scan(mapping(locations), source.zoom), source.shape)
-    return locations[here]
+    return np.asarray(here & inside(to_scan(mapping(locations), source.zoom), source.shape))
 
 
 def _surface_in_crop(

@@ -78,7 +78,7 @@ class CropSettings:
     importance: float = 1.0
     """How far weights of locations undo that they crowd near surfaces (`data.crop_locations`): 1 wholly, 0 not."""
     least_near: float = 0.3
-    """Share of the weight that locations near surfaces keep where a crop shows little of any structure."""
+    """Share of the weight that the neighbourhoods of all structures together have where a crop shows little of each."""
     centred: float = 0.5
     """Share of the crops that hold a surface voxel at a random place; the others lie anywhere."""
     position: bool = False
