@@ -86,10 +86,11 @@ def plan(
         crop_voxels: Voxels of a crop that the machine affords.
         like: A network whose stages are taken over.
     """
+    reasons: list[str] = []
     if like is not None:
-        spec, reasons = replace(like, channels=channels, classes=classes, spacing=spacing), []
+        spec = replace(like, channels=channels, classes=classes, spacing=spacing)
     else:
-        spec, reasons = _choose_spec(spacing, median_shape, channels, classes)
+        spec = _choose_spec(spacing, median_shape, channels, classes, reasons)
     cells = ", ".join(
         "×".join(f"{m * s:g}" for m, s in zip(spacing, stride, strict=True)) for stride in spec.strides
     )
@@ -108,17 +109,16 @@ def plan(
 
 
 def _choose_spec(
-    spacing: Spacing, median_shape: Triple, channels: int, classes: int
-) -> tuple[MultiscaleSpec, list[str]]:
-    """A network for scans of this kind, and why (arguments as for `plan`)."""
+    spacing: Spacing, median_shape: Triple, channels: int, classes: int, reasons: list[str]
+) -> MultiscaleSpec:
+    """A network for scans of this kind (arguments as for `plan`); `reasons` grow."""
     fine = prod(median_shape) <= SMALL_SCAN
     sizes = SMALL if fine else LARGE
     shapes = plan_stages(spacing, median_shape, len(sizes), fine)
     stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
     patch = triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
-    reasons = []
     if fine:
         reasons.append(
             f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"
         )
-    return MultiscaleSpec(channels, classes, spacing, stages, patch), reasons
+    return MultiscaleSpec(channels, classes, spacing, stages, patch)
