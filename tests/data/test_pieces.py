@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from scipy.ndimage import label
 from tests import tiny
 
 from ossnet.data.pieces import Piece, pieces_of, small_extent
+from ossnet.field.strides import strides_within
 
 
 def test_pieces_of_every_structure_are_measured() -> None:
@@ -33,3 +35,38 @@ def test_models_of_small_pieces_ask_everywhere(extent: float | None, strategy: s
     found = model.field(scan).segment()
     assert found.strategy == strategy
     assert (found.evaluated == 24 * 20 * 18) == (strategy == "dense")
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_lattice_that_meets_small_pieces(classes: int) -> None:
+    """Every piece of which one voxel lies on it is found exactly, and a region comes out as the whole."""
+    model = tiny.model("multiscale", classes)
+    model.metadata["piece_mm"] = 3.9
+    scan = tiny.scan((25, 20, 18), affine=np.diag([0.5, 0.5, 0.5, 1.0]))
+    field = model.field(scan)
+    dense = field.segment(strategy="dense").data
+    found = field.segment()
+    assert found.strategy == "octree"
+    assert 13 * 10 * 9 < found.evaluated < dense.size
+    pieces = 0
+    for value in range(max(classes, 2)):
+        numbers, count = label(dense == value)
+        hit = np.unique(numbers[::2, ::2, ::2])
+        mine = np.isin(numbers, hit[hit > 0])
+        assert (found.data[mine] == value).all()
+        pieces += count
+    assert pieces > 3 * classes
+    region = ((3, 4, 2), (17, 15, 13))
+    part = model.field(scan).segment(region=region)
+    assert (part.data == found.data[3:17, 4:15, 2:13]).all()
+    # The network's own prediction, asked for by a path.
+    plain = field.segment(path=(8, 4, 1))
+    assert plain.strategy == "octree"
+    assert plain.evaluated < dense.size
+
+
+def test_strides_within_a_distance() -> None:
+    assert strides_within(2.0, (1.0, 1.0, 1.0)) == (2, 2, 2)
+    assert strides_within(2.0, (0.6, 0.5, 5.0)) == (2, 4, 1)
+    assert strides_within(0.1, (1.0, 1.0, 1.0)) == (1, 1, 1)
+    assert strides_within(100.0, (1.0, 1.0, 1.0)) == (8, 8, 8)

@@ -1,4 +1,4 @@
-"""Every voxel asked, piece by piece: what the octree is measured against.
+"""Every voxel asked, or every site of a lattice, piece by piece.
 
 Letters: N locations, X Y Z voxels.
 """
@@ -11,6 +11,7 @@ from jaxtyping import Integer
 
 from ossnet.field.asking import Ask
 from ossnet.field.grid import Box, box_shape
+from ossnet.field.lattice import Triple, Window, lattice_size
 from ossnet.field.memory import question_locations
 from ossnet.field.progress import Report
 from ossnet.volume import Shape
@@ -68,3 +69,29 @@ def label_everywhere(
         if progress:
             progress(done, total - done)
     return out, done
+
+
+def label_lattice(
+    ask: Ask,
+    shape: Shape,
+    stride: Triple,
+    sites: Window | None,
+    classes: int,
+    progress: Report | None = None,
+) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
+    """Labels of every `stride`-th voxel along each axis, and the number of locations asked.
+
+    Args:
+        sites: Part of the lattice that is asked; all others are background. None: all of it.
+        classes: Including background.
+    """
+    lattice = lattice_size(shape, stride)
+    if sites is None:
+        sites = Window((0, 0, 0), lattice)
+    steps = np.array(stride, np.int32)
+    found, asked = label_everywhere(
+        lambda voxels: ask(voxels * steps), lattice, (sites.low, sites.high), classes, progress
+    )
+    out = np.zeros(lattice, found.dtype)
+    out[tuple(slice(a, b) for a, b in zip(sites.low, sites.high, strict=True))] = found
+    return out, asked

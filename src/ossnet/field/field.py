@@ -16,10 +16,10 @@ from ossnet.errors import SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import Ask, ask_at, asker, probabilities
 from ossnet.field.engine import prepare
-from ossnet.field.everywhere import label_everywhere, slabs
+from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
 from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
-from ossnet.field.lattice import Window
+from ossnet.field.lattice import Triple, Window
 from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
 from ossnet.field.mesh import extract_mesh, mesh_bytes
 from ossnet.field.model import Model
@@ -29,8 +29,8 @@ from ossnet.field.refinement import ask as ask_all
 from ossnet.field.refinement import path_from, refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.field.scan import Scan
-from ossnet.field.strides import Path, check_path, parts
-from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical
+from ossnet.field.strides import Path, check_path, parts, strides_within
+from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical, spacing_of
 
 if TYPE_CHECKING:
     import trimesh
@@ -197,9 +197,10 @@ class Field:
             like: The grid of this volume; what lies outside the scan is background.
             region: ((x0, y0, z0), (x1, y1, z1)), ends excluded, voxels of the output grid: only this box.
             strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
-                no location hit; "dense" asks everywhere; "auto" is "dense" for models of small pieces
-                (`Model.small_pieces`) and "octree" for others; "original", "released" and "paper" are the released
-                algorithm and its improved start state in both readings, on the network's grid (SPEC §5, §7.1).
+                no location hit; "dense" asks everywhere; "auto" is "octree" unless asking everywhere costs no more.
+                Of models of small pieces (`Model.small_pieces`) the octree asks a whole lattice first that hardly a
+                piece slips through. "original", "released" and "paper" are the released algorithm and its improved
+                start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
             octree: Further arguments of `refine`; `doubt=None, safety=2, margin=None, seeds=False` asks a little
@@ -212,6 +213,7 @@ class Field:
         if strategy not in get_args(Strategy):
             known = ", ".join(get_args(Strategy))
             raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
+        how: str = strategy
         if strategy in START_STATES:
             if spacing is not None or shape is not None or like is not None or region is not None:
                 raise SettingsError(
@@ -229,10 +231,14 @@ class Field:
             self._make_room_for_labels(grid, box)
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
-            self._cover(grid, box, [1] if self._resolve(strategy) == "dense" else octree.get("path", "auto"))
+            how = self._resolve(strategy, grid)
+            stride = self._piece_stride(grid)
+            if how == "octree" and stride is not None and "start" not in octree:
+                octree = {"path": path_from(stride), **octree}
+            self._cover(grid, box, [1] if how == "dense" else octree.get("path", "auto"))
             started = time.perf_counter()
             with reporting(progress) as report:
-                labels, evaluated = self._fill(grid, box, strategy, report, octree)
+                labels, evaluated = self._fill(grid, box, how, report, octree)
             stages = ()
             if box is not None:
                 grid = grid.part(box[0], labels.shape)
@@ -246,7 +252,7 @@ class Field:
             names=self.model.label_names,
             evaluated=evaluated,
             seconds=time.perf_counter() - started,
-            strategy=self._resolve(strategy),
+            strategy=how,
             stages=stages,
         )
 
@@ -375,9 +381,8 @@ class Field:
 
     def _needed(self, grid: Grid, region: Box, path: Path) -> Box:
         """Voxels of the network's grid whose prediction and answers decide what the octree finds in a region."""
-        steps = check_path(path, grid.shape)
-        kept = parts(steps, grid.shape, Window(*region), [0] * len(steps), predicted=True)[0].kept
-        low, high = np.array(kept.low) * steps[0], (np.array(kept.high) - 1) * steps[0]
+        steps, kept = _first_sites(grid, region, path)
+        low, high = np.array(kept.low) * steps, (np.array(kept.high) - 1) * steps
         to_fitted = self._fit.matrix() @ grid.to(self.grid)
         corners = np.array(list(product(*zip(low, np.maximum(high, np.array(region[1]) - 1), strict=True))))
         place = corners @ to_fitted[:3, :3].T + to_fitted[:3, 3]
@@ -419,30 +424,33 @@ class Field:
         x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
         return moved_box(check_box(region, (x, y, z)), orientation.matrix((x, y, z)))
 
-    def _resolve(self, strategy: Strategy) -> str:
+    def _resolve(self, strategy: Strategy, grid: Grid) -> str:
         if strategy != "auto":
             return strategy
-        return "dense" if getattr(self._answer, "dense", False) or self.model.small_pieces else "octree"
+        everywhere = getattr(self._answer, "dense", False) or self._piece_stride(grid) == (1, 1, 1)
+        return "dense" if everywhere else "octree"
+
+    def _piece_stride(self, grid: Grid) -> Triple | None:
+        """Strides of a lattice that meets small pieces; None where the network's prediction shows all structures."""
+        gap = self.model.piece_gap_mm
+        return None if gap is None else strides_within(gap, spacing_of(grid.affine))
 
     def _fill(
-        self,
-        grid: Grid,
-        region: Box | None,
-        strategy: Strategy,
-        progress: Report | None,
-        options: dict[str, Any],
+        self, grid: Grid, region: Box | None, how: str, progress: Report | None, options: dict[str, Any]
     ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
         classes = max(self.model.classes, 2)
         options = {**THOROUGH, **options}
         ask = self.asker(grid)
-        if self._resolve(strategy) == "dense":
+        if how == "dense":
             return label_everywhere(ask, grid.shape, region, classes, progress)
-        start = options.pop("start", None)
+        start, looked = options.pop("start", None), 0
         predicted = start is None
-        if start is None and self._answer.coarse is not None and self._prediction_pays(grid):
-            start = self._prediction()
-        batch = options.pop("batch", question_locations(classes))
         local = region is not None and predicted and isinstance(self._answer, Coverable)
+        if predicted:
+            start, looked = self._start(grid, region if local else None, options, progress)
+        if looked:
+            options["doubt"] = None  # the lattice was asked: there is none
+        batch = options.pop("batch", question_locations(classes))
         if start is None or not local:
             found = refine(
                 ask,
@@ -454,18 +462,37 @@ class Field:
                 batch=batch,
                 **options,
             )
-            return found.labels, found.evaluated
+            return found.labels, looked + found.evaluated
         tree = Octree(grid.shape, classes, start=start, region=region, **options)
         while (voxels := tree.query()) is not None:
             if tree.grown:
                 # A larger box decides, and its prediction is not there yet.
                 self._cover(grid, None)
-                again = {**options, "batch": batch, "start": self._prediction()}
-                return self._fill(grid, region, "octree", progress, again)
+                start, more = self._start(grid, None, options, progress)
+                again = {**options, "batch": batch, "start": start}
+                labels, evaluated = self._fill(grid, region, "octree", progress, again)
+                return labels, looked + more + evaluated
             tree.update(*ask_all(ask, voxels, batch))
             if progress is not None:
                 progress(tree.evaluated, tree.pending)
-        return tree.labels(), tree.evaluated
+        return tree.labels(), looked + tree.evaluated
+
+    def _start(
+        self, grid: Grid, region: Box | None, options: dict[str, Any], progress: Report | None
+    ) -> tuple[np.ndarray | None, int]:
+        """What predicts the octree's first lattice, and the locations that were asked for it.
+
+        Args:
+            region: Only there, and as far around as the octree looks.
+        """
+        stride = self._piece_stride(grid)
+        if stride is not None and options.get("path") == path_from(stride):
+            sites = None if region is None else _first_sites(grid, region, options["path"])[1]
+            ask, classes = self.asker(grid), max(self.model.classes, 2)
+            return label_lattice(ask, grid.shape, stride, sites, classes, progress)
+        if self._answer.coarse is not None and self._prediction_pays(grid):
+            return self._prediction(), 0
+        return None, 0
 
     def _prediction(self) -> np.ndarray:
         """The answer's coarse logits, or labels."""
@@ -502,6 +529,13 @@ class Field:
             else:
                 index.append(np.arange(n) + self._fit.offset[axis])
         return grid[np.ix_(*index)], stages.evaluated, tuple(stages.evaluated_per_stage)
+
+
+def _first_sites(grid: Grid, region: Box, path: Path) -> tuple[Triple, Window]:
+    """The first stride, and the sites whose prediction decides what the octree finds in a region."""
+    steps = check_path(path, grid.shape)
+    kept = parts(steps, grid.shape, Window(*region), [0] * len(steps), predicted=True)[0].kept
+    return steps[0], kept
 
 
 def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:

@@ -16,10 +16,11 @@ from ossnet.data.preparation import Fit
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
 from ossnet.field.grid import Grid
+from ossnet.field.lattice import lattice_size
 from ossnet.field.memory import LIBRARIES, asking_bytes, label_bytes, parse_size
 from ossnet.field.model import Model
 from ossnet.field.scan import Scan
-from ossnet.field.strides import choose_path
+from ossnet.field.strides import choose_path, strides_within
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Affine, Shape, spacing_of
 
@@ -125,8 +126,15 @@ def forecast(
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
     predicted = answer.coarse is not None and answer.coarse.is_floating_point()
-    if dense or getattr(answer, "dense", False) or model.small_pieces:
+    gap = model.piece_gap_mm
+    if dense or getattr(answer, "dense", False):
         locations, predicted = float(math.prod(target.shape)), False
+    elif gap is not None:
+        lattice = lattice_size(target.shape, strides_within(gap, spacing_of(target.affine)))
+        locations = min(
+            math.prod(lattice) + locations_for(target.shape, surface, classes, True), math.prod(target.shape)
+        )
+        predicted = False
     else:
         locations = locations_for(target.shape, surface, classes, predicted)
     # Blocks of the network's maps are met on the scan's own grid, whatever is asked.

@@ -90,13 +90,23 @@ class Model:
 
         The octree would start from a prediction in which they do not appear, and never ask where they are.
         """
+        return self.piece_gap_mm is not None
+
+    @property
+    def piece_gap_mm(self) -> float | None:
+        """With small pieces: how close locations must lie so that hardly a piece slips between them.
+
+        A third of the extent within which pieces hold a quarter of their structure: a ball of more than 0.58 of that
+        extent is always hit.
+        """
         network = self.network
         if not isinstance(network, MultiscaleNetwork) or "piece_mm" not in self.metadata:
-            return False
+            return None
         spec = network.spec
         cells = spec.strides[network.coarse_stage]
         coarse = max(n * mm for n, mm in zip(cells, spec.spacing, strict=True))
-        return bool(self.metadata["piece_mm"] < 2 * coarse)
+        extent = float(self.metadata["piece_mm"])
+        return extent / 3 if extent < 2 * coarse else None
 
     def engine_options(self) -> dict[str, Any]:
         """What the training decided about answering: pooling of large patches, window of patch-trained U-Nets."""

@@ -32,6 +32,12 @@ def choose_path(shape: Triple) -> tuple[Triple, ...]:
     return tuple((a, b, c) for a, b, c in unique)
 
 
+def strides_within(mm: float, spacing: Sequence[float]) -> Triple:
+    """The largest strides up to 8 whose sites lie at most `mm` apart along each axis, 1 where no other does."""
+    x, y, z = (max([s for s in (2, 4, 8) if s * each <= mm], default=1) for each in spacing)
+    return x, y, z
+
+
 def check_path(path: Path, shape: Triple) -> tuple[Triple, ...]:
     """The strides along each axis, coarse to fine, ending at 1.
 

@@ -147,7 +147,10 @@ def _train(
         if (extent := small_extent(pieces)) is not None:
             plan.model.metadata["piece_mm"] = round(extent, 2)
         if plan.model.small_pieces:
-            say("structures are small beside the network's coarse cells: every voxel is asked in use")
+            say(
+                f"structures are small beside the network's coarse cells: in use every {plan.model.piece_gap_mm:.1f} mm "
+                "are asked first"
+            )
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
