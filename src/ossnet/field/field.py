@@ -198,7 +198,7 @@ class Field:
             region: ((x0, y0, z0), (x1, y1, z1)), ends excluded, voxels of the output grid: only this box.
             strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
                 no location hit; "dense" asks everywhere; "auto" is "octree" unless asking everywhere costs no more.
-                Of models of small pieces (`Model.small_pieces`) the octree asks a whole lattice first that hardly a
+                Where structures come in small pieces (`Model.piece_gap_mm`) the octree asks a whole lattice first that hardly a
                 piece slips through. "original", "released" and "paper" are the released algorithm and its improved
                 start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.

@@ -85,19 +85,12 @@ class Model:
         return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
 
     @property
-    def small_pieces(self) -> bool:
-        """Whether a quarter of a structure, in the training scans, is of pieces that can hide between coarse cells.
-
-        The octree would start from a prediction in which they do not appear, and never ask where they are.
-        """
-        return self.piece_gap_mm is not None
-
-    @property
     def piece_gap_mm(self) -> float | None:
-        """With small pieces: how close locations must lie so that hardly a piece slips between them.
+        """For structures in small pieces: how close locations must lie so that hardly a piece slips between them.
 
-        A third of the extent within which pieces hold a quarter of their structure: a ball of more than 0.58 of that
-        extent is always hit.
+        Small are pieces that can hide between coarse cells: the octree would start from a prediction in which they do
+        not appear, and never ask where they are. A third of the extent within which pieces hold a quarter of a
+        structure, in the training scans: a ball of more than 0.58 of that extent is always hit.
         """
         network = self.network
         if not isinstance(network, MultiscaleNetwork) or "piece_mm" not in self.metadata:

@@ -146,10 +146,9 @@ def _train(
         pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
         if (extent := small_extent(pieces)) is not None:
             plan.model.metadata["piece_mm"] = round(extent, 2)
-        if plan.model.small_pieces:
+        if (gap := plan.model.piece_gap_mm) is not None:
             say(
-                f"structures are small beside the network's coarse cells: in use every {plan.model.piece_gap_mm:.1f} mm "
-                "are asked first"
+                f"structures are small beside the network's coarse cells: in use every {gap:.1f} mm are asked first"
             )
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero and not resume:
