@@ -1,9 +1,12 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 from scipy.ndimage import label
 from tests import tiny
 
 from ossnet.data.pieces import Piece, pieces_of, small_extent
+from ossnet.field.memory import affords_lattice
 from ossnet.field.strides import strides_within
 
 
@@ -59,10 +62,26 @@ def test_a_lattice_that_meets_small_pieces(classes: int) -> None:
     region = ((3, 4, 2), (17, 15, 13))
     part = model.field(scan).segment(region=region)
     assert (part.data == found.data[3:17, 4:15, 2:13]).all()
+    assert model.forecast(scan).locations < dense.size
     # The network's own prediction, asked for by a path.
     plain = field.segment(path=(8, 4, 1))
     assert plain.strategy == "octree"
     assert plain.evaluated < dense.size
+
+
+def test_a_grant_that_does_not_hold_the_lattice() -> None:
+    """All voxels are asked then, slab by slab."""
+    model = tiny.model("multiscale")
+    model.metadata["piece_mm"] = 3.9
+    scan = tiny.scan((25, 20, 18), affine=np.diag([0.5, 0.5, 0.5, 1.0]))
+    assert affords_lattice(None, scan.shape, (2, 2, 2))
+    free = model.forecast(scan, memory="200MB")
+    assert free.locations < scan.data.size
+    with mock.patch("ossnet.field.memory._SITE_BYTES", 100_000):
+        assert model.forecast(scan, memory="200MB").locations == scan.data.size
+        found = model.field(scan, memory="200MB").segment()
+    assert found.strategy == "dense"
+    assert found.evaluated == scan.data.size
 
 
 def test_strides_within_a_distance() -> None:

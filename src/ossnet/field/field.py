@@ -20,7 +20,15 @@ from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
 from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
 from ossnet.field.lattice import Triple, Window
-from ossnet.field.memory import LIBRARIES, asking_bytes, parse_size, question_locations, require
+from ossnet.field.memory import (
+    LIBRARIES,
+    affords_lattice,
+    asking_bytes,
+    lattice_bytes,
+    parse_size,
+    question_locations,
+    require,
+)
 from ossnet.field.mesh import extract_mesh, mesh_bytes
 from ossnet.field.model import Model
 from ossnet.field.octree import Octree
@@ -198,9 +206,9 @@ class Field:
             region: ((x0, y0, z0), (x1, y1, z1)), ends excluded, voxels of the output grid: only this box.
             strategy: "octree" asks near surfaces only and equals asking everywhere, but for whole components that
                 no location hit; "dense" asks everywhere; "auto" is "octree" unless asking everywhere costs no more.
-                Where structures come in small pieces (`Model.piece_gap_mm`) the octree asks a whole lattice first that hardly a
-                piece slips through. "original", "released" and "paper" are the released algorithm and its improved
-                start state in both readings, on the network's grid (SPEC §5, §7.1).
+                Where structures come in small pieces (`Model.piece_gap_mm`) the octree asks a whole lattice first that
+                hardly a piece slips through. "original", "released" and "paper" are the released algorithm and its
+                improved start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
             octree: Further arguments of `refine`; `doubt=None, safety=2, margin=None, seeds=False` asks a little
@@ -228,13 +236,15 @@ class Field:
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = self._oriented_region(region, grid, orientation)
-            self._make_room_for_labels(grid, box)
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
             how = self._resolve(strategy, grid)
             stride = self._piece_stride(grid)
-            if how == "octree" and stride is not None and "start" not in octree:
-                octree = {"path": path_from(stride), **octree}
+            if how == "octree" and stride is not None and not {"start", "path"} & set(octree):
+                octree["path"] = path_from(stride)
+                self._make_room_for_labels(grid, box, lattice_bytes(grid.shape, stride))
+            else:
+                self._make_room_for_labels(grid, box)
             self._cover(grid, box, [1] if how == "dense" else octree.get("path", "auto"))
             started = time.perf_counter()
             with reporting(progress) as report:
@@ -353,11 +363,11 @@ class Field:
 
     # Memory and regions -------------------------------------------------------------------------------------------
 
-    def _make_room_for_labels(self, grid: Grid, region: Box | None) -> None:
+    def _make_room_for_labels(self, grid: Grid, region: Box | None, beside: int = 0) -> None:
         """For the scan's own label map the paper's variants left room when they were bound."""
         shape = grid.shape if region is None else box_shape(region)
         if isinstance(self._answer, Coverable) or np.prod(shape) > np.prod(self.grid.shape):
-            self._make_room(self._asking_bytes(grid, region), f"a label map of {shape} voxels")
+            self._make_room(self._asking_bytes(grid, region) + beside, f"a label map of {shape} voxels")
 
     def _make_room(self, size: int, what: str) -> None:
         """Leave so many bytes of the grant to what is about to be made, or refuse it."""
@@ -427,8 +437,12 @@ class Field:
     def _resolve(self, strategy: Strategy, grid: Grid) -> str:
         if strategy != "auto":
             return strategy
-        everywhere = getattr(self._answer, "dense", False) or self._piece_stride(grid) == (1, 1, 1)
-        return "dense" if everywhere else "octree"
+        if getattr(self._answer, "dense", False):
+            return "dense"
+        stride = self._piece_stride(grid)
+        if stride is None or (stride != (1, 1, 1) and affords_lattice(self._grant, grid.shape, stride)):
+            return "octree"
+        return "dense"
 
     def _piece_stride(self, grid: Grid) -> Triple | None:
         """Strides of a lattice that meets small pieces; None where the network's prediction shows all structures."""

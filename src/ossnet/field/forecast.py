@@ -17,7 +17,14 @@ from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import prepare
 from ossnet.field.grid import Grid
 from ossnet.field.lattice import lattice_size
-from ossnet.field.memory import LIBRARIES, asking_bytes, label_bytes, parse_size
+from ossnet.field.memory import (
+    LIBRARIES,
+    affords_lattice,
+    asking_bytes,
+    label_bytes,
+    lattice_bytes,
+    parse_size,
+)
 from ossnet.field.model import Model
 from ossnet.field.scan import Scan
 from ossnet.field.strides import choose_path, strides_within
@@ -110,13 +117,20 @@ def forecast(
         # Made when the label map is there already.
         maps = 4 * max(model.classes, 1) * math.prod(target.shape)
         asking = max(asking, maps + label_bytes(target.shape, classes))
+    grant, gap = None if memory is None else parse_size(memory), model.piece_gap_mm
+    stride = None if gap is None else strides_within(gap, spacing_of(target.affine))
+    if stride is not None and not dense:
+        if stride != (1, 1, 1) and affords_lattice(grant, target.shape, stride):
+            asking += lattice_bytes(target.shape, stride)
+        else:
+            dense = True
     started = time.perf_counter()
     answer = prepare(
         model.network,
         _noise(model.channels, fit),
         device="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
         precision="auto",
-        memory=None if memory is None else parse_size(memory),
+        memory=grant,
         reserve=asking,
         libraries=LIBRARIES,
         **model.engine_options(),
@@ -126,14 +140,11 @@ def forecast(
         answer.cover()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
     predicted = answer.coarse is not None and answer.coarse.is_floating_point()
-    gap = model.piece_gap_mm
     if dense or getattr(answer, "dense", False):
         locations, predicted = float(math.prod(target.shape)), False
-    elif gap is not None:
-        lattice = lattice_size(target.shape, strides_within(gap, spacing_of(target.affine)))
-        locations = min(
-            math.prod(lattice) + locations_for(target.shape, surface, classes, True), math.prod(target.shape)
-        )
+    elif stride is not None:
+        sites = math.prod(lattice_size(target.shape, stride))
+        locations = min(sites + locations_for(target.shape, surface, classes, True), math.prod(target.shape))
         predicted = False
     else:
         locations = locations_for(target.shape, surface, classes, predicted)
