@@ -59,3 +59,12 @@ def test_the_average_follows_and_forgets_its_start() -> None:
     for _ in range(100):
         average.update(network)
     torch.testing.assert_close(average.values["weight"], torch.ones(2, 2), atol=1e-3, rtol=0)
+
+
+def test_the_average_looks_back_on_a_twentieth_of_the_steps() -> None:
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = Average(network, 0.999)
+    for step in range(1, 2001):
+        torch.nn.init.constant_(network.weight, step)
+        average.update(network)
+    assert 2000 - float(average.values["weight"]) == pytest.approx(2000 / 21, rel=0.02)

@@ -150,7 +150,10 @@ class OptimiserSettings(_Group):
     lookahead_alpha: float = Field(0.8, gt=0, le=1)
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
     ema: float | None = Field(
-        None, gt=0, lt=1, description="decay of averaged weights; the average is the model"
+        None,
+        gt=0,
+        lt=1,
+        description="largest decay of averaged weights (the model); they look back on a twentieth of the steps",
     )
 
 
@@ -250,7 +253,7 @@ _JUDGED: Changes = {"locations": 2**15, "scheme": "balanced", "empty_score": Non
 
 VARIANT_RECIPES: dict[str, Changes] = {
     "multiscale": {
-        "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
+        "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.999},
         "schedule": {"kind": "root", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
