@@ -125,7 +125,7 @@ def test_windows_are_made_from_scans_with_a_structure(balls: Path, tmp_path: Pat
     for file in sorted((copy / "labelsTr").glob("*.nii.gz"))[:7]:
         labels = read_labels(file)
         replace(labels, data=np.zeros_like(labels.data)).save(file)
-    with mock.patch("ossnet.training.intensities._WINDOWED", 2):
+    with mock.patch("ossnet.training.channels._WINDOWED", 2):
         window = planned(copy).model.preparation.windows[0]
     assert window is not None
     assert window.high > 100

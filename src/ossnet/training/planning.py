@@ -22,7 +22,7 @@ from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_s
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import FILTERS, UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
-from ossnet.training.intensities import choose_intensities
+from ossnet.training.channels import choose_intensities
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
@@ -155,7 +155,11 @@ def make_plan(
 
 
 def _known_network(settings: Settings, resumed: Path | None) -> nn.Module | None:
-    """The network that a training starts from; of one that goes on, where its stages are those of another, itself."""
+    """The network whose stages and weights a training starts from, if any.
+
+    A training that goes on has weights of its own; the stages, which only the default network takes over, are read from
+    its own model as soon as there is one.
+    """
     source = settings.network.init
     if source is None or (resumed is not None and settings.variant != "multiscale"):
         return None

@@ -1,4 +1,4 @@
-"""How the intensities of a data set are normalised: fixed windows for CT, per scan for everything else."""
+"""How the channels of a data set are normalised: fixed windows for CT, scan by scan for everything else."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
