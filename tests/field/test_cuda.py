@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from tests.tiny import FAMILIES, model, scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
