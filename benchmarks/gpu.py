@@ -36,6 +36,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
     from ossnet.data.cache import load_case
     from ossnet.data.layouts import open_dataset
     from ossnet.data.splits import split
+    from ossnet.training.gradients import Gradients
     from ossnet.training.planning import make_plan
     from ossnet.training.settings import make_settings
     from ossnet.training.train import make_fabric
@@ -47,7 +48,8 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
     fabric = make_fabric(settings)
     fabric.launch()
     recipe, network = plan.recipe, plan.model.network.requires_grad_(True).train().to(fabric.device)
-    optimisers, forward = recipe.optimisers(), fabric.setup_module(network)
+    optimisers, gradients = recipe.optimisers(), Gradients(recipe, fabric.setup_module(network), fabric)
+    gradients.captures &= job["captured"]
     cases = [load_case(dataset, case, plan.model.preparation, plan.classes, 13, None) for case in train[:4]]
     batch = settings.schedule.batch_size
     torch.set_num_threads(1)
@@ -59,7 +61,7 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
 
     def once(i: int) -> None:
         drawn = [examples[(i + j) % len(examples)] for j in range(batch)]
-        fabric.backward(recipe.loss(forward, drawn, fabric.device).total)
+        gradients(drawn)
         nn.utils.clip_grad_norm_(network.parameters(), settings.optimiser.clip_norm or 1e9)
         for optimiser in optimisers:
             optimiser.step()
@@ -170,16 +172,16 @@ def main() -> None:
     parser.add_argument("--only", choices=("steps", "scans"))
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    import torch
     from measuring import machine, write
 
     from ossnet.field.model import versions
 
     jobs: list[dict[str, Any]] = []
     if given.only != "scans":
-        data = {"what": "step", "data": str(given.data.resolve()), "profile": False}
+        data = {"what": "step", "data": str(given.data.resolve()), "profile": False, "captured": True}
         jobs += [
             data | {"variant": "multiscale", "changes": []},
+            data | {"variant": "multiscale", "changes": [], "captured": False},
             data | {"variant": "multiscale", "changes": ["schedule.batch_size=4"]},
             data | {"variant": "C", "changes": []},
             data | {"variant": "unet3d", "changes": []},
@@ -200,8 +202,8 @@ def main() -> None:
         kept = {k: v for k, v in job.items() if k not in ("data", "profile", "ct") and v is not None}
         rows.append(kept | measured(job, __file__))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    write(given.output, {"rows": rows, "machine": machine() | gpu, "versions": versions()})
+        results = {"rows": rows, "machine": machine(), "versions": versions()}
+        write(given.output, results)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,15 @@ def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], object]:
 
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
-    return {
+    known = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    if torch.cuda.is_available():
+        known |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return known
 
 
 def write(file: Path | None, results: Mapping[str, Any]) -> None:

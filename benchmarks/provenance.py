@@ -9,7 +9,10 @@ from pathlib import Path
 def commit() -> str:
     """The state of the project; "-dirty" where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:  # no git
+        return "unknown"
     return found.stdout.strip() or "unknown"
 
 

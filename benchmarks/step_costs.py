@@ -52,7 +52,7 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
             for i in range(job["batch"])
         ]
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = recipe.loss(network, drawn, device)
+            loss = recipe.loss(network, recipe.batch(drawn, device))
         loss.total.backward()
         for optimiser in optimisers:
             optimiser.step()

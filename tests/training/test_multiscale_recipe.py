@@ -40,7 +40,7 @@ def test_coarse_cells_that_see_nothing_of_a_thin_scan_do_not_count() -> None:
     source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
     made = example(source, trained.crops, np.random.default_rng(0))
     made["weights"] = torch.zeros_like(made["weights"])
-    loss = trained.loss(trained.network, [made], CPU)
+    loss = trained.loss(trained.network, trained.batch([made], CPU))
     assert bool(torch.isfinite(loss.total))
     assert float(loss.parts["aux"]) == 0
     loss.total.backward()
@@ -94,8 +94,10 @@ def test_the_kind_of_loss_is_heeded() -> None:
     for kind in ("dice", "paper"):
         trained = recipe(f"loss.kind={kind}")
         made = example(source, trained.crops, np.random.default_rng(0))
-        losses[kind] = float(trained.loss(trained.network, [made], CPU).parts["main"])
+        losses[kind] = float(trained.loss(trained.network, trained.batch([made], CPU)).parts["main"])
     none = recipe("loss.dice=0")
     made = example(source, none.crops, np.random.default_rng(0))
     assert losses["dice"] > losses["paper"]
-    assert losses["paper"] == pytest.approx(float(none.loss(none.network, [made], CPU).parts["main"]))
+    assert losses["paper"] == pytest.approx(
+        float(none.loss(none.network, none.batch([made], CPU)).parts["main"])
+    )

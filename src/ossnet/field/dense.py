@@ -14,6 +14,7 @@ from ossnet.errors import SettingsError
 from ossnet.field.answer import clamped
 from ossnet.field.memory import require
 from ossnet.field.scan import Scan
+from ossnet.networks.machine import exact_float32
 from ossnet.networks.unet import UNet, segment_slices
 from ossnet.volume import Shape
 
@@ -104,7 +105,8 @@ def prepare_unet(
     require(memory, needed + reserve + libraries, "a U-Net: it answers all voxels at once")
     image = scan.hold(device or "cpu")
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
-    with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=lower):
+    half = torch.autocast(image.device.type, torch.bfloat16, enabled=lower)
+    with torch.no_grad(), exact_float32(image.device), half:
         return DenseAnswer(_logits(network, image[None], window)[0])
 
 

@@ -20,7 +20,7 @@ from ossnet.field.memory import chunk_for, parse_size, require
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.scan import Scan
 from ossnet.networks.blockwise import BlockwiseEncoder
-from ossnet.networks.machine import fast_bf16
+from ossnet.networks.machine import exact_float32, fast_bf16
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import UNet
@@ -124,7 +124,7 @@ def prepare_ossnet(
     reserve += libraries
     if engine == "plain":
         image = scan.hold(device)
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32(device):
             encoding = network.encode(reduce_by_two(image)[None])
         fixed = 4 * padded_voxels(network, image)
         size = chunk or chunk_for(memory, fixed + reserve, plain_bytes_per_location(network), 4096)
@@ -137,10 +137,11 @@ def prepare_ossnet(
     if memory is not None:
         require(memory, held + plane + libraries, "encoding this scan")
         slab = min(memory - libraries - held, SLAB_BYTES)
-    if scan.held is not None:
-        encoding = encode(network.encoder, scan.held, slab)
-    else:
-        encoding = encode_halved(network.encoder, scan.halved(), slab)
+    with exact_float32(device):
+        if scan.held is not None:
+            encoding = encode(network.encoder, scan.held, slab)
+        else:
+            encoding = encode_halved(network.encoder, scan.halved(), slab)
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return FusedAnswer(
         network,

@@ -37,6 +37,7 @@ from ossnet.networks.boxes import (
     within,
 )
 from ossnet.networks.coarse_maps import CoarseEncoder
+from ossnet.networks.machine import exact_float32
 from ossnet.networks.map_part import MapPart
 from ossnet.networks.multiscale import (
     MultiscaleNetwork,
@@ -229,7 +230,7 @@ class BlockwiseEncoder:
         self.blocks.clear()
         self._coarse, self._prediction = [], None
         self.core, self.crop = box, crop
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_float32(self.device):
             self._coarse = CoarseEncoder(
                 self.network, self._read, crop, self.padded, self.work, self.dtype, self.device
             ).maps()
@@ -248,11 +249,12 @@ class BlockwiseEncoder:
         if len(places):
             self._cover_places(places)
             order, runs = self._by_block(places)
-            for first in range(0, len(order), self.chunk):
-                chosen = order[first : first + self.chunk]
-                out[chosen] = self._decode(
-                    places[chosen], self._runs_within(runs, first, first + len(chosen))
-                )
+            with exact_float32(self.device):
+                for first in range(0, len(order), self.chunk):
+                    chosen = order[first : first + self.chunk]
+                    out[chosen] = self._decode(
+                        places[chosen], self._runs_within(runs, first, first + len(chosen))
+                    )
         return out[:, 0] if self.classes == 1 else out
 
     def _cover_places(self, places: Tensor) -> None:

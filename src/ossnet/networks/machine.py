@@ -1,5 +1,6 @@
-"""What the machine computes fast."""
+"""What the machine computes fast, and how to have it computed exactly."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -16,3 +17,10 @@ def fast_bf16(device: torch.device) -> bool:
     except OSError:  # not Linux
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -18,6 +18,7 @@ accumulated stride S covers S voxels; its centre lies at voxel `S * (cell + 0.5)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from math import prod, sqrt
 from typing import Any
 
@@ -342,8 +343,14 @@ class MultiscaleNetwork(nn.Module):
 
 def to_cells(locations: Float[Tensor, "*B N 3"], stride: Triple) -> Float[Tensor, "*B N 3"]:
     """Voxel indices to indices of cells of a stage."""
-    s = torch.tensor(stride, dtype=locations.dtype, device=locations.device)
-    return (locations + 0.5) / s - 0.5
+    return (locations + 0.5) / _constant(stride, locations.dtype, locations.device) - 0.5
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[int | float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A few numbers on a device, made once: a copy to a GPU waits for all that it does, and cannot be captured."""
+    with torch.inference_mode(False):  # or it could not be used in training
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def offsets_in_cells(locations: Float[Tensor, "*B N 3"], spec: MultiscaleSpec) -> Float[Tensor, "*B N 6"]:
@@ -351,9 +358,9 @@ def offsets_in_cells(locations: Float[Tensor, "*B N 3"], spec: MultiscaleSpec) -
 
     Distances from the centres, in units of half the finest voxel extent in mm: physical, and of order one.
     """
-    mm = torch.tensor(spec.spacing, dtype=locations.dtype, device=locations.device)
+    mm = _constant(spec.spacing, locations.dtype, locations.device)
     unit = mm / (0.5 * min(spec.spacing))
-    stride = torch.tensor(spec.strides[0], dtype=locations.dtype, device=locations.device)
+    stride = _constant(spec.strides[0], locations.dtype, locations.device)
     # floor(x + 0.5): halves go up everywhere, where round() would alternate between even and odd voxels.
     in_voxel = locations - torch.floor(locations + 0.5)
     cells = (locations + 0.5) / stride

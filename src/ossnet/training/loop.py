@@ -5,6 +5,7 @@ Under several processes each takes its share of every batch; rank 0 writes.
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from ossnet.errors import SettingsError
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_bytes, write_text
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
+from ossnet.training.gradients import Gradients
 from ossnet.training.illustration import Events, illustrate
 from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
@@ -122,8 +124,10 @@ class Trainer:
         self.events = Events(self.out / "events" if write else None, self.state.step)
         self._started = time.monotonic() - self.state.seconds
         self._saved = time.monotonic()
-        workers = max(self.settings.runtime.workers, 1)
-        with ThreadPoolExecutor(workers, initializer=_compute_alone) as pool, StopRequest() as self.stop:
+        with (
+            ThreadPoolExecutor(max(self._workers, 1), initializer=_compute_alone) as pool,
+            StopRequest() as self.stop,
+        ):
             try:
                 self._epochs(pool)
                 if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
@@ -155,7 +159,7 @@ class Trainer:
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["initial_lr"] = group["lr"]
-        self.forward = self.fabric.setup_module(self.network)
+        self.gradients = Gradients(self.recipe, self.fabric.setup_module(self.network), self.fabric)
         decay = self.settings.optimiser.ema
         self.average = Average(self.network, decay) if decay else None
 
@@ -210,6 +214,17 @@ class Trainer:
         if stop:
             raise KeyboardInterrupt
 
+    @property
+    def _workers(self) -> int:
+        """Threads that prepare examples: a GPU takes many more than a CPU that trains as well."""
+        chosen = self.settings.runtime.workers
+        if chosen is not None:
+            return chosen
+        if self.fabric.device.type == "cpu":
+            return 2
+        share = (os.cpu_count() or 1) // self.settings.runtime.devices
+        return min(max(share - 1, 2), 8)
+
     def _prefetched(
         self, batches: Sequence[Sequence[tuple[int, int]]], pool: ThreadPoolExecutor
     ) -> Iterator[list[Any]]:
@@ -221,8 +236,7 @@ class Trainer:
             return self.recipe.example(self.train[case], rng)
 
         # One batch for the next step, and enough to keep every thread at work meanwhile.
-        workers = self.settings.runtime.workers
-        ahead = 1 + math.ceil(workers / max(len(batches[0]), 1)) if batches else 1
+        ahead = 1 + math.ceil(self._workers / max(len(batches[0]), 1)) if batches else 1
         waiting: list[list[Future[Any]]] = []
         rest = iter(batches[self.state.position :])
         for batch in rest:
@@ -240,8 +254,7 @@ class Trainer:
         self._set_rates(fraction)
         self.recipe.progress(fraction)
         self._whole = False  # the forward pass moves running averages already
-        loss = self.recipe.loss(self.forward, examples, self.fabric.device)
-        self.fabric.backward(loss.total)
+        loss = self.gradients(examples)
         norm = nn.utils.clip_grad_norm_(
             self.network.parameters(), self.settings.optimiser.clip_norm or math.inf
         )
@@ -256,7 +269,7 @@ class Trainer:
             self.state.skipped += 1
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
-        value = self._over_processes(loss.total.detach())
+        value = self._over_processes(loss)
         # One such loss is forgiven as one such gradient is; with weights that diverged none is finite any more.
         self._undefined = 0 if math.isfinite(value) else self._undefined + 1
         if self._undefined == _UNDEFINED_LOSSES:

@@ -1,7 +1,7 @@
 """Optimisers: the paper's Lookahead(RAdam), and Muon for convolutions (SPEC §3, §7.13)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -129,23 +129,30 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            momentum = group["momentum"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                average = state["momentum"]
-                average.lerp_(parameter.grad, 1 - momentum)
-                nesterov = parameter.grad.lerp(average, momentum)
-                rows = parameter.shape[0]
-                direction = orthogonalise(nesterov.reshape(rows, -1), group["iterations"])
-                # Orthonormal columns have the norm sqrt(columns): bring it to the weight's own.
-                size = math.sqrt(max(1.0, rows / direction.shape[1]))
-                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * size)
+            for weights in _of_a_shape([p for p in group["params"] if p.grad is not None]):
+                self._turn(weights, group)
         self.restore_norms()
         return loss
+
+    def _turn(self, weights: Sequence[Tensor], group: Mapping[str, Any]) -> None:
+        """Step some weights of one shape."""
+        averages, gradients = [], [p.grad for p in weights if p.grad is not None]
+        for parameter in weights:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            averages.append(state["momentum"])
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
+        matrices = [n.flatten(1) for n in nesterov]
+        rows, columns = matrices[0].shape
+        directions = orthogonalise(
+            torch.stack(matrices) if len(matrices) > 1 else matrices[0], group["iterations"]
+        )
+        turned = directions.reshape(len(weights), *weights[0].shape).unbind()
+        # Orthonormal columns have the norm sqrt(columns): bring it to the weight's own.
+        size = math.sqrt(max(1.0, rows / columns))
+        torch._foreach_add_(list(weights), turned, alpha=-group["lr"] * size)
 
     @torch.no_grad()
     def restore_norms(self) -> None:
@@ -155,8 +162,20 @@ class Muon(Optimizer):
         have an average that is shorter than each of them.
         """
         for group in self.param_groups:
-            for parameter in group["params"] if group["renormalise"] else []:
-                parameter.mul_(math.sqrt(parameter.shape[0]) / parameter.norm().clamp_min(1e-12))
+            if group["renormalise"]:
+                norms = torch.stack(torch._foreach_norm(group["params"])).clamp_min(1e-12)
+                wanted = norms.new_tensor([math.sqrt(len(p)) for p in group["params"]])
+                torch._foreach_mul_(group["params"], list((wanted / norms).unbind()))
+
+
+def _of_a_shape(weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Weights in groups that are worked on at once: each alone, on a GPU those of a shape, which saves launches."""
+    if all(w.device.type == "cpu" for w in weights):
+        return [[w] for w in weights]
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for weight in weights:
+        groups.setdefault(weight.shape, []).append(weight)
+    return list(groups.values())
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -165,26 +184,27 @@ convergence:
 singular values end between about 0.7 and 1.2 (Jordan et al., "Muon", 2024)."""
 
 
-def orthogonalise(matrix: Float[Tensor, "R C"], iterations: int = 4) -> Float[Tensor, "R C"]:
+def orthogonalise(matrix: Float[Tensor, "*B R C"], iterations: int = 4) -> Float[Tensor, "*B R C"]:
     """About the nearest matrix with orthonormal rows (columns where there are fewer of them).
 
     The iteration X ← (aI + bA + cA²) X with A = XXᵀ only ever multiplies the start matrix by polynomials in
     its own Gram matrix. These commute, so all iterations run on the small square matrix and the large one is
     multiplied once.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalise(matrix.T, iterations).T
+    if matrix.shape[-2] > matrix.shape[-1]:
+        return orthogonalise(matrix.mT, iterations).mT
     x = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
-    x = x / x.norm().clamp_min(1e-12)  # singular values at most 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)  # singular values at most 1
     a, b, c = NEWTON_SCHULZ
-    gram = x @ x.T
-    identity = torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    product = identity
-    for _ in range(iterations):
-        polynomial = a * identity + b * gram + c * (gram @ gram)
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    nearest: Tensor = product @ x
+    gram = x @ x.mT
+    product = None
+    for left in reversed(range(iterations)):
+        polynomial = b * gram + c * (gram @ gram)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if left:
+            gram = polynomial @ gram @ polynomial
+    nearest: Tensor = x if product is None else product @ x
     return nearest.to(matrix.dtype)
 
 

@@ -220,7 +220,9 @@ class RuntimeSettings(_Group):
     threads: int | None = Field(
         None, ge=1, description="torch threads; the same number for a bit-exact resume"
     )
-    workers: int = Field(2, ge=0, description="threads that prepare examples ahead")
+    workers: int | None = Field(
+        None, ge=0, description="threads that prepare examples ahead; none: 2, for a GPU up to 8"
+    )
     checkpoint_blocks: bool | Literal["auto"] = Field(
         "auto", description="recompute decoder blocks in the backward pass: less memory, a fifth more time"
     )

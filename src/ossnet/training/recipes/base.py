@@ -40,12 +40,21 @@ class Recipe(ABC):
         """Draw one example on the CPU; called ahead in other threads."""
 
     @abstractmethod
-    def loss(self, forward: Callable[..., Any], examples: Sequence[Any], device: torch.device) -> StepLoss:
+    def batch(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Examples together, on the device, as `loss` wants them."""
+
+    @abstractmethod
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
         """The loss of a batch.
 
         Args:
             forward: The network as the devices run it.
         """
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `loss` only ever computes the same on tensors of the same shapes: see `training.gradients`."""
+        return False
 
     def optimisers(self) -> list[Optimizer]:
         """One or more optimisers that together hold every parameter once."""

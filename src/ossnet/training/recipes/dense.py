@@ -31,10 +31,10 @@ def _plan(case: CachedCase, rng: np.random.Generator, settings: Settings) -> Aug
 class _DenseRecipe(Recipe):
     network: UNet
 
-    def score(self, dense: Tensor, labels: Tensor) -> StepLoss:
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
         """Loss of dense logits (B, K, …) against labels (B, …)."""
-        logits = as_locations(dense.float())
-        flat = labels.flatten(1)
+        logits = as_locations(forward(batch["images"]).float())
+        flat = batch["labels"].flatten(1)
         chosen = self.settings.loss
         weight = chosen.dice if chosen.kind == "dice" else 0.0
         loss = compound_loss(logits, flat, weight)
@@ -48,13 +48,10 @@ class WholeUNetRecipe(_DenseRecipe):
         """A volume and its augmentation."""
         return case, _plan(case, rng, self.settings)
 
-    def loss(
-        self,
-        forward: Callable[..., Any],
-        examples: Sequence[tuple[CachedCase, Augmentation]],
-        device: torch.device,
-    ) -> StepLoss:
-        """One forward pass over whole volumes."""
+    def batch(
+        self, examples: Sequence[tuple[CachedCase, Augmentation]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Whole volumes, augmented where they are used."""
         images = torch.stack([augmented(case, plan, self.preparation, device) for case, plan in examples])
         labels = torch.stack(
             [
@@ -62,7 +59,7 @@ class WholeUNetRecipe(_DenseRecipe):
                 for case, plan in examples
             ]
         )
-        return self.score(forward(images), labels.to(device))
+        return {"images": images, "labels": labels.to(device)}
 
 
 class CropUNetRecipe(_DenseRecipe):
@@ -86,12 +83,14 @@ class CropUNetRecipe(_DenseRecipe):
             labels = labels > 0
         return image, torch.from_numpy(labels.reshape(self.crops.crop).astype(np.int64))
 
-    def loss(
-        self, forward: Callable[..., Any], examples: Sequence[tuple[Tensor, Tensor]], device: torch.device
-    ) -> StepLoss:
-        """One forward pass over the patches."""
+    def batch(self, examples: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
+        """The patches."""
         images, labels = (torch.stack(parts).to(device) for parts in zip(*examples, strict=True))
-        return self.score(forward(images), labels)
+        return {"images": images, "labels": labels}
+
+    @property
+    def capturable(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ class SliceUNetRecipe(_DenseRecipe):
         picked = np.ascontiguousarray(np.take(labels, nearest, axis=axis)).astype(np.int64)
         return torch.lerp(first, second, weight), torch.from_numpy(picked)
 
-    def loss(self, forward: Callable[..., Any], examples: Sequence[Slice], device: torch.device) -> StepLoss:
-        """One forward pass over the slices."""
+    def batch(self, examples: Sequence[Slice], device: torch.device) -> dict[str, Tensor]:
+        """The slices."""
         images = torch.stack([e.image for e in examples]).to(device)
-        return self.score(forward(images), torch.stack([e.labels for e in examples]).to(device))
+        return {"images": images, "labels": torch.stack([e.labels for e in examples]).to(device)}

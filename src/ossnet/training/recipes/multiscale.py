@@ -18,7 +18,7 @@ from ossnet.data.examples import example
 from ossnet.data.preparation import Preparation, Statistics, as_float
 from ossnet.networks.multiscale import MultiscaleNetwork, positions_in_scan
 from ossnet.networks.multiscale_plan import MultiscalePlan
-from ossnet.training.losses import compound_loss, occupancy_loss
+from ossnet.training.losses import as_locations, compound_loss, occupancy_loss
 from ossnet.training.recipes.base import Recipe, StepLoss
 from ossnet.training.settings import Settings
 
@@ -105,11 +105,16 @@ class MultiscaleRecipe(Recipe):
         """A crop with locations and soft targets."""
         return example(self.sources(case), self.crops, rng)
 
-    def loss(
-        self, forward: Callable[..., Any], examples: Sequence[dict[str, Tensor]], device: torch.device
-    ) -> StepLoss:
+    def batch(self, examples: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+        """The crops with all that belongs to them."""
+        return {key: torch.stack([e[key] for e in examples]).to(device) for key in examples[0]}
+
+    @property
+    def capturable(self) -> bool:
+        return True
+
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
         """One forward pass over the crops."""
-        batch = {key: torch.stack([e[key] for e in examples]).to(device) for key in examples[0]}
         positions = positions_in_scan(batch["places"], batch["shape"]) if self.crops.position else None
         logits, coarse = forward(batch["image"], batch["locations"], positions)
         logits = logits.float()
@@ -120,11 +125,11 @@ class MultiscaleRecipe(Recipe):
         # The sums of soft Dice stand for the voxels of the crop: more than a voxel added to them would leave little
         # to learn from a structure of few voxels.
         main = compound_loss(logits, batch["targets"], dice, weights=batch["importance"], smooth=self.voxel)
-        weights = batch["weights"].bool()
-        asked = coarse.float().movedim(1, -1)[weights]
-        wanted = batch["coarse"].movedim(1, -1)[weights]
-        if asked.shape[-1] == 1:
-            asked, wanted = asked[..., 0], wanted[..., 0]
-        # A scan of a few slices can lie between the centres of the cells.
-        aux = occupancy_loss(asked[None], wanted[None]) if asked.numel() else 0 * coarse.float().sum()
+        # A scan of a few slices can lie between the centres of the cells: then none of them counts.
+        inside = batch["weights"].flatten(1)
+        aux = occupancy_loss(
+            as_locations(coarse.float()),
+            as_locations(batch["coarse"]),
+            weights=inside / inside.mean().clamp(min=1 / inside.numel()),
+        )
         return StepLoss(main + chosen.aux * aux, {"main": main.detach(), "aux": aux.detach()})

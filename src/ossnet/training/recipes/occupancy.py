@@ -87,17 +87,27 @@ class OccupancyRecipe(Recipe):
         found = labels_at(labels, case.fit, locations).astype(np.int64)
         return OccupancyExample(case, plan, torch.from_numpy(locations), torch.from_numpy(found), presence)
 
-    def loss(
-        self, forward: Callable[..., Any], examples: Sequence[OccupancyExample], device: torch.device
-    ) -> StepLoss:
-        """Gather the patches of all volumes, then one forward pass."""
+    def batch(self, examples: Sequence[OccupancyExample], device: torch.device) -> dict[str, Tensor]:
+        """Reduced volumes, locations with their patches and labels; patches and presence for networks with them."""
         volumes, patches = self._inputs(examples, device)
-        locations = torch.stack([e.locations for e in examples]).to(device, torch.float32)
-        labels = torch.stack([e.labels for e in examples]).to(device)
-        logits, segmentation = forward(volumes, locations, patches)
-        targets = [e.presence for e in examples if e.presence is not None]
-        presence = torch.stack(targets).to(device) if targets else None
-        loss = oss_net_loss(logits, labels, segmentation, presence, self.settings.loss.aux)
+        made = {
+            "volumes": volumes,
+            "locations": torch.stack([e.locations for e in examples]).to(device, torch.float32),
+            "labels": torch.stack([e.labels for e in examples]).to(device),
+        }
+        if patches is not None:
+            made["patches"] = patches
+        presence = [e.presence for e in examples if e.presence is not None]
+        if presence:
+            made["presence"] = torch.stack(presence).to(device)
+        return made
+
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
+        """One forward pass over all volumes."""
+        logits, segmentation = forward(batch["volumes"], batch["locations"], batch.get("patches"))
+        loss = oss_net_loss(
+            logits, batch["labels"], segmentation, batch.get("presence"), self.settings.loss.aux
+        )
         return StepLoss(loss.total, {"main": loss.main.detach(), "aux": loss.auxiliary.detach()})
 
     def _inputs(
