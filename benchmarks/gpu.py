@@ -182,10 +182,10 @@ def main() -> None:
         jobs += [
             data | {"variant": "multiscale", "changes": []},
             data | {"variant": "multiscale", "changes": [], "captured": False},
-            data | {"variant": "multiscale", "changes": ["schedule.batch_size=4"]},
+            data | {"variant": "monai-unet", "changes": []},
             data | {"variant": "C", "changes": []},
             data | {"variant": "unet3d", "changes": []},
-            data | {"variant": "monai-unet", "changes": []},
+            data | {"variant": "multiscale", "changes": ["schedule.batch_size=4"]},
         ]
     if given.only != "steps":
         for shape, surface in SIZES:
