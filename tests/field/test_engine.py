@@ -11,7 +11,7 @@ from ossnet.errors import ResourceError, SettingsError
 from ossnet.field import gather, products
 from ossnet.field.answer import Answer
 from ossnet.field.encoding import encode
-from ossnet.field.engine import prepare
+from ossnet.field.engine import _on, prepare
 from ossnet.field.fused import MARGIN, FusedAnswer, close_calls
 from ossnet.field.memory import MemoryNotice
 from ossnet.field.products import Products
@@ -186,3 +186,12 @@ def test_the_encoder_in_slabs_is_the_encoder(way: str, variant: str, memory: int
     torch.testing.assert_close(found.latent, expected.latent)
     if variant == "C":
         torch.testing.assert_close(found.segmentation, expected.segmentation)
+
+
+def test_a_network_stays_where_it_is_when_it_is_asked_elsewhere() -> None:
+    """One model, fields on several devices: none takes the network away from another."""
+    made = trained("C")
+    assert _on(made, torch.device("cpu")) is made
+    elsewhere = _on(made, torch.device("meta"))
+    assert {p.device.type for p in elsewhere.parameters()} == {"meta"}
+    assert {p.device.type for p in made.parameters()} == {"cpu"}

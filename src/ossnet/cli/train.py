@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ossnet.training.settings import Settings
 
 
-_TIMED = 20
-"""Steps that are timed before it is said how long a training will take."""
+_UNTIMED, _TIMED = 5, 20
+"""First steps that are not timed, and those that are before it is said how long a training will take."""
 
 
 def command(
@@ -145,7 +145,9 @@ class Watcher:
         self.task: TaskID | None = None
         self.smooth: float | None = None
         self.first: tuple[int, float, float] | None = None
-        """Step, seconds and fraction when the first step of this run was done."""
+        """Step, seconds and fraction where timing begins: the first steps set libraries and the GPU up."""
+        self.steps = 0
+        """Steps of this run."""
         self.forecast = False
 
     def __enter__(self) -> "Watcher":
@@ -163,14 +165,16 @@ class Watcher:
             self.task = self.bar.add_task("", total=1.0, step=0, loss="")
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         self.bar.update(self.task, completed=fraction, step=state.step, loss=f"{self.smooth:.4f}")
+        self.steps += 1
         if self.first is None:
-            self.first = state.step, state.seconds, fraction
+            if self.steps > _UNTIMED:
+                self.first = state.step, state.seconds, fraction
         elif not self.forecast and state.step - self.first[0] >= _TIMED and fraction > self.first[2]:
             self.forecast = True
             each = (state.seconds - self.first[1]) / (state.step - self.first[0])
             left = (1 - fraction) * (state.step - self.first[0]) / (fraction - self.first[2])
             steps, minutes = state.step + left, left * each / 60
-            say(f"{each:.2f} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
+            say(f"{each:.3g} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
 
     def validated(self, row: dict[str, Any]) -> None:
         """One line."""

@@ -3,6 +3,7 @@
 Letters: C channels, S shape of the network's grid.
 """
 
+import copy
 from typing import Any, Literal, Protocol
 
 import torch
@@ -60,7 +61,7 @@ def prepare(
     """Bind a trained network to one scan: encode it once, and make asking cheap.
 
     Args:
-        network: Of a known family. Put into evaluation mode and onto the device.
+        network: Of a known family. Put into evaluation mode; copied if it is on another device.
         image: (C, *S) float32, normalised and fitted onto the network's grid, or a scan that is read in boxes.
         device: Where the work is done; a GPU gets the whole image.
         precision: "bf16" computes in bfloat16 and asks again in float32 what is close to a decision; "auto"
@@ -82,7 +83,7 @@ def prepare(
     if preparer is None:
         raise SettingsError("network", f"{type(network).__name__} has no engine", "Register one in PREPARERS")
     device = torch.device(device)
-    network.eval().to(device)
+    network = _on(network.eval(), device)
     scan = image if isinstance(image, Scan) else Scan.of(image)
     if scan.held is not None or device.type != "cpu" or isinstance(network, UNet) or engine == "plain":
         scan.hold(device)
@@ -99,6 +100,15 @@ def prepare(
         engine=engine,
         window=window,
     )
+
+
+def _on(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network on a device; a copy if it is elsewhere, where others may be asking it."""
+    if all(
+        p.device.type == device.type and device.index in (None, p.device.index) for p in network.parameters()
+    ):
+        return network
+    return copy.deepcopy(network).to(device)
 
 
 def prepare_ossnet(
