@@ -110,10 +110,12 @@ def test_a_compiled_function_that_fails_is_replaced(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no toolchain")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
-    run = kernels._fallback(lambda x: 2 * x)
+    monkeypatch.setattr(kernels, "_ENOUGH", 5)
+    run = kernels._compiled(lambda x: 2 * x)
+    assert run(torch.tensor([1, 2])).tolist() == [2, 4]  # too little to be worth it
     with pytest.warns(UserWarning, match="no toolchain"):
-        assert run(2) == 4
-    assert run(3) == 6
+        assert run(torch.tensor([1, 2, 3])).tolist() == [2, 4, 6]
+    assert run(torch.tensor([3])).tolist() == [6]
 
 
 def test_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Padé units with what surrounds them, in one pass over memory where the machine can.
 
 Three ways with the same results up to rounding: the compiled loops of `native.c` (CPU with a C compiler), a
-function compiled by torch (CUDA), tensor operations on cache-sized pieces (everywhere else). Always computed
+function compiled by torch (CUDA, once that pays), tensor operations on cache-sized pieces (everywhere else). Always computed
 in float32; bfloat16 is rounded once. None of these is seen by autograd: `networks.lean_pade` adds the derivatives.
 
 Letters: V volumes, N locations, F features.
@@ -225,29 +225,44 @@ def _alike(x: Tensor, *others: Tensor | None) -> bool:
     return all(o is None or (o.dtype == x.dtype and o.stride() == x.stride()) for o in others)
 
 
-def _fallback(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function compiled by torch for a GPU; as it is where that does not work."""
+_ENOUGH = 1 << 37
+"""Values after which compiling would have paid: it takes 10 s or more (H200 and its host), in which the tensor
+operations, about 290 bytes of traffic a value, do as many. A few scans never come to it, a training soon does."""
+
+
+def _compiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, after `_ENOUGH` values compiled by torch for a GPU; as it is where that does not work."""
     state: dict[str, Callable[..., Result]] = {}
+    done = 0
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> Result:
-        if "chosen" not in state:
-            compiled = torch.compile(function, dynamic=True)
-            try:
-                answer: Result = compiled(*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # whatever a toolchain may say, the tensor operations work
-                warnings.warn(f"torch cannot compile here, going on without: {error}", stacklevel=2)
-                state["chosen"] = function
-            else:
-                state["chosen"] = compiled
-                return answer
-        return state["chosen"](*arguments)
+    def run(x: Tensor, *rest: Any) -> Result:
+        nonlocal done
+        if "chosen" in state:
+            return state["chosen"](x, *rest)
+        done += x.numel()
+        if done < _ENOUGH or _capturing():
+            return function(x, *rest)
+        compiled = torch.compile(function, dynamic=True)
+        try:
+            answer: Result = compiled(x, *rest)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a toolchain may say, the tensor operations work
+            warnings.warn(f"torch cannot compile here, going on without: {error}", stacklevel=2)
+            state["chosen"] = function
+            return function(x, *rest)
+        state["chosen"] = compiled
+        return answer
 
     return run
 
 
-_compiled_affine_pade = _fallback(_affine_pade)
-_compiled_affine_pade_backward = _fallback(_affine_pade_backward)
-_compiled_pade = _fallback(lambda x, c: pade(x, c[:6], c[6:]))
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing can be compiled then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_compiled_affine_pade = _compiled(_affine_pade)
+_compiled_affine_pade_backward = _compiled(_affine_pade_backward)
+_compiled_pade = _compiled(lambda x, c: pade(x, c[:6], c[6:]))
