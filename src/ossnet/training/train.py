@@ -52,7 +52,7 @@ def train(
         out: The run folder: `model/` (best), `last/`, `log.csv`, `settings.json`, `splits.json`, pictures.
         settings: All settings; when resuming, those of the run are used instead.
         resume: Continue a run that was stopped, bit for bit (same data, devices and threads; with a time limit the
-            schedule follows the clock).
+            schedule follows the clock; a GPU adds up in an order of its own).
         listener: Told of steps and validations.
         say: Told in words what was decided.
 
