@@ -1,8 +1,9 @@
 """Padé units with what surrounds them, in one pass over memory where the machine can.
 
 Three ways with the same results up to rounding: the compiled loops of `native.c` (CPU with a C compiler), a
-function compiled by torch (CUDA, once that pays), tensor operations on cache-sized pieces (everywhere else). Always computed
-in float32; bfloat16 is rounded once. None of these is seen by autograd: `networks.lean_pade` adds the derivatives.
+function compiled by torch (CUDA, once that pays), tensor operations on cache-sized pieces (everywhere else). Always
+computed in float32; bfloat16 is rounded once. None of these is seen by autograd: `networks.lean_pade` adds the
+derivatives.
 
 Letters: V volumes, N locations, F features.
 """
