@@ -184,6 +184,7 @@ def test_what_a_training_says(balls: Path, tmp_path: Path) -> None:
     assert code == 0, said
     lines = said.splitlines()
     assert lines[0] == "8 training and 2 validation cases of Dataset001_Balls"
+    assert any(line.startswith("on ") and "in bfloat16" in line for line in lines)
     assert lines[-1] == f"finished: {tmp_path / 'run'}"
     for noise in ("arning", "Lightning", "mixed", "Automatic", "/site-packages/"):
         assert noise not in said

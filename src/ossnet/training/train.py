@@ -114,6 +114,7 @@ def _train(
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
     for reason in plan.reasons:
         say(reason)
+    say(_computes_on(fabric))
     used = {"train": list(parts.train), "val": list(parts.validation)}
     if resume:
         _require_same_split(out / "splits.json", used, data)
@@ -200,6 +201,18 @@ def make_fabric(settings: Settings) -> Fabric:
         raise SettingsError(
             "runtime.devices", reason, "Use what the machine or the cluster offers"
         ) from error
+
+
+def _computes_on(fabric: Fabric) -> str:
+    """The device, for people: who has a GPU wants to see that it is used."""
+    if fabric.device.type == "cuda":
+        name = torch.cuda.get_device_name(fabric.device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"the CPU with {threads} thread{'s' if threads > 1 else ''}"
+    several = f", one of {fabric.world_size}" if fabric.world_size > 1 else ""
+    half = fabric.strategy.precision.precision == "bf16-mixed"
+    return f"on {name}{several}, in {'bfloat16 where that is enough' if half else 'float32'}"
 
 
 def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float = 1.0) -> Summary:
