@@ -10,6 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from tests import tiny
 
 from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError
@@ -390,3 +391,17 @@ def test_nothing_to_do(model: Model, scans: Path, tmp_path: Path) -> None:
     segment_all(model, plan_jobs([scans], tmp_path / "out"), Options(), say=said.append)
     assert said == ["5 of 5 are finished already"]
     assert times(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("environment", "taken"),
+    [({"LOCAL_RANK": "3"}, [1]), ({"SLURM_LOCALID": "0"}, [0]), ({}, [])],
+)
+def test_processes_take_different_gpus(
+    environment: dict[str, str], taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    cohort._take_gpu(environment)
+    assert found == taken

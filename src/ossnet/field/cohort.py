@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossnet.data.layouts import images_in
 from ossnet.errors import (
     DatasetError,
@@ -202,6 +204,7 @@ def segment_all(
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
     _clear(todo)
     if world > 1:
+        _take_gpu()
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
@@ -406,6 +409,14 @@ def _processes() -> tuple[int, int]:
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
     return 0, 1
+
+
+def _take_gpu(environment: Mapping[str, str] = os.environ) -> None:
+    """Give each of several processes on a machine a GPU of its own, as far as there are so many."""
+    count = torch.cuda.device_count()
+    local = environment.get("LOCAL_RANK") or environment.get("SLURM_LOCALID")
+    if count > 1 and local is not None:
+        torch.cuda.set_device(int(local) % count)
 
 
 def _report_file(jobs: Sequence[Job], rank: int, world: int) -> Path | None:

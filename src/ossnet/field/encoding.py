@@ -88,7 +88,9 @@ def _block(
     channels, (whole, y, z) = x.shape[1], x.shape[2:]
     planes, width = whole // 2, convolution.out_channels
     out = x.new_empty(1, width, planes, y // 2, z // 2)
-    step = slab_planes(channels, width, planes, y * z, memory) if x.device.type == "cpu" else planes
+    # Without a grant a GPU takes all planes at once.
+    whole_at_once = memory is None and x.device.type != "cpu"
+    step = planes if whole_at_once else slab_planes(channels, width, planes, y * z, memory)
     for start in range(0, planes, step):
         stop = min(start + step, planes)
         # Pooled planes that the second convolution reads, and the planes of the input behind them.

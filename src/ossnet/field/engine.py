@@ -143,7 +143,7 @@ def prepare_ossnet(
     y, z = network.spec.encoder_shape[1:]
     plane = plane_bytes(network.spec.channels, network.spec.blocks[0], y * z)
     held = encoding_bytes(network.encoder, network.spec.shape) + 2 * plane
-    slab = SLAB_BYTES
+    slab = None
     if memory is not None:
         require(memory, held + plane + libraries, "encoding this scan")
         slab = min(memory - libraries - held, SLAB_BYTES)
@@ -163,7 +163,7 @@ def prepare_ossnet(
         half,
         device=device,
         reserve=reserve,
-        encoding_bytes=held + max(slab, plane),
+        encoding_bytes=held + max(slab or SLAB_BYTES, plane),
     )
 
 

@@ -140,14 +140,14 @@ class Field:
         """Resize once where memory allows, not box by box; what is left of the grant."""
         if self._grant is None:
             if scan.fit.resizes:
-                scan.hold()
+                scan.hold(self.device)
             return None
         if (
             not scan.fit.resizes
             or 2 * (scan.hold_bytes + self._asking_bytes(self.grid) + LIBRARIES) > self._grant
         ):
             return self._grant
-        scan.hold()
+        scan.hold(self.device)
         return self._grant - scan.image_bytes
 
     def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:

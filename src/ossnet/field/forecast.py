@@ -124,11 +124,12 @@ def forecast(
             asking += lattice_bytes(target.shape, stride)
         else:
             dense = True
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     started = time.perf_counter()
     answer = prepare(
         model.network,
         _noise(model.channels, fit),
-        device="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
+        device=place,
         precision="auto",
         memory=grant,
         reserve=asking,
@@ -138,6 +139,8 @@ def forecast(
     if isinstance(answer, Coverable):
         answer.set_aside(asking)
         answer.cover()
+    if place.type == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
     predicted = answer.coarse is not None and answer.coarse.is_floating_point()
     if dense or getattr(answer, "dense", False):
@@ -173,10 +176,10 @@ def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, f
     some = _patch(answer.shape, 2 * answer.chunk)
     computed = getattr(answer, "computed", 0)
     started = time.perf_counter()
-    answer(some)
+    answer(some).cpu()
     first = time.perf_counter() - started
     started = time.perf_counter()
-    answer(some)
+    answer(some).cpu()
     again = time.perf_counter() - started
     if not isinstance(answer, BlockwiseEncoder) or answer.computed == computed:
         return again / len(some), 0.0, 0.0

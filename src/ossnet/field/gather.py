@@ -113,9 +113,10 @@ class PatchRows:
     def _cube(self, corner: Tensor, edge: int) -> Tensor:
         """(N, C, edge, edge, edge) voxels from each corner (N, 3) int64."""
         c, *shape = self.image.shape
-        limit = corner.new_tensor(shape) - edge
-        if corner.device.type == "cpu" and bool(((corner >= 0) & (corner <= limit)).all()):
-            return self._inner_cube(corner, edge)
+        if corner.device.type == "cpu":
+            limit = corner.new_tensor(shape) - edge
+            if bool(((corner >= 0) & (corner <= limit)).all()):
+                return self._inner_cube(corner, edge)
         step = torch.arange(edge, device=corner.device)
         index = torch.zeros(len(corner), 1, dtype=torch.long, device=corner.device)
         inside: Tensor | None = None

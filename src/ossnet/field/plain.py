@@ -10,6 +10,7 @@ from ossnet.data.patches import PatchSource, Pool
 from ossnet.field.answer import clamped, coarse_logits
 from ossnet.field.memory import halving
 from ossnet.networks.encoder import Encoding
+from ossnet.networks.machine import exact_float32
 from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import Shape
 
@@ -66,9 +67,10 @@ class PlainAnswer:
         missing = SMALLEST - len(locations)
         padded = torch.cat([locations, locations[-1:].expand(missing, 3)]) if missing > 0 else locations
         patches = self.patches(padded)
-        logits = self.network.decode(
-            padded[None].float(), None if patches is None else patches[None], self.latent
-        )
+        with exact_float32(self.latent.device):
+            logits = self.network.decode(
+                padded[None].float(), None if patches is None else patches[None], self.latent
+            )
         return logits[0, : len(locations)].float()
 
 

@@ -20,6 +20,8 @@ class Replay:
 
     def __init__(self, products: Products) -> None:
         self.products = products
+        # One after the other they use the same memory: what is answered is copied before the next is launched.
+        self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Tensor]] = {}
         rows = products.rows
         while rows >= max(ROWS, products.rows // 256):
@@ -48,6 +50,7 @@ class Replay:
                 self.products(places, described)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # By itself torch captures on a stream of the current device, whatever the products' is.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = self.products(places, described)
         return graph, places, described, logits

@@ -131,7 +131,7 @@ class _NormalisedPade(torch.autograd.Function):
 
 def _add_to_values(d_x: Tensor, x: Tensor, d_mean: Tensor, d_variance: Tensor, mean: Tensor) -> None:
     """Add, in place, what the values owe to their mean and variance, which are those of the global batch."""
-    values = torch.tensor(x.numel() / mean.numel(), dtype=torch.float64, device=x.device)
+    values = torch.full((), x.numel() / mean.numel(), dtype=torch.float64, device=x.device)
     if is_distributed():
         packed = torch.cat([d_mean.flatten(), d_variance.flatten(), values[None]])
         dist.all_reduce(packed)

@@ -73,7 +73,7 @@ class Captured:
         current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=side):
                 self._loss = backward(self._batch)
         except RuntimeError:
             network.zero_grad(set_to_none=True)

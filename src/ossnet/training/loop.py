@@ -205,10 +205,11 @@ class Trainer:
     def _checkpoint(self, due: bool = False) -> None:
         """Write the state where it is due, and stop where that was asked of any process."""
         due |= time.monotonic() - self._saved > self.settings.runtime.checkpoint_seconds
-        flags = torch.tensor([float(due), float(self.stop.asked)], device=self.fabric.device)
+        stop = self.stop.asked
         if self.fabric.world_size > 1:
+            flags = torch.tensor([float(due), float(stop)], device=self.fabric.device)
             flags = self.fabric.all_reduce(flags, reduce_op="sum")  # type: ignore[assignment]
-        due, stop = (flags > 0).tolist()
+            due, stop = (flags > 0).tolist()
         if due or stop:
             self._save()
         if stop:
@@ -290,14 +291,14 @@ class Trainer:
 
     def _clock(self) -> float:
         """Seconds of training so far, the same on all processes."""
-        now = time.monotonic() - self._started
-        return self._over_processes(torch.tensor(now, device=self.fabric.device, dtype=torch.float32))
+        return self._over_processes(time.monotonic() - self._started)
 
-    def _over_processes(self, value: Tensor) -> float:
+    def _over_processes(self, value: Tensor | float) -> float:
         """The mean over processes, the same number on each."""
         if self.fabric.world_size == 1:
             return float(value)
-        return float(self.fabric.all_reduce(value, reduce_op="mean"))  # type: ignore[arg-type]
+        sent = torch.as_tensor(value, dtype=torch.float32, device=self.fabric.device)
+        return float(self.fabric.all_reduce(sent, reduce_op="mean"))  # type: ignore[arg-type]
 
     def _fraction(self, batches: int) -> float:
         """How much of the training is done, 0 to 1: by time where minutes are given, otherwise by steps."""
@@ -332,7 +333,7 @@ class Trainer:
         if not self.state.watched:
             started = time.monotonic()
             validate(self.model, self.validation[:1], self.settings, self.fabric)
-            taken = self._over_processes(torch.tensor(time.monotonic() - started, device=self.fabric.device))
+            taken = self._over_processes(time.monotonic() - started)
             affordable = int(3 * minutes * self.fabric.world_size / max(taken, 1e-3))
             self.state.watched = min(max(affordable, 1), len(self.validation))
         return self.validation[: self.state.watched]
@@ -366,8 +367,7 @@ class Trainer:
                     self.listener.validated(row)
         self.network.train()
         self.network.requires_grad_(True)
-        spent = torch.tensor(time.monotonic() - started, device=self.fabric.device)
-        self.state.validation_seconds = self._over_processes(spent)
+        self.state.validation_seconds = self._over_processes(time.monotonic() - started)
         self.state.seconds = self._clock()
 
     def _illustrate(self) -> None:
