@@ -18,7 +18,7 @@ from ossnet.training.loop import State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import UNUSED, make_settings
-from ossnet.training.train import train
+from ossnet.training.train import learnt_early, train
 
 
 class Stop:
@@ -164,3 +164,14 @@ def test_an_undefined_loss_is_forgiven_and_many_in_a_row_are_not(
     spoilt, count = set(range(1, 1000)), 0
     with pytest.raises(SettingsError, match="the loss became nan"):
         run(balls, tmp_path / "always", changes=["schedule.epochs=30"])
+
+
+def test_a_training_that_was_too_long_says_so() -> None:
+    rows = [
+        {"step": 100 * i, "seconds": 60.0 * i, "iou": iou} for i, iou in enumerate((0.7, 0.8, 0.75, 0.72), 1)
+    ]
+    remark = learnt_early(State(step=400, best=0.8, best_step=200, rows=rows))
+    assert remark is not None
+    assert "after 2 of 4 minutes (IoU 0.800, at the end 0.720)" in remark
+    assert learnt_early(State(step=400, best=0.8, best_step=400, rows=rows)) is None
+    assert learnt_early(State()) is None

@@ -24,13 +24,16 @@ from ossnet.field.model import Model
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
-from ossnet.training.loop import STATE, Listener, Trainer
+from ossnet.training.loop import STATE, Listener, State, Trainer
 from ossnet.training.planning import make_plan
 from ossnet.training.processes import ending_together, quieten_fabric, with_processes
 from ossnet.training.settings import Settings, parse_settings
 from ossnet.volume import LabelMap
 
 Say = Callable[[str], None]
+
+_EARLY, _WORSE = 0.6, 0.01
+"""A best model in this part of a training, by this much in IoU better than the last: it was too long."""
 
 _MEASURED = 50
 """Training cases whose surfaces are measured: `field.forecast` expects their median."""
@@ -156,7 +159,8 @@ def _train(
             # Not before every case was read: a refusal leaves nothing behind.
             write_json(out / "splits.json", used)
             write_json(out / "settings.json", settings.model_dump(mode="json"))
-        trainer.run(resume)
+        if remark := learnt_early(trainer.run(resume)):
+            say(remark)
     finally:
         # Mapped files stay readable until they are closed.
         _remove_cache(mapped)
@@ -201,6 +205,19 @@ def make_fabric(settings: Settings) -> Fabric:
         raise SettingsError(
             "runtime.devices", reason, "Use what the machine or the cluster offers"
         ) from error
+
+
+def learnt_early(state: State) -> str | None:
+    """What to tell a user whose training was longer than its cases are good for."""
+    rows = [row for row in state.rows if "iou" in row]
+    best = next((row for row in rows if row["step"] == state.best_step), None)
+    if best is None or best["step"] > _EARLY * state.step or best["iou"] - rows[-1]["iou"] < _WORSE:
+        return None
+    minutes, all_minutes = best["seconds"] / 60, rows[-1]["seconds"] / 60
+    return (
+        f"the best model, which is kept, came after {minutes:.0f} of {all_minutes:.0f} minutes (IoU {best['iou']:.3f}, "
+        f"at the end {rows[-1]['iou']:.3f}): the network knows these cases; more of them help now, more time does not"
+    )
 
 
 def _computes_on(fabric: Fabric) -> str:
