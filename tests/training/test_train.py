@@ -16,6 +16,7 @@ import ossnet
 from ossnet.errors import SettingsError
 from ossnet.training.loop import State
 from ossnet.training.recipes.base import StepLoss
+from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import UNUSED, make_settings
 from ossnet.training.train import learnt_early, train
@@ -92,6 +93,21 @@ def test_the_number_of_workers_changes_nothing(
 ) -> None:
     run(balls, tmp_path / "c", changes=[f"runtime.workers={workers}", "validation.dense=false"])
     assert losses(tmp_path / "c") == losses(finished)
+
+
+def test_examples_are_told_how_often_the_cases_were_drawn(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, plain = set(), MultiscaleRecipe.example
+
+    def example(recipe: MultiscaleRecipe, case: Any, rng: Any, passes: float = 0.0) -> Any:
+        told.add(passes)
+        return plain(recipe, case, rng, passes)
+
+    monkeypatch.setattr(MultiscaleRecipe, "example", example)
+    changes = ["schedule.epochs=3", "schedule.steps_per_epoch=4", "schedule.batch_size=1"]
+    run(balls, tmp_path / "run", "multiscale", [*changes, "validation.dense=false"])
+    assert told == {0.0, 0.125, 0.25}  # 8 cases count as 32
 
 
 @pytest.mark.parametrize(

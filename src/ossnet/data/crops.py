@@ -28,6 +28,9 @@ ToTensor = Callable[[Num[np.ndarray, "C X Y Z"]], Float[Tensor, "C X Y Z"]]
 _THIN = 16
 """With fewer voxels along an axis, rotation and bending would move most of a scan out of itself."""
 
+_GROWTH = 20, 80
+"""Passes through the cases between which augmentation grows to twice what it was, about."""
+
 _BEND = 0.4
 """Largest displacement of the elastic grid, in distances between its control points."""
 
@@ -99,6 +102,31 @@ class CropSettings:
     """Probability of rotation, scaling and elastic deformation."""
     intensity: float = 1.0
     """Factor on the probabilities of all intensity changes; 0 for none."""
+    contrast: float = 1.0
+    """Factor on the ranges of contrast, brightness and gamma."""
+    grows: bool = True
+    """Augmentation grows while the cases are drawn again and again (`after`)."""
+
+    def after(self, passes: float) -> "CropSettings":
+        """As strong as is right when every case was drawn so often.
+
+        At first strong augmentation only slows learning down; later cases are known by heart without it. ACDC, 32
+        cases: with what suits 20 passes the best model came after 68, and lost 0.03 Dice until 350; with twice as
+        much it was still getting better after 94, and was better then (0.8873 against 0.8845, sampled).
+        """
+        low, high = _GROWTH
+        share = min(max((passes - low) / (high - low), 0.0), 1.0)
+        if not self.grows or share == 0:
+            return self
+        return replace(
+            self,
+            rotation=self.rotation * (1 + share),
+            elastic=self.elastic * (1 + share),
+            scaling=self.scaling * (1 + 0.67 * share),
+            scaling_across=self.scaling_across * (1 + 0.5 * share),
+            intensity=self.intensity * (1 + 0.6 * share),
+            contrast=self.contrast * (1 + 0.3 * share),
+        )
 
 
 @dataclass(frozen=True)

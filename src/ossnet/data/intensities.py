@@ -17,6 +17,9 @@ def change_intensities(
     def happens(probability: float) -> bool:
         return bool(rng.random() < probability * settings.intensity)
 
+    def factor_within(most: float) -> float:
+        return float(np.exp(settings.contrast * rng.uniform(-most, most)))
+
     mm = np.array(settings.spacing)
     close = mm < 2 * mm.min()
     if happens(0.1):
@@ -29,10 +32,10 @@ def change_intensities(
         image = image + torch.from_numpy(noise) * float(rng.uniform(0.02, 0.3))
     for channel in range(len(image)):
         if happens(0.3):
-            factor, shift = float(np.exp(rng.uniform(-0.3, 0.3))), float(rng.uniform(-0.3, 0.3))
+            factor, shift = factor_within(0.3), settings.contrast * float(rng.uniform(-0.3, 0.3))
             image = _with_channel(image, channel, image[channel] * factor + shift)
         if happens(0.3):
-            exponent = float(np.exp(rng.uniform(-0.4, 0.4)))
+            exponent = factor_within(0.4)
             image = _with_channel(
                 image, channel, gamma(image[channel], exponent, invert=bool(rng.random() < 0.25))
             )

@@ -35,6 +35,10 @@ from ossnet.training.validation import SampledScores, mean_of_known, validate
 
 STATE = "state.safetensors"
 
+_FEW = 32
+"""Fewer cases than this count as so many where passes through them are counted: nothing is known by heart before
+anything is learnt."""
+
 _UNDEFINED_LOSSES = 10
 """So many losses in a row that are not finite end a training."""
 
@@ -231,10 +235,12 @@ class Trainer:
     ) -> Iterator[list[Any]]:
         """Examples of the coming batches, prepared in threads, in order whatever the number of threads."""
         epoch = self.state.epoch
+        drawn = len(batches) * self.settings.schedule.batch_size
+        passes = epoch * drawn / max(len(self.train) * self.recipe.repeats, _FEW)
 
         def draw(place: int, case: int) -> Any:
             rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
-            return self.recipe.example(self.train[case], rng)
+            return self.recipe.example(self.train[case], rng, passes)
 
         # One batch for the next step, and enough to keep every thread at work meanwhile.
         ahead = 1 + math.ceil(self._workers / max(len(batches[0]), 1)) if batches else 1

@@ -286,6 +286,8 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     changed = settings.augmentation.intensity > 0
     deformed = "rotated, scaled and bent" if settings.augmentation.spatial else "not deformed"
     deformed += ", intensities changed" if changed else ", intensities as scanned"
+    if settings.augmentation.grows and (changed or settings.augmentation.spatial):
+        deformed += ", more after 20 passes through the cases and twice as much after 80"
     mirrored = (
         f"mirrored along axes {', '.join(map(str, flips))}"
         if flips

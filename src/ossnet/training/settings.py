@@ -133,6 +133,11 @@ class AugmentationSettings(_Group):
         description="default variant and U-Nets on patches: factor on the probabilities of blur, low resolution, "
         "noise, contrast and gamma; 0 for none",
     )
+    grows: bool = Field(
+        True,
+        description="default variant and U-Nets on patches: about twice as strong from 20 to 80 passes through the "
+        "cases on",
+    )
 
 
 class OptimiserSettings(_Group):

@@ -36,8 +36,12 @@ class Recipe(ABC):
         self.network, self.preparation, self.settings = network, preparation, settings
 
     @abstractmethod
-    def example(self, case: CachedCase, rng: np.random.Generator) -> Any:
-        """Draw one example on the CPU; called ahead in other threads."""
+    def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> Any:
+        """Draw one example on the CPU; called ahead in other threads.
+
+        Args:
+            passes: How often every case was drawn before this epoch; of very few cases less is said.
+        """
 
     @abstractmethod
     def batch(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:

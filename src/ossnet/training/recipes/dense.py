@@ -44,7 +44,9 @@ class _DenseRecipe(Recipe):
 class WholeUNetRecipe(_DenseRecipe):
     """A 3D U-Net on whole volumes at the shape that the preparation gives them, as in the paper."""
 
-    def example(self, case: CachedCase, rng: np.random.Generator) -> tuple[CachedCase, Augmentation]:
+    def example(
+        self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0
+    ) -> tuple[CachedCase, Augmentation]:
         """A volume and its augmentation."""
         return case, _plan(case, rng, self.settings)
 
@@ -73,15 +75,17 @@ class CropUNetRecipe(_DenseRecipe):
         axes = [np.arange(n, dtype=np.float32) for n in patch]
         self.voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
-    def example(self, case: CachedCase, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def example(
+        self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         """A patch (C, X, Y, Z) and its labels; augmented as the default variant's crops are."""
-        source = self.sources(case)
-        mapping = draw_map(source, self.crops, rng)
-        image = change_intensities(cut(source, mapping), self.crops, rng)
+        source, crops = self.sources(case), self.crops.after(passes)
+        mapping = draw_map(source, crops, rng)
+        image = change_intensities(cut(source, mapping), crops, rng)
         labels = nearest_labels(source, to_scan(mapping(self.voxels), source.zoom))
         if source.classes == 1:
             labels = labels > 0
-        return image, torch.from_numpy(labels.reshape(self.crops.crop).astype(np.int64))
+        return image, torch.from_numpy(labels.reshape(crops.crop).astype(np.int64))
 
     def batch(self, examples: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
         """The patches."""
@@ -110,7 +114,7 @@ class SliceUNetRecipe(_DenseRecipe):
         shape = self.preparation.shape
         return 1 if shape is None else shape[self.settings.network.slice_axis]
 
-    def example(self, case: CachedCase, rng: np.random.Generator) -> Slice:
+    def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> Slice:
         """A random slice; only the scan's slices that it is made from are touched."""
         axis = self.settings.network.slice_axis
         plan = _plan(case, rng, self.settings)

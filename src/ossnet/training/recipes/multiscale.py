@@ -80,6 +80,7 @@ def crop_settings(
         near_surface=sampling.near_borders,
         flips=augmentation.flip_axes,
         intensity=augmentation.intensity,
+        grows=augmentation.grows,
         importance=sampling.importance,
         position=settings.network.position,
     )
@@ -101,9 +102,9 @@ class MultiscaleRecipe(Recipe):
         self.voxel = self.crops.locations / prod(self.crops.crop)
         """What a voxel of a crop counts, in weights of its locations."""
 
-    def example(self, case: CachedCase, rng: np.random.Generator) -> dict[str, Tensor]:
+    def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> dict[str, Tensor]:
         """A crop with locations and soft targets."""
-        return example(self.sources(case), self.crops, rng)
+        return example(self.sources(case), self.crops.after(passes), rng)
 
     def batch(self, examples: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
         """The crops with all that belongs to them."""

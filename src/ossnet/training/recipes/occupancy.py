@@ -60,7 +60,7 @@ class OccupancyRecipe(Recipe):
         share = chosen.schedule.batch_size // (runtime.devices * runtime.nodes)
         return chosen.sampling.locations * max(share, 1) * LEAN_BYTES > KEPT_BYTES
 
-    def example(self, case: CachedCase, rng: np.random.Generator) -> OccupancyExample:
+    def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> OccupancyExample:
         """Draw the augmentation and the locations; voxels are touched only where labels are looked up."""
         spec, sampling, augmentation = self.network.spec, self.settings.sampling, self.settings.augmentation
         plan = draw(
