@@ -111,8 +111,8 @@ class CropSettings:
         """As strong as is right when every case was drawn so often.
 
         At first strong augmentation only slows learning down; later cases are known by heart without it. ACDC, 32
-        cases: with what suits 20 passes the best model came after 68, and lost 0.03 Dice until 350; with twice as
-        much it was still getting better after 94, and was better then (0.8873 against 0.8845, sampled).
+        cases, sampled Dice: 0.886 at best without growth, after 68 passes, and 0.03 less after 350; 0.895 with it,
+        after 91, and 0.008 less after 190.
         """
         low, high = _GROWTH
         share = min(max((passes - low) / (high - low), 0.0), 1.0)
