@@ -84,11 +84,11 @@ def test_settings_of_crops_do_what_they_say() -> None:
     assert crops("sampling.strategy=uniform") == replace(plain, near_surface=0.0)
     assert crops("sampling.border_share=0.25") == replace(plain, near_surface=0.25)
     assert crops("network.position=true") == replace(plain, position=True)
-    assert crops("augmentation.grows=false") == replace(plain, grows=False)
+    assert crops("augmentation.grows=true") == replace(plain, grows=True)
 
 
 def test_augmentation_grows_while_the_cases_are_drawn_again_and_again() -> None:
-    plain = crop_settings(settings_of(), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
+    plain = crop_settings(settings_of("augmentation.grows=true"), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
     assert plain.after(0.0) == plain.after(20.0) == plain
     between, late = plain.after(50.0), plain.after(80.0)
     assert plain.rotation < between.rotation < late.rotation == 2 * plain.rotation

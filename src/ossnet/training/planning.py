@@ -30,6 +30,9 @@ from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, spacing_of
 
+FEW_CASES = 48
+"""So many training cases are soon known by heart: augmentation grows (`CropSettings.after`)."""
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -95,6 +98,9 @@ def make_plan(
         VolumeError: A scan that cannot be read.
     """
     reasons: list[str] = []
+    if settings.augmentation.grows is None:
+        grows = settings.augmentation.model_copy(update={"grows": len(train) <= FEW_CASES})
+        settings = settings.model_copy(update={"augmentation": grows})
     structures = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
     if settings.data.target == "foreground" or len(structures) <= 1:
         classes = 1

@@ -133,10 +133,10 @@ class AugmentationSettings(_Group):
         description="default variant and U-Nets on patches: factor on the probabilities of blur, low resolution, "
         "noise, contrast and gamma; 0 for none",
     )
-    grows: bool = Field(
-        True,
-        description="default variant and U-Nets on patches: about twice as strong from 20 to 80 passes through the "
-        "cases on",
+    grows: bool | None = Field(
+        None,
+        description="default variant and U-Nets on patches: from 20 to 80 passes through the cases it becomes about "
+        "twice as strong; none: where there are 48 or fewer",
     )
 
 
