@@ -27,15 +27,10 @@ ROWS = (
 def here(job: dict[str, Any]) -> dict[str, Any]:
     """One scan, in this process."""
     import torch
-    from oracle import Drawn, Sectors, Truth, installed, model_for
+    from oracle import installed, model_for, truth_of
 
     torch.set_num_threads(job["threads"])
-    if "ct" in job:
-        folder = Path(job["ct"])
-        truth: Truth = Drawn(folder / "volume-0.nii.gz", folder / "segmentation-0.nii.gz")
-    else:
-        x, y, z = job["shape"]
-        truth = Sectors((x, y, z), 1, job["surface"])
+    truth = truth_of(job)
     scan = truth.scan()
     model = model_for("multiscale", truth.shape, 2, truth.surface(), scan.spacing)
     before, started = start_counting(), time.perf_counter()

@@ -76,36 +76,21 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
         once(i)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    out = {
+    return {
         "batch": batch,
         "first_step_seconds": round(seconds[0], 2),
         "seconds_a_step": round(statistics.median(seconds[WARM:]), 5),
         "seconds_an_example_on_a_core": round(statistics.median(drawing[1:]), 4),
         "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
     }
-    if job["profile"]:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            for i in range(5):
-                once(i)
-            torch.cuda.synchronize()
-        for key in ("self_cuda_time_total", "self_cpu_time_total"):
-            print(recorded.key_averages().table(sort_by=key, row_limit=18), file=sys.stderr)
-    return out
 
 
 def scan(job: dict[str, Any]) -> dict[str, Any]:
-    """One scan by ours: the median of a few, and what the object takes of it."""
+    """One scan by ours: the first time, the faster of two later ones, and what the object takes of it."""
     import torch
-    from oracle import Drawn, Sectors, Truth, installed, model_for
+    from oracle import installed, model_for, truth_of
 
-    if "ct" in job:
-        folder = Path(job["ct"])
-        truth: Truth = Drawn(folder / "volume-0.nii.gz", folder / "segmentation-0.nii.gz")
-    else:
-        x, y, z = job["shape"]
-        truth = Sectors((x, y, z), 1, job["surface"])
+    truth = truth_of(job)
     image = truth.scan()
     model = model_for(job["family"], truth.shape, 2, truth.surface(), image.spacing)
     seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -178,7 +163,7 @@ def main() -> None:
 
     jobs: list[dict[str, Any]] = []
     if given.only != "scans":
-        data = {"what": "step", "data": str(given.data.resolve()), "profile": False, "captured": True}
+        data = {"what": "step", "data": str(given.data.resolve()), "captured": True}
         jobs += [
             data | {"variant": "multiscale", "changes": []},
             data | {"variant": "multiscale", "changes": [], "captured": False},
@@ -199,7 +184,7 @@ def main() -> None:
             jobs.append(ct | {"family": "multiscale"})
     rows = []
     for job in jobs:
-        kept = {k: v for k, v in job.items() if k not in ("data", "profile", "ct") and v is not None}
+        kept = {k: v for k, v in job.items() if k not in ("data", "ct") and v is not None}
         rows.append(kept | measured(job, __file__))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         results = {"rows": rows, "machine": machine(), "versions": versions()}

@@ -7,7 +7,7 @@ trained network's do.
 Letters: N locations, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,6 +172,15 @@ class Sectors:
         inside = self.labels(low, high) > 0
         out[0][tuple(slice(a, b) for a, b in zip(low, high, strict=True))] += (200 * inside).astype(np.int16)
         return Volume(out, np.eye(4))
+
+
+def truth_of(job: Mapping[str, Any]) -> Truth:
+    """What a job of a benchmark names: the liver of a CT in a folder (`ct`), or sectors (`shape`, `surface`)."""
+    if "ct" in job:
+        folder = Path(job["ct"])
+        return Drawn(folder / "volume-0.nii.gz", folder / "segmentation-0.nii.gz")
+    x, y, z = job["shape"]
+    return Sectors((x, y, z), 1, job["surface"])
 
 
 def model_for(
