@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossnet.networks.convolution import convolve
+from ossnet.networks.machine import exact_float32
 
 Triple = tuple[int, int, int]
 SIZES = st.tuples(*[st.integers(4, 9)] * 3)
@@ -52,3 +53,13 @@ def test_half_precision_is_left_to_torch() -> None:
     assert got.dtype == torch.bfloat16
     double = convolve(x.double(), weight.double(), None, (1, 1, 1), (1, 1, 1))
     torch.testing.assert_close(double, F.conv3d(x.double(), weight.double(), padding=1))
+
+
+def test_exact_float32_leaves_other_choices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    before = torch.backends.cudnn.allow_tf32
+    with exact_float32(torch.device("cuda")):  # sets flags only, without a GPU too
+        assert torch.backends.cudnn.deterministic
+        assert torch.backends.cudnn.enabled
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before

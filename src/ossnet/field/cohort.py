@@ -204,7 +204,8 @@ def segment_all(
     todo = [job for job in share if options.overwrite or not _finished(job, options)]
     _clear(todo)
     if world > 1:
-        _take_gpu()
+        if options.device != "cpu":
+            _take_gpu()
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")

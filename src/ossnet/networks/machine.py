@@ -23,4 +23,8 @@ def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits."""
     if device.type != "cuda":
         return nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    chosen = torch.backends.cudnn
+    # What the caller chose otherwise stays; by itself `flags` sets everything.
+    return chosen.flags(
+        chosen.enabled, chosen.benchmark, deterministic=chosen.deterministic, allow_tf32=False
+    )
