@@ -10,6 +10,8 @@ import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
 from tests.training.conftest import SMALL
 
+from ossnet.cli.train import Watcher
+from ossnet.training.loop import State
 from ossnet.volume import LabelMap, Volume
 
 FAST = [
@@ -199,6 +201,31 @@ def test_what_a_training_says(balls: Path, tmp_path: Path) -> None:
     (tmp_path / "fewer" / "labelsTr" / "ball_03.nii.gz").unlink()
     other = ["train", "--data", tmp_path / "fewer", "--out", tmp_path / "run", "--resume"]
     assert "no longer has the cases" in refused(tmp_path, *other, notes=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_step", "batch_size", "steps_until_said", "said"),
+    [
+        (0.3, 1, 26, "0.3 s a step: about 12,000 steps in all"),
+        (70.0, 8, 3, "70 s a step: about 51 steps in all, 56 minutes to go"),
+    ],
+)
+def test_how_long_it_takes_is_said_early(
+    capsys: pytest.CaptureFixture[str],
+    seconds_a_step: float,
+    batch_size: int,
+    steps_until_said: int,
+    said: str,
+) -> None:
+    """Also where a step takes minutes; then that a smaller batch makes more of them."""
+    with Watcher(batch_size) as watcher:
+        for step in range(1, steps_until_said + 1):
+            assert "s a step" not in capsys.readouterr().err
+            seconds = step * seconds_a_step
+            watcher.step(State(step=step, seconds=seconds), 1.0, seconds / 3600)
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert ("schedule.batch_size=1" in told) == (batch_size > 1)
 
 
 def test_interrupted(balls: Path, tmp_path: Path) -> None:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 _UNTIMED, _TIMED = 5, 20
 """First steps that are not timed, and those that are before it is said how long a training will take."""
 
+_PATIENCE = 60.0
+"""Seconds after which it is said with fewer steps than these."""
+
+_FEW_STEPS = 500
+"""A training of fewer steps learns little: its batches are too large for the time."""
+
 
 def command(
     data: Annotated[
@@ -92,7 +98,7 @@ def command(
             settings = settings.model_copy(update={"runtime": runtime})
     else:
         settings = make_settings(variant, preset, config, chosen)
-    with Watcher() as watcher:
+    with Watcher(settings.schedule.batch_size if settings.schedule.minutes else 1) as watcher:
         train(data, out, settings, resume=resume, listener=watcher, say=say)
     if is_first_process():
         say(f"finished: {out}")
@@ -128,10 +134,15 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Watcher:
-    """Shows a training: a bar with the time left on a terminal, a line for every validation anywhere."""
+    """Shows a training: a bar with the time left on a terminal, a line for every validation anywhere.
 
-    def __init__(self) -> None:
+    Args:
+        batch_size: Scans a step of a training whose time is limited, which could be fewer.
+    """
+
+    def __init__(self, batch_size: int = 1) -> None:
         console = stderr()
+        self._batch_size = batch_size
         columns = (
             TextColumn("step {task.fields[step]}  loss {task.fields[loss]}"),
             BarColumn(),
@@ -144,6 +155,8 @@ class Watcher:
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task: TaskID | None = None
         self.smooth: float | None = None
+        self.begun: float | None = None
+        """Seconds of the training when this run had done its first step."""
         self.first: tuple[int, float, float] | None = None
         """Step, seconds and fraction where timing begins: the first steps set libraries and the GPU up."""
         self.steps = 0
@@ -166,15 +179,28 @@ class Watcher:
         self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
         self.bar.update(self.task, completed=fraction, step=state.step, loss=f"{self.smooth:.4f}")
         self.steps += 1
+        if self.begun is None:
+            self.begun = state.seconds
         if self.first is None:
-            if self.steps > _UNTIMED:
+            if self.steps > _UNTIMED or state.seconds - self.begun > _PATIENCE / 2:
                 self.first = state.step, state.seconds, fraction
-        elif not self.forecast and state.step - self.first[0] >= _TIMED and fraction > self.first[2]:
+            return
+        timed, seconds, share = (
+            now - then for now, then in zip((state.step, state.seconds, fraction), self.first, strict=True)
+        )
+        if not self.forecast and share > 0 and (timed >= _TIMED or seconds > _PATIENCE):
             self.forecast = True
-            each = (state.seconds - self.first[1]) / (state.step - self.first[0])
-            left = (1 - fraction) * (state.step - self.first[0]) / (fraction - self.first[2])
-            steps, minutes = state.step + left, left * each / 60
-            say(f"{each:.3g} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
+            self._say_forecast(state.step, seconds / timed, (1 - fraction) * timed / share)
+
+    def _say_forecast(self, done: int, each: float, left: float) -> None:
+        """Steps done and left, and the seconds of each."""
+        steps, minutes = done + left, left * each / 60
+        say(f"{each:.3g} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
+        if steps < _FEW_STEPS and self._batch_size > 1:
+            say(
+                f"these are few steps to learn in: with fewer than {self._batch_size} scans each "
+                "(--set schedule.batch_size=1) there are more of them"
+            )
 
     def validated(self, row: dict[str, Any]) -> None:
         """One line."""
