@@ -256,7 +256,9 @@ def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float 
             }
             write_json(done_file, done)
             dice = [scores.dice for scores in compared.values() if scores.dice is not None]
-            say(f"{number}/{len(cases)} {case.name}: Dice {', '.join(f'{d:.3f}' for d in dice) or 'undefined'}")
+            say(
+                f"{number}/{len(cases)} {case.name}: Dice {', '.join(f'{d:.3f}' for d in dice) or 'undefined'}"
+            )
         for label, scores in done["cases"][case.name]["scores"].items():
             rows.append(Row(case.name, int(label), model.label_names[int(label)], Scores(**scores)))
     summary = summarise(rows)
