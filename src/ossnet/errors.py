@@ -54,8 +54,9 @@ class ResourceError(OssnetError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for what Python, numpy and torch raise when memory runs out, on CPU and GPU."""
+    """True for what Python, numpy and torch raise when memory runs out, on CPU (any system) and GPU."""
     if isinstance(error, MemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
+    told = ("out of memory", "not enough memory", "allocate memory")
+    return isinstance(error, RuntimeError) and any(words in text for words in told)

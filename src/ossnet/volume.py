@@ -27,13 +27,15 @@ class FileHeader:
     """What a label map written for a scan takes over from the scan's file.
 
     `qform_code` and `sform_code` are NIfTI transform codes, `units` the raw `xyzt_units` byte,
-    `version` 1 or 2 for NIfTI-1 or NIfTI-2.
+    `version` 1 or 2 for NIfTI-1 or NIfTI-2. `to_qform`: rows of the 4×4 map, in mm, from where the affine puts
+    voxels to where the qform of the same file does; None where the two agree.
     """
 
     qform_code: int = 1
     sform_code: int = 1
     units: int = 2
     version: int = 1
+    to_qform: tuple[tuple[float, ...], ...] | None = None
 
 
 def flipped(array: np.ndarray, flips: tuple[bool, bool, bool]) -> np.ndarray:
@@ -188,6 +190,15 @@ class Volume(_Placed):
 
     data: Num[np.ndarray, "C X Y Z"]
 
+    def __post_init__(self) -> None:
+        if np.ndim(self.data) != 4:
+            raise VolumeError(
+                self.source or "volume",
+                f"its data has {np.ndim(self.data)} axes instead of 4 (channels, x, y, z)",
+                "Give data[None] for a scan of one channel",
+            )
+        super().__post_init__()
+
     @property
     def channels(self) -> int:
         """Number of channels."""
@@ -213,6 +224,13 @@ class LabelMap(_Placed):
 
     data: Integer[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if np.ndim(self.data) != 3:
+            raise VolumeError(
+                self.source or "label map", f"its data has {np.ndim(self.data)} axes", "Give (x, y, z)"
+            )
+        super().__post_init__()
 
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""

@@ -275,6 +275,56 @@ def test_plain_folders_with_channels(tmp_path: Path) -> None:
         images_in(tmp_path / "images")
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images/patient_{}.nii.gz", "labels/patient_{}.nii.gz"),
+        ("patient_{}.nii.gz", "patient_{}_seg.nii.gz"),
+    ],
+)
+@pytest.mark.parametrize("first", [0, 1])
+def test_four_digits_may_number_the_cases(tmp_path: Path, images: str, labels: str, first: int) -> None:
+    numbers = [f"{n:04d}" for n in range(first, first + 3)]
+    for number in numbers:
+        image(tmp_path / images.format(number), int(number))
+        label(tmp_path / labels.format(number))
+    data = open_dataset(tmp_path)
+    assert (data.names, data.problems) == (tuple(f"patient_{n}" for n in numbers), ())
+    assert [data.image(case).data.flat[0] for case in data.cases] == [int(n) for n in numbers]
+    # Scans alone: digits that do not begin at 0, or are more than a model has channels, are no channels.
+    for number in numbers:
+        (tmp_path / labels.format(number)).unlink()
+    folder = (tmp_path / images).parent
+    assert len(images_in(folder, 1)) == 3
+    assert len(images_in(folder)) == (3 if first else 1)
+    assert len(images_in(folder, 3)) == (3 if first else 1)
+
+
+def test_undeclared_values_are_no_classes(tmp_path: Path) -> None:
+    """Values 0 and 2 are declared, classes 0 and 1: a 1 in a file is neither."""
+    root = nnunet(tmp_path / "d", ("a",))
+    describe(
+        root, channel_names={"0": "T2", "1": "ADC"}, labels={"background": 0, "tumour": 2}, numTraining=1
+    )
+    label(root / "labelsTr" / "a.nii.gz", (0, 2))
+    data = open_dataset(root)
+    assert np.unique(data.labels(data.cases[0]).data).tolist() == [0, 1]
+    label(root / "labelsTr" / "a.nii.gz", (0, 1, 2))
+    with pytest.raises(VolumeError, match=r"holds label 1, .* declared are 0, 2"):
+        data.labels(data.cases[0])
+
+
+def test_values_of_any_size_become_classes(tmp_path: Path) -> None:
+    """Without a table as long as the largest value."""
+    image(tmp_path / "images" / "a.nii.gz")
+    data = np.zeros(SHAPE, np.uint32)
+    data.flat[:2] = 7, 2**32 - 1
+    write_labels(LabelMap(data, np.eye(4)), tmp_path / "labels" / "a.nii.gz")
+    found = open_dataset(tmp_path)
+    labels = found.labels(found.cases[0]).data
+    assert (labels.dtype, np.unique(labels).tolist()) == (np.uint8, [0, 1, 2])
+
+
 def test_one_file_with_several_channels(tmp_path: Path) -> None:
     image(tmp_path / "images" / "a.nii.gz", channels=3)
     label(tmp_path / "labels" / "a.nii.gz")

@@ -65,6 +65,26 @@ def test_a_small_band_is_taken_whole(resize: bool) -> None:
     assert everything.shape == (100, 3)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    target=st.tuples(*[st.integers(2, 20)] * 3),
+    wanted=st.integers(1, 400),
+    flips=st.tuples(*[st.booleans()] * 3),
+    seed=st.integers(0, 2**31),
+)
+def test_a_resized_band_is_drawn_from_without_repeats(
+    target: tuple[int, int, int], wanted: int, flips: tuple[bool, bool, bool], seed: int
+) -> None:
+    """All that was wanted, or all there is: shrunken grids have less of a band than the scan has."""
+    mask = np.zeros((10, 9, 8), np.uint8)
+    mask[3:7, 2:8, 1:5] = 1
+    fit = Fit.resize(mask.shape, target)
+    fitted = fit.labels(torch.from_numpy(flipped(mask, flips).copy())).numpy()
+    found = border_locations(np.random.default_rng(seed), np.flatnonzero(mask), fit, wanted, flips)
+    assert len(np.unique(found, axis=0)) == len(found) == min(wanted, int(fitted.sum()))
+    assert fitted[tuple(found.T)].all()
+
+
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 2**31), include=st.booleans())
 def test_uniform_locations_stay_inside(seed: int, include: bool) -> None:

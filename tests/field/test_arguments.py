@@ -12,6 +12,14 @@ CASES = {
     "field.logits([[float('nan'), 1, 1]])": "some are not finite",
     "field.segment(strategy='fast')": "'fast' is unknown",
     "model.field('scan.nii.gz')": "it is a str",
+    "field.segment(strategy='dense', spacings=2)": "there is no option spacings. Perhaps spacing is meant",
+    "field.segment(spacing=(1, 2))": "(1, 2) is not one value an axis",
+    "field.segment(shape=10)": "10 is not one value an axis",
+    "field.segment(like='a.nii.gz')": "it is a str. Read it",
+    "ossnet.Volume(field.volume.data[0], field.volume.affine)": "3 axes instead of 4",
+    "field.mesh(faces=2)": "faces: is 2",
+    "field.mesh(refinement='best')": "'best' is not known",
+    "model.field(nan).segment(strategy='dense')": "voxels are NaN or infinite",
 }
 
 
@@ -25,6 +33,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         "assert ossnet.__version__",
         "assert field.probability([[1, 2, 3]]).shape == (1,)",
         "print(field.volume)",
+        "import numpy as np",
+        "assert field.segment(spacing=np.float32(0.7)).shape == field.segment(spacing=0.7).shape",
+        "nan = ossnet.Volume(np.full(field.volume.data.shape, np.nan), np.eye(4))",
     ]
     for call in CASES:
         lines += ["try:", f"    {call}", "except ossnet.OssnetError as error:", "    print(error)"]

@@ -1,7 +1,9 @@
 """Many scans: finished files are final, processes share the work, the report says what was done."""
 
+import gc
 import json
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +296,52 @@ def test_memory_is_a_matter_of_one_scan(
     with pytest.raises(ResourceError, match=r"scan_1.*memory ran out"):
         run(model, scans, tmp_path / "out")
     assert len(times(tmp_path / "out")) == 4
+
+
+def test_a_scan_without_room_beside_another_is_read_alone(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_so_far: list[weakref.ref[Volume]] = []
+
+    def read(files: Any, **options: Any) -> Volume:
+        gc.collect()
+        if any(volume() is not None for volume in read_so_far):
+            raise ResourceError("no room")
+        volume = read_volume(files, **options)
+        read_so_far.append(weakref.ref(volume))
+        return volume
+
+    monkeypatch.setattr(cohort, "read_volume", read)
+    run(model, scans, tmp_path / "out")
+    assert len(times(tmp_path / "out")) == 5
+
+
+def test_processes_on_one_folder_share_it_and_its_report(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started without knowing of each other, as by a job array: one does two scans while the other does its first."""
+    out, usual = tmp_path / "out", cohort._segment
+
+    def meanwhile(model: Model, job: Job, volume: Volume, options: Options, made_by: str) -> Any:
+        monkeypatch.setattr(cohort, "_segment", usual)
+        segment_all(model, plan_jobs([scans / f"scan_{i}.nii.gz" for i in (2, 3)], out), options)
+        return usual(model, job, volume, options, made_by)
+
+    monkeypatch.setattr(cohort, "_segment", meanwhile)
+    said: list[str] = []
+    options = Options(device="cpu", precision="fp32")
+    report = segment_all(model, plan_jobs([scans], out), options, say=said.append)
+    assert sorted(report["scans"]) == [f"scan_{i}" for i in range(5)]
+    assert json.loads((out / "report.json").read_text())["scans"] == report["scans"]
+    assert [line for line in said if "another process" in line] == [
+        f"scan_{i} was finished by another process" for i in (2, 3)
+    ]
+    # A kill can lose entries: the label maps say what they can.
+    (out / "report.json").unlink()
+    again = run(model, scans, out)["scans"]
+    for name, entry in report["scans"].items():
+        assert again[name].items() <= entry.items()
+        assert "volumes_ml" in again[name]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ResourceError])

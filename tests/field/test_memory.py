@@ -2,8 +2,8 @@
 
 import pytest
 
-from ossnet.errors import ResourceError, SettingsError
-from ossnet.field.memory import MemoryNotice, chunk_for, format_size, halving, is_out_of_memory, parse_size
+from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
+from ossnet.field.memory import MemoryNotice, chunk_for, format_size, halving, parse_size
 
 
 @pytest.mark.parametrize(

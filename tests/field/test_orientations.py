@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests import tiny
 
 from ossnet.data.preparation import FitWarning
+from ossnet.errors import SettingsError
 from ossnet.field.field import Field
 from ossnet.field.grid import Grid
 from ossnet.field.model import Model
@@ -180,6 +181,21 @@ def test_probability_maps(models: dict[str, Model]) -> None:
         for orientation in SOME:
             found = bound(models[family], stored(scan, orientation)).probability_map()
             np.testing.assert_array_equal(found.data, orientation.apply(wanted.data))
+
+
+def test_meshes_take_labels_in_any_voxel_order(models: dict[str, Model]) -> None:
+    """A map that was edited elsewhere may be stored in another order, also one of equal shape."""
+    field = bound(models["multiscale"], tiny.scan((12, 12, 12), affine=PLACE))
+    labels = field.segment()
+    expected = field.mesh(labels=labels)
+    for orientation in SOME:
+        moved = labels.reoriented(orientation)
+        found = field.mesh(labels=LabelMap(np.ascontiguousarray(moved.data), moved.affine))
+        np.testing.assert_allclose(found.vertices, expected.vertices, atol=1e-6)
+    elsewhere = PLACE.copy()
+    elsewhere[0, 3] += 1
+    with pytest.raises(SettingsError, match="do not lie on the scan: corner voxels"):
+        field.mesh(labels=LabelMap(labels.data, elsewhere))
 
 
 def test_too_large_scans_are_resized_the_same_way(models: dict[str, Model]) -> None:

@@ -100,6 +100,15 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.rglob("*.json")} == {"a[1].json"}
 
 
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "a.json") as temporary:
+        temporary.write_text("half")
+        clear_unfinished(tmp_path / "a.json")
+        clear_unfinished(tmp_path)
+        assert temporary.exists()
+    assert (tmp_path / "a.json").read_text() == "half"
+
+
 def test_what_safetensors_says_of_a_full_disk(tmp_path: Path) -> None:
     """Its errors carry the system's number in their text."""
     (tmp_path / "a").write_text("before")

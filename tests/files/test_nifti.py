@@ -110,6 +110,26 @@ def test_codes_and_units_of_the_scan_are_kept(tmp_path: Path) -> None:
         assert read_labels(tmp_path / "a.nii.gz").header == header
 
 
+@pytest.mark.filterwarnings("ignore::ossnet.files.validate.VolumeWarning")
+@pytest.mark.parametrize("unit", [2, 3])
+def test_a_qform_elsewhere_is_kept_beside_the_sform(tmp_path: Path, unit: int) -> None:
+    """As registration leaves it: labels lie on the scan for programs that go by either."""
+    image = nib.Nifti1Image(values(), oblique())
+    image.header["xyzt_units"] = unit
+    image.set_qform(np.diag([1.0, 1.5, 2.0, 1.0]), 1)
+    image.set_sform(oblique(), 2)
+    image.to_filename(tmp_path / "a.nii")
+    volume = read_volume(tmp_path / "a.nii")
+    part = np.eye(4)
+    part[:3, 3] = 1, 2, 0
+    for shift in (np.eye(4), part):
+        LabelMap(values(np.uint8), volume.affine @ shift, header=volume.header).save(tmp_path / "b.nii")
+        made = nib.load(tmp_path / "b.nii")
+        assert (made.header["qform_code"], made.header["sform_code"]) == (1, 2)
+        np.testing.assert_allclose(made.get_qform(), image.get_qform() @ shift, atol=1e-4)
+        np.testing.assert_allclose(made.get_sform(), image.get_sform() @ shift, atol=1e-4)
+
+
 def test_shear_is_never_squeezed_into_a_qform(tmp_path: Path) -> None:
     LabelMap(values(np.uint8), sheared(), header=FileHeader(1, 1)).save(tmp_path / "a.nii")
     image = nib.load(tmp_path / "a.nii")

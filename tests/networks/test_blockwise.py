@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_an_answer_does_not_depend_on_what_else_is_asked() -> None:
     for some in (torch.arange(1), torch.arange(13, 50), torch.randperm(400)[:99]):
         fresh = BlockwiseEncoder(trained(), volume, block=16)
         assert torch.equal(fresh(locations[some]), together[some])
+
+
+def test_threads_take_turns() -> None:
+    """Each question moves what is covered and which blocks are kept."""
+    network, volume = trained(), torch.randn(1, 96, 40, 40)
+    places = [
+        torch.rand(50, 3) * torch.tensor([20.0, 39.0, 39.0]) + torch.tensor([x, 0, 0]) for x in (0, 30, 70)
+    ]
+    alone = [BlockwiseEncoder(network, volume)(p) for p in places]
+    for _ in range(3):
+        shared = BlockwiseEncoder(network, volume)
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(shared, places))
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_only_asked_blocks_are_computed() -> None:

@@ -31,10 +31,12 @@ def command(
     from ossnet.errors import SettingsError
     from ossnet.field.mesh import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
+    from ossnet.files.atomic import require_folder
     from ossnet.files.nifti import read_volume
 
     if out.suffix.lower().lstrip(".") not in MESH_FORMATS:
         raise SettingsError("--out", f"{out} is no mesh file", f"End it in .{', .'.join(MESH_FORMATS)}")
+    require_folder(out.parent)
     if smooth < 0:
         raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
     loaded = Model.load(model)

@@ -88,7 +88,7 @@ def command(
         overwrite=overwrite,
     )
     loaded = Model.load(model)
-    jobs = plan_jobs(images, out, channels_together=channels)
+    jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
     if dry_run:
         forecasts = forecast_all(loaded, jobs, options)
         if as_json:

@@ -15,7 +15,7 @@ from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
 from ossnet.errors import ResourceError
-from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
+from ossnet.volume import Affine, FileHeader, Orientation, Volume
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,6 @@ class CachedCase:
     def volume(self) -> Volume:
         """The (oriented) scan."""
         return Volume(self.image, self.affine, header=self.header)
-
-    def label_map(self) -> LabelMap:
-        """The (oriented) reference."""
-        return LabelMap(self.labels, self.affine, header=self.header)
 
 
 def load_case(
@@ -108,7 +104,6 @@ class CaseCache(Sequence[CachedCase]):
         limit_bytes: int,
         folder: Path,
         jobs: int = 2,
-        progress: Callable[[str], None] | None = None,
     ) -> None:
         self._cases: list[CachedCase] = []
         self.mapped_bytes = 0
@@ -122,8 +117,6 @@ class CaseCache(Sequence[CachedCase]):
                 else:
                     used += size
                 self._cases.append(case)
-                if progress:
-                    progress(case.name)
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -159,5 +152,6 @@ def _mapped(case: CachedCase, folder: Path) -> CachedCase:
                 f"{folder}: cases beyond data.cache_gb are kept here, and cannot be written "
                 f"({error.strerror or error}). Free some space, or raise data.cache_gb."
             ) from error
-        arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
+        # Copied where it is written to, which nobody does: torch warns of arrays that cannot be.
+        arrays[kind] = np.load(file, mmap_mode="c", allow_pickle=False)
     return replace(case, image=arrays["image"], labels=arrays["labels"])

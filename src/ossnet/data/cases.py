@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Integer
 
 from ossnet.data.splits import Split
 from ossnet.errors import DatasetError, InputError, VolumeError
@@ -46,6 +47,30 @@ class Case:
 def joined_name(structures: Iterable[str]) -> str:
     """The name of structures that are learnt as one."""
     return " and ".join(structures) or "foreground"
+
+
+def values_in_files(names: Mapping[int, str], label_map: Mapping[int, int]) -> set[int]:
+    """The values that label files may hold.
+
+    Args:
+        names: Class → name.
+        label_map: Value → class where they differ; the number of such a class is no value itself.
+    """
+    return set(label_map) | (set(names) - set(label_map.values()))
+
+
+def relabelled(
+    data: Integer[np.ndarray, "X Y Z"], label_map: Mapping[int, int]
+) -> Integer[np.ndarray, "X Y Z"]:
+    """A label map with classes for values, in the smallest type that holds them; values not named stay."""
+    values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
+    targets = np.array([label_map.get(int(v), int(v)) for v in values])
+    targets = targets.astype(np.min_scalar_type(int(targets.max(initial=0))))
+    if not len(values) or int(values[-1]) > np.iinfo(np.uint16).max:
+        return np.asarray(targets[np.searchsorted(values, data)])
+    table = np.zeros(int(values[-1]) + 1, targets.dtype)
+    table[values] = targets
+    return np.asarray(table[data])
 
 
 @dataclass(frozen=True)
@@ -160,22 +185,14 @@ class Dataset:
     def _classes(self, data: np.ndarray, where: Path) -> np.ndarray:
         values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
         found = [int(v) for v in values]
-        unknown = [v for v in found if self.label_map.get(v, v) not in self.label_names]
+        declared = values_in_files(self.label_names, self.label_map)
+        unknown = [v for v in found if v not in declared]
         if unknown:
             raise VolumeError(
                 where,
                 f"holds label {unknown[0]}, which the data set does not declare",
-                f"Declare it, or correct the file; declared are {', '.join(map(str, self._values()))}",
+                f"Declare it, or correct the file; declared are {', '.join(map(str, sorted(declared)))}",
             )
         if not any(v in self.label_map for v in found):
             return data
-        table = np.arange(max(found) + 1)
-        for value, target in self.label_map.items():
-            if value < len(table):
-                table[value] = target
-        return np.asarray(table.astype(np.min_scalar_type(self.classes - 1))[data])
-
-    def _values(self) -> list[int]:
-        """All values that label files may hold."""
-        hidden = {target for value, target in self.label_map.items() if value != target}
-        return sorted(set(self.label_map) | {v for v in self.label_names if v not in hidden} | hidden)
+        return relabelled(data, self.label_map)

@@ -5,6 +5,7 @@ lists scans to segment.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
 from ossnet.files.nifti import Nonfinite, read_header, read_labels
 
-__all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "images_in", "open_dataset"]
+__all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "images_in", "open_dataset"]
 
 
 def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonfinite = "refuse") -> Dataset:
@@ -70,10 +71,14 @@ def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonf
     return replace(_assemble(root, chosen, files, description), nonfinite=nonfinite)
 
 
-def images_in(path: Path | str) -> tuple[Case, ...]:
+def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]:
     """The scans to segment in a folder of any layout, or in a single file; labels are not needed.
 
-    A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case.
+    A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
+    case has more of them than there can be; otherwise the digits number the cases.
+
+    Args:
+        channels: Most channels of a scan.
 
     Raises:
         DatasetError: There is no such path, it holds no images, or a case lacks a channel.
@@ -84,7 +89,7 @@ def images_in(path: Path | str) -> tuple[Case, ...]:
     if not root.is_dir():
         raise DatasetError(root, "there is no such file or folder", "Check the path")
     files = Files(root)
-    for found in _unlabelled(root, files):
+    for found in _unlabelled(root, files, channels):
         cases, problems = _cases(found, None, need_labels=False)
         if problems:
             raise DatasetError(problems[0].where, problems[0].reason, problems[0].fix)
@@ -92,7 +97,7 @@ def images_in(path: Path | str) -> tuple[Case, ...]:
     raise DatasetError(root, *files.none())
 
 
-def _unlabelled(root: Path, files: Files) -> Iterator[Found]:
+def _unlabelled(root: Path, files: Files, channels: int | None) -> Iterator[Found]:
     """Readings of a folder as images without labels, the most telling first."""
     for layout in LAYOUTS:
         if layout.describe and (found := layout.find(files, labelled=False)).images:
@@ -121,6 +126,12 @@ def _unlabelled(root: Path, files: Files) -> Iterator[Found]:
         match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
         name, channel = (match[1], int(match[2])) if match else (stem(file), 0)
         images.setdefault(name, {}).setdefault(channel, []).append(file)
+    # Four digits number channels, from 0 on and no more than there can be, or else the cases.
+    numbered = [c for name, c in images.items() if any(stem(f[0]) != name for f in c.values())]
+    if numbered and (not any(0 in c for c in numbered) or max(map(len, numbered)) > (channels or math.inf)):
+        images = {}
+        for file in files.flat() or below:
+            images.setdefault(stem(file), {}).setdefault(0, []).append(file)
     if images:
         yield Found(images, {})
 
@@ -165,7 +176,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         names, mapping, more = _found_labels(cases)
         problems += more
     elif layout.describe:
-        names, mapping = _consecutive(names)
+        names, mapping = consecutive(names)
     split_file = root / "splits_final.json"
     return Dataset(
         root=root,
@@ -280,7 +291,7 @@ def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
     return tuple(replace(case, group=patient(case)) for case in cases)
 
 
-def _consecutive(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, int]]:
+def consecutive(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, int]]:
     """Classes 0 … K-1 for the values in ascending order, and the map from those that moved."""
     values = sorted({0, *names})
     mapping = {value: number for number, value in enumerate(values) if value != number}
@@ -306,7 +317,7 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
             [Problem(example, f"label files hold {len(found)} values", "Are they images? Give label maps")],
         )
     names = {v: "background" if v == 0 else f"label {v}" for v in found}
-    return (*_consecutive(names), [])
+    return (*consecutive(names), [])
 
 
 def _channel_names(cases: Sequence[Case]) -> tuple[str, ...]:

@@ -52,17 +52,20 @@ class Layout:
 
     def find(self, files: "Files", *, labelled: bool = True) -> "Found":
         """The images and labels among `files`."""
-        patterns = self.images if labelled else (self.unlabelled or self.images)
-        images: dict[str, dict[int, list[Path]]] = {}
-        for number, pattern in enumerate(patterns):
-            for match, path in files.matching(pattern):
-                channel = int(match.groupdict().get("channel") or number)
-                name = self.case_name.format(match["case"])
-                images.setdefault(name, {}).setdefault(channel, []).append(path)
         labels: dict[str, list[Path]] = {}
         for pattern in self.label:
             for match, path in files.matching(pattern):
                 labels.setdefault(self.case_name.format(match["case"]), []).append(path)
+        patterns = self.images if labelled else (self.unlabelled or self.images)
+        images: dict[str, dict[int, list[Path]]] = {}
+        for number, pattern in enumerate(patterns):
+            for match, path in files.matching(pattern):
+                digits = match.groupdict().get("channel")
+                name, channel = self.case_name.format(match["case"]), int(digits or number)
+                # Four digits number a channel, or the cases: then the label has them too.
+                if digits and not self.describe and f"{name}_{digits}" in labels:
+                    name, channel = f"{name}_{digits}", 0
+                images.setdefault(name, {}).setdefault(channel, []).append(path)
         return Found(images, labels)
 
 
@@ -142,6 +145,8 @@ class Found:
 
 
 _GLIOMA = {0: "background", 1: "necrotic core", 2: "edema", 3: "enhancing tumour"}
+_ENHANCING = {4: 3, 3: 3}
+"""Up to 2021 enhancing tumour is 4 in files, since then 3."""
 _FOUR = ("flair", "t1", "t1ce", "t2")
 _FOUR_2023 = ("t2f", "t1n", "t1c", "t2w")  # the same sequences in the same order
 # BraTS 2020 gave out the label of training case 355 under another name.
@@ -178,7 +183,7 @@ LAYOUTS = (
         label=(rf"(?:.*/)?(?P<case>[^/]+)_seg{NII}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
-        label_map={4: 3},
+        label_map=_ENHANCING,
     ),
     Layout(
         name="brats2023",
@@ -198,7 +203,7 @@ LAYOUTS = (
         label=(rf"(?:.*/)?(?P<case>[^/]+)[_-]seg{NII}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
-        label_map={4: 3},
+        label_map=_ENHANCING,
     ),
     Layout(
         name="lits",

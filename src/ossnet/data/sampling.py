@@ -99,25 +99,18 @@ def border_locations(
             voxels = voxels[rng.choice(len(voxels), count, replace=False, shuffle=False)]
         return np.asarray(_unravel(voxels, fit.source, flips) + np.array(fit.offset))
     first, many = zip(*(_preimages(n, s) for n, s in zip(fit.source, fit.target, strict=True)), strict=True)
-    most = np.array([int(m.max()) for m in many])
-    if len(voxels) * most.prod() <= 2 * count:
-        everything = _all_preimages(_unravel(voxels, fit.source, flips), first, many)
-        if len(everything) <= count:
-            return everything
-        return everything[rng.choice(len(everything), count, replace=False, shuffle=False)]
-    found = np.zeros((0, 3), dtype=np.int64)
-    while len(found) < count:
-        # A uniform voxel and a uniform slot; slots that the voxel does not have are rejected, so that every
-        # network voxel of the band is equally likely.
-        index = _unravel(voxels[rng.integers(0, len(voxels), 4 * count)], fit.source, flips)
-        slot = rng.integers(0, most, (len(index), 3))
-        have = np.stack([m[index[:, a]] for a, m in enumerate(many)], axis=1)
-        start = np.stack([f[index[:, a]] for a, f in enumerate(first)], axis=1)
-        hit = (start + slot)[(slot < have).all(axis=1)]
-        merged = np.concatenate([found, hit])
-        _, order = np.unique(np.ravel_multi_index(tuple(merged.T), fit.target), return_index=True)
-        found = merged[np.sort(order)]
-    return found[:count]
+    # Network voxels of the band, numbered scan voxel by scan voxel; a shrunken grid has none of most of these.
+    places = _unravel(voxels, fit.source, flips)
+    ends = np.cumsum(np.prod([m[places[:, a]] for a, m in enumerate(many)], axis=0))
+    total = int(ends[-1])
+    drawn = np.arange(total) if total <= count else rng.choice(total, count, replace=False, shuffle=False)
+    owner = np.searchsorted(ends, drawn, side="right")
+    index, rest = places[owner], ends[owner] - 1 - drawn
+    found = np.empty_like(index)
+    for axis in range(3):
+        rest, slot = np.divmod(rest, many[axis][index[:, axis]])
+        found[:, axis] = first[axis][index[:, axis]] + slot
+    return found
 
 
 def sample_locations(
@@ -200,16 +193,3 @@ def _preimages(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
     table = np.arange(target) * source // target
     many = np.bincount(table, minlength=source)
     return np.concatenate([[0], np.cumsum(many)[:-1]]), many
-
-
-def _all_preimages(index: np.ndarray, first: Sequence[np.ndarray], many: Sequence[np.ndarray]) -> np.ndarray:
-    parts = [
-        np.stack(
-            np.meshgrid(
-                *(np.arange(f[i], f[i] + m[i]) for i, f, m in zip(v, first, many, strict=True)), indexing="ij"
-            ),
-            axis=-1,
-        ).reshape(-1, 3)
-        for v in index
-    ]
-    return np.concatenate(parts).astype(np.int64)

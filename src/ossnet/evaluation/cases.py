@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ossnet.data.cases import joined_name
-from ossnet.data.layouts import Dataset, open_dataset
+from ossnet.data.cases import joined_name, relabelled, values_in_files
+from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row
@@ -74,7 +74,7 @@ class Matched:
         labels = read_labels(file)
         if _holds_classes(labels):
             values = {}
-        known = _file_values(self.names, values)
+        known = values_in_files(self.names, values)
         found = {int(v) for v in np.unique(labels.data)}
         if len(found) > _MANY and not self.names and not _in_pieces(labels):
             raise VolumeError(
@@ -90,10 +90,7 @@ class Matched:
             )
         if not found & set(values):
             return labels
-        table = np.arange(max(found) + 1)
-        for value, target in values.items():
-            table[value : value + 1] = target
-        return replace(labels, data=table.astype(np.min_scalar_type(int(table.max())))[labels.data])
+        return replace(labels, data=relabelled(labels.data, values))
 
 
 def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> Matched:
@@ -120,7 +117,8 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
             "Give one prediction, or the folder that holds the labels of all",
         )
     if labels.is_file():
-        return Matched((Pair(stem(predictions), predictions, labels),), dict(read_labels(labels).names))
+        only = (Pair(stem(predictions), predictions, labels),)
+        return Matched(only, dict(read_labels(labels).names), _values_of_undescribed(only))
 
     references, dataset = _references(labels)
     found = _predictions(predictions, references.keys())
@@ -139,7 +137,7 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
         )
     pairs = tuple(Pair(case, found[case], references[case]) for case in sorted(found))
     if dataset is None:
-        return Matched(pairs)
+        return Matched(pairs, values=_values_of_undescribed(pairs))
     names, values = dict(dataset.label_names), dict(dataset.label_map)
     return Matched(pairs, names, values, not values or _hold_file_values(pairs, names, values))
 
@@ -149,8 +147,30 @@ def _holds_classes(labels: LabelMap) -> bool:
     return labels.origin.startswith("ossnet")
 
 
-def _file_values(names: Mapping[int, str], values: Mapping[int, int]) -> set[int]:
-    return set(values) | (set(names) - set(values.values()))
+def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
+    """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
+
+    As in training: classes are the values in ascending order.
+
+    Raises:
+        DatasetError: There are more or fewer values than the model has structures, so that the order says nothing.
+    """
+    results = [labels for pair in pairs if _holds_classes(labels := read_labels(pair.prediction))]
+    if not results:
+        return {}
+    structures = set().union(*(labels.names for labels in results)) - {0}
+    references = [read_labels(pair.label) for pair in pairs]
+    values = {int(v) for label in references if not _holds_classes(label) for v in np.unique(label.data)} - {0}
+    if not structures or values <= structures or structures <= values:
+        return {}
+    if len(values) != len(structures):
+        raise DatasetError(
+            pairs[0].label,
+            f"label files hold {_listed([str(v) for v in sorted(values)])}, the model has {len(structures)} "
+            "structures: nothing says which is which",
+            "Give the folder of the data set, with its dataset.json, instead of single labels",
+        )
+    return consecutive(dict.fromkeys(values, ""))[1]
 
 
 def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: Mapping[int, int]) -> bool:
@@ -158,7 +178,7 @@ def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: M
 
     One answer for all of them; with values that fit both they are taken for those of the files.
     """
-    in_files = _file_values(names, values)
+    in_files = values_in_files(names, values)
     for pair in pairs:
         labels = read_labels(pair.prediction)
         found = {int(v) for v in np.unique(labels.data)}

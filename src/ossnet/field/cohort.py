@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from ossnet.field.model import Model, versions
 from ossnet.field.provenance import MARK, look_of, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
-from ossnet.files.nifti import origin_of, read_volume
+from ossnet.files.nifti import origin_of, read_labels, read_volume
 from ossnet.files.validate import VolumeWarning, read_header
-from ossnet.volume import Volume
+from ossnet.volume import LabelMap, Volume
 
 _REPORT_SECONDS = 10.0
 # Endings of files that people may hope for; a folder with such a name is a mistake.
@@ -112,13 +112,20 @@ class Job:
         return tuple(origin(model, scan, kind) for kind in kinds)
 
 
-def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bool = False) -> list[Job]:
+def plan_jobs(
+    images: Sequence[Path],
+    out: Path | None,
+    *,
+    channels_together: bool = False,
+    most_channels: int | None = None,
+) -> list[Job]:
     """Pair scans with targets.
 
     Args:
         images: Files, or folders in any layout.
         out: A file for one scan, otherwise a folder; None where nothing will be written.
         channels_together: The files are the channels of one scan.
+        most_channels: Those that the model takes: with more files of one name and four digits these are scans.
 
     Raises:
         DatasetError: A path that is not there, or a folder without scans.
@@ -131,7 +138,7 @@ def plan_jobs(images: Sequence[Path], out: Path | None, *, channels_together: bo
     else:
         for path in images:
             if path.is_dir():
-                scans += [(case.name, case.images) for case in images_in(path)]
+                scans += [(case.name, case.images) for case in images_in(path, most_channels)]
             elif path.exists():
                 scans.append((re.sub(r"_0000$", "", stem(path)), (path,)))
             else:
@@ -210,6 +217,7 @@ def segment_all(
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
     report = _Report(_report_file(jobs, rank, world), model, made_by, options)
+    report.complete([job for job in share if job not in todo])
     failed: list[OssnetError] = []
     count = len(share) - len(todo)
     try:
@@ -218,19 +226,23 @@ def segment_all(
             waiting = 1 if options.memory is None else 0
             written: list[tuple[Job, dict[str, Any], Future[None]]] = []
             try:
-                for job, scan in _read_ahead(todo, reader, options):
+                scans = _Reader(todo, reader, options)
+                for index, job in enumerate(todo):
                     while len(written) > waiting:
                         report.collect(written.pop(0))
                     try:
-                        with _memory_told(job):
-                            entry, save = _segment(model, job, scan.result(), options, origins[job.name][0])
+                        if not options.overwrite and _finished(job, options):
+                            say(f"{job.name} was finished by another process")
+                        else:
+                            with _memory_told(job):
+                                volume = scans.take(index)
+                                entry, save = _segment(model, job, volume, options, origins[job.name][0])
+                            written.append((job, entry, writer.submit(save)))
+                            say(f"{job.name}: {_told(entry)} → {job.target}")
+                            del volume, save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
                         failed.append(error)
                         report.refuse(job, error)
-                    else:
-                        written.append((job, entry, writer.submit(save)))
-                        say(f"{job.name}: {_told(entry)} → {job.target}")
-                        del save  # and the maps with it, once they are written
                     count += 1
                     if done:
                         done(count)
@@ -330,17 +342,13 @@ def _segment(
     maps = maps and replace(maps, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
-        "result": str(job.target),
-        "origin": made_by,
         "options": {k: v for k, v in options.deciding().items() if v not in (None, False, 0.0)},
-        "shape": list(labels.shape),
-        "spacing_mm": [round(s, 4) for s in labels.spacing],
+        **_found(job, labels),
         "strategy": labels.strategy,
         "locations": labels.evaluated,
         "encoder_seconds": round(encoder_seconds, 4),
         "octree_seconds": round(labels.seconds, 4),
         "seconds": round(time.perf_counter() - started, 4),
-        "volumes_ml": {labels.names.get(k, str(k)): round(v, 3) for k, v in labels.volumes_ml().items()},
     }
 
     def save() -> None:
@@ -349,6 +357,17 @@ def _segment(
         labels.save(job.target)  # last: its presence means finished
 
     return entry, save
+
+
+def _found(job: Job, labels: LabelMap) -> dict[str, Any]:
+    """Of a scan's entry, what its label map says."""
+    return {
+        "result": str(job.target),
+        "origin": labels.origin,
+        "shape": list(labels.shape),
+        "spacing_mm": [round(s, 4) for s in labels.spacing],
+        "volumes_ml": {labels.names.get(k, str(k)): round(v, 3) for k, v in labels.volumes_ml().items()},
+    }
 
 
 @contextmanager
@@ -364,18 +383,35 @@ def _memory_told(job: Job) -> Iterator[None]:
         ) from error
 
 
-def _read_ahead(
-    jobs: Sequence[Job], reader: ThreadPoolExecutor, options: Options
-) -> Iterator[tuple[Job, Future[Volume]]]:
-    def start(job: Job) -> Future[Volume]:
-        return reader.submit(read_volume, job.files, nonfinite="replace" if options.replace_nan else "refuse")
+class _Reader:
+    """Reads each scan while the one before is answered; with a grant of memory, which is for one scan, after it."""
 
-    following = start(jobs[0]) if jobs else None
-    for index, job in enumerate(jobs):
-        current = following
-        following = start(jobs[index + 1]) if index + 1 < len(jobs) else None
-        if current is not None:
-            yield job, current
+    def __init__(self, jobs: Sequence[Job], pool: ThreadPoolExecutor, options: Options) -> None:
+        self._jobs, self._pool, self._options = jobs, pool, options
+        self._ahead: tuple[int, Future[Volume]] | None = None
+
+    def take(self, index: int) -> Volume:
+        """The scan of a job; that of the next one is read from now on.
+
+        Raises:
+            InputError: The files cannot be trusted.
+            ResourceError: Memory does not hold the scan alone.
+        """
+        try:
+            if self._ahead is not None and self._ahead[0] == index:
+                with suppress(ResourceError, MemoryError):
+                    return self._ahead[1].result()
+                # There was no room beside the scan before, which is gone by now.
+                self._ahead = None
+            return self._read(self._jobs[index])
+        finally:
+            following = index + 1
+            self._ahead = None
+            if self._options.memory is None and following < len(self._jobs):
+                self._ahead = following, self._pool.submit(self._read, self._jobs[following])
+
+    def _read(self, job: Job) -> Volume:
+        return read_volume(job.files, nonfinite="replace" if self._options.replace_nan else "refuse")
 
 
 def _clear(jobs: Sequence[Job]) -> None:
@@ -390,8 +426,10 @@ def _clear(jobs: Sequence[Job]) -> None:
 def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
     """One error for all."""
     first, more = failed[0], len(failed) - 1
-    if not more or not isinstance(first, InputError):
+    if not more:
         return first
+    if not isinstance(first, InputError):
+        return type(first)(f"{first} {more} more could not be segmented either.")
     reason = f"{first.reason} ({more} more could not be segmented either)"
     return type(first)(first.where, reason, first.fix)
 
@@ -438,15 +476,28 @@ class _Report:
     def __init__(self, file: Path | None, model: Model, fingerprint: str, options: Options) -> None:
         self.file, self.model, self.fingerprint, self.options = file, model, fingerprint, options
         self.scans: dict[str, Any] = {}
+        """Entries of this process."""
         self._written = time.monotonic()
-        if file is not None and file.is_file():
-            try:
-                known = json.loads(file.read_text(encoding="utf-8"))
-                self.scans = dict(known["scans"])
-            except (ValueError, TypeError, KeyError):
-                raise SettingsError(
-                    file, "it is there and is no report of ossnet", "Move it away, or name another output"
-                ) from None
+        self._known()
+
+    def _known(self) -> dict[str, Any]:
+        """Entries in the file: of earlier runs, and of processes that work on the same folder."""
+        if self.file is None or not self.file.is_file():
+            return {}
+        try:
+            return dict(json.loads(self.file.read_text(encoding="utf-8"))["scans"])
+        except (ValueError, TypeError, KeyError):
+            raise SettingsError(
+                self.file, "it is there and is no report of ossnet", "Move it away, or name another output"
+            ) from None
+
+    def complete(self, finished: Sequence[Job]) -> None:
+        """Enter what is finished and was not entered, as after a kill: what its label map says."""
+        known = self._known()
+        for job in finished:
+            if "error" in known.get(job.name, ("error",)):
+                labels = read_labels(job.target)
+                self.scans[job.name] = {"files": [str(f) for f in job.files], **_found(job, labels)}
 
     def collect(self, item: tuple[Job, dict[str, Any], Future[None]]) -> None:
         """Wait until a label map is on the disk, then enter it."""
@@ -461,7 +512,7 @@ class _Report:
         self.scans[job.name] = {"error": str(error)}
 
     def content(self) -> dict[str, Any]:
-        """What the file holds."""
+        """What the file holds, or will hold."""
         return {
             "model": {
                 "variant": self.model.variant,
@@ -470,7 +521,7 @@ class _Report:
             },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},
             "versions": versions(),
-            "scans": self.scans,
+            "scans": self._known() | self.scans,
         }
 
     def write(self) -> None:

@@ -27,6 +27,7 @@ class DenseAnswer:
 
     Args:
         logits: (K, X, Y, Z) float, K = 1 for binary.
+        encoding_bytes: What making them took while it lasted.
     """
 
     chunk = 1 << 17
@@ -34,13 +35,14 @@ class DenseAnswer:
     dense = True
     """Everything is answered already: asking everywhere costs nothing more."""
 
-    def __init__(self, logits: Float[Tensor, "K X Y Z"]) -> None:
+    def __init__(self, logits: Float[Tensor, "K X Y Z"], encoding_bytes: int = 0) -> None:
         self.classes = logits.shape[0]
         x, y, z = logits.shape[1:]
         self.shape: Shape = (x, y, z)
         self.logits = logits.reshape(self.classes, -1)
         self.bytes_per_location = 8 * (3 + 3 + 1) + 4 * self.classes * 2
         self.fixed_bytes = logits.numel() * logits.element_size()
+        self.encoding_bytes = encoding_bytes
 
     @torch.no_grad()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
@@ -101,13 +103,15 @@ def prepare_unet(
         raise SettingsError(
             "image", f"has {scan.shape[0]} channels, the network takes {network.spec.channels}", "Give those"
         )
-    needed = _pass_bytes(network, scan.shape[1:], window) + (0 if scan.held is not None else scan.image_bytes)
+    needed = _pass_bytes(network, scan.shape[1:], window)
+    if scan.held is None:
+        needed = max(needed + scan.image_bytes, scan.hold_bytes)
     require(memory, needed + reserve + libraries, "a U-Net: it answers all voxels at once")
     image = scan.hold(device or "cpu")
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
     half = torch.autocast(image.device.type, torch.bfloat16, enabled=lower)
     with torch.no_grad(), exact_float32(image.device), half:
-        return DenseAnswer(_logits(network, image[None], window)[0])
+        return DenseAnswer(_logits(network, image[None], window)[0], needed)
 
 
 def _pass_bytes(network: UNet, shape: Shape, window: Shape | None) -> int:

@@ -85,7 +85,7 @@ def prepare(
     device = torch.device(device)
     network = _on(network.eval(), device)
     scan = image if isinstance(image, Scan) else Scan.of(image)
-    if scan.held is not None or device.type != "cpu" or isinstance(network, UNet) or engine == "plain":
+    if scan.held is not None or device.type != "cpu" or engine == "plain":
         scan.hold(device)
     return preparer(
         network,

@@ -5,6 +5,8 @@ Letters: N locations, K classes, X Y Z voxels.
 
 import time
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from inspect import signature
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,7 +31,7 @@ from ossnet.field.memory import (
     question_locations,
     require,
 )
-from ossnet.field.mesh import extract_mesh, mesh_bytes
+from ossnet.field.mesh import check_mesh_options, extract_mesh, mesh_bytes
 from ossnet.field.model import Model
 from ossnet.field.octree import Octree
 from ossnet.field.progress import Report, reporting
@@ -38,10 +40,22 @@ from ossnet.field.refinement import path_from, refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.field.scan import Scan
 from ossnet.field.strides import Path, check_path, parts, strides_within
-from ossnet.volume import Affine, LabelMap, Orientation, Shape, Volume, closest_canonical, spacing_of
+from ossnet.volume import (
+    Affine,
+    LabelMap,
+    Orientation,
+    Shape,
+    Volume,
+    closest_canonical,
+    same_place,
+    spacing_of,
+)
 
 if TYPE_CHECKING:
     import trimesh
+
+_STAGES_BYTES = 6
+"""Of the released stages for each voxel of the network's grid."""
 
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
 
@@ -49,6 +63,16 @@ THOROUGH: dict[str, Any] = {"safety": 0, "doubt": 8.0, "margin": 2.0, "seeds": T
 """How the octree looks for islands smaller than its lattice: where the coarse logits are not certain that there is
 none. It overlooks a tenth of those that it would overlook otherwise (`benchmarks/agreement.py`), and scans of any size
 are looked at in detail only near their structures."""
+
+
+OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
+    "function",
+    "shape",
+    "classes",
+    "region",
+    "progress",
+}
+"""Arguments of `refine` that `Field.segment` passes on."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,13 +245,21 @@ class Field:
         if strategy not in get_args(Strategy):
             known = ", ".join(get_args(Strategy))
             raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
+        if unknown := sorted(octree.keys() - OCTREE_OPTIONS):
+            near = get_close_matches(unknown[0], [*OCTREE_OPTIONS, *signature(Field.segment).parameters], 1)
+            fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(OCTREE_OPTIONS))}"
+            raise SettingsError("segment", f"there is no option {unknown[0]}", fix)
         how: str = strategy
         if strategy in START_STATES:
             if spacing is not None or shape is not None or like is not None or region is not None:
                 raise SettingsError(
                     "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
                 )
-            self._make_room_for_labels(self.grid, None)
+            # Two grids of the network's size, and what a stage makes of them.
+            self._make_room(
+                self._asking_bytes(self.grid) + _STAGES_BYTES * int(np.prod(self._fitted)),
+                "the released stages",
+            )
             self._cover(self.grid, None)
             started = time.perf_counter()
             with reporting(progress) as report:
@@ -326,18 +358,20 @@ class Field:
             structure: Its name or label.
             faces: Simplify to about this many triangles.
             smooth: Rounds of Taubin smoothing.
-            labels: What `segment` gave for the scan's own grid, if it was called already.
+            labels: What `segment` gave for the scan's own grid, if it was called already; also changed since, or
+                stored in another voxel order.
             options: Further arguments of `extract_mesh`.
 
         Raises:
-            SettingsError: No such structure, or the extra `mesh` is not installed.
+            SettingsError: No such structure, labels that do not lie on the scan, or the extra `mesh` is not installed.
             ResourceError: The grant does not hold the label map and the mesh.
         """
         label = self._label(structure)
-        known = labels if labels is not None else self.segment()
-        oriented = self._orientation.apply(known.data)
+        # Before the scan is segmented, which may take long.
+        check_mesh_options(faces, smooth, **options)
+        oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
         if self._grant is not None:
-            self._make_room(known.data.nbytes + mesh_bytes(oriented, label), "this mesh")
+            self._make_room(oriented.nbytes + mesh_bytes(oriented, label), "this mesh")
         return extract_mesh(
             self.asker(self.grid),
             self.grid.shape,
@@ -349,6 +383,14 @@ class Field:
             smooth=smooth,
             **options,
         )
+
+    def _as_stored(self, labels: LabelMap) -> Integer[np.ndarray, "X Y Z"]:
+        """Labels that lie on the scan, in its voxel order whatever theirs is."""
+        own = closest_canonical(self.volume.affine)
+        turned = labels.reoriented(closest_canonical(labels.affine))
+        if reason := same_place(self.volume.reoriented(own), turned):
+            raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
+        return own.undo(turned.data)
 
     def _label(self, structure: str | int) -> int:
         names = self.model.label_names
@@ -415,16 +457,19 @@ class Field:
         if sum(x is not None for x in (spacing, shape, like)) > 1:
             raise SettingsError("segment", "spacing, shape and like exclude each other", "Give one of them")
         if like is not None:
+            if not isinstance(like, Volume | LabelMap):
+                raise SettingsError("like", f"it is a {type(like).__name__}", "Read it: ossnet.read(path)")
             # Octrees start at a corner: the same one, whatever order the voxels of `like` are stored in.
             orientation = closest_canonical(like.affine)
             oriented = like.reoriented(orientation)
             return Grid(oriented.shape, oriented.affine), orientation
         if spacing is not None:
-            if not isinstance(spacing, int | float):
-                spacing = _moved_triple(spacing, self._orientation)
+            if np.ndim(spacing):
+                spacing = _moved_triple("spacing", spacing, self._orientation)
             return Grid.with_spacing(self.grid, spacing), self._orientation
         if shape is not None:
-            return Grid.with_shape(self.grid, _moved_triple(shape, self._orientation)), self._orientation
+            x, y, z = (int(n) for n in _moved_triple("shape", shape, self._orientation))
+            return Grid.with_shape(self.grid, (x, y, z)), self._orientation
         return self.grid, self._orientation
 
     def _oriented_region(self, region: Box | None, grid: Grid, orientation: Orientation) -> Box | None:
@@ -531,8 +576,9 @@ class Field:
         coarse = self._answer.coarse
         segmentation = None if coarse is None else coarse.float().cpu().numpy()
         stages = ReleasedStages(self._fitted, strategy, segmentation, reevaluate=reevaluate)  # type: ignore[arg-type]
+        identity, batch = np.eye(4), question_locations(1)
         while (voxels := stages.query()) is not None:
-            stages.update(ask_at(self._answer, voxels, np.eye(4)))
+            stages.update(*ask_all(lambda some: ask_at(self._answer, some, identity), voxels, batch))
             if progress:
                 progress(stages.evaluated, stages.pending)
         grid = stages.labels()
@@ -577,8 +623,10 @@ def _device(name: str | torch.device) -> torch.device:
     return device
 
 
-def _moved_triple(values: Any, orientation: Orientation) -> Any:
+def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
     """Per-axis values of the stored grid in the oriented axes."""
+    if np.shape(values) != (3,):
+        raise SettingsError(name, f"{values!r} is not one value an axis", "Give three")
     return tuple(values[a] for a in orientation.axes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TypeVar
 
-from ossnet.errors import ResourceError, SettingsError
+from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
 from ossnet.volume import Shape
 
 LIBRARIES = 96_000_000
@@ -124,16 +124,6 @@ def require(grant: int | None, needed: int | float, what: str) -> None:
         raise ResourceError(
             f"{format_size(grant)} of memory are granted, at least {format_size(needed)} are needed for {what}."
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for the refusals of Python's and torch's allocators, CPU and CUDA."""
-    if isinstance(error, MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "not enough memory" in text or "can't allocate" in text
-    )
 
 
 def halving(

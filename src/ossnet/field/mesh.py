@@ -84,8 +84,8 @@ def extract_mesh(
     Raises:
         SettingsError: For settings that have no meaning, or when the extra `mesh` is not installed.
     """
-    library = _trimesh()
-    _check(shape, labels, label, classes, faces, smooth, refinement, refine_steps, batch)
+    check_mesh_options(faces, smooth, refinement=refinement, refine_steps=refine_steps, batch=batch)
+    _check_labels(shape, labels, label, classes)
     steps = refine_steps if refine_steps is not None else (200 if refinement == "paper" else 8)
     values = _structure_values(function, label, np.array(shape), batch)
     slope = (
@@ -118,7 +118,7 @@ def extract_mesh(
         points = paper_refinement(values, slope, points, triangles, fixed, steps)
 
     world = points @ affine[:3, :3].T.astype(np.float64) + affine[:3, 3]
-    mesh = library.Trimesh(vertices=world, faces=outward(world, triangles), process=False)
+    mesh = _trimesh().Trimesh(vertices=world, faces=outward(world, triangles), process=False)
     mesh.units = "mm"
     return cast("trimesh.Trimesh", mesh)
 
@@ -155,16 +155,32 @@ def drop_small_parts(mask: Any, voxels: int) -> Any:
     return (np.bincount(parts.reshape(-1)) >= voxels)[parts] & mask
 
 
-def _check(
-    shape: Triple,
-    labels: Integer[np.ndarray, "X Y Z"] | None,
-    label: int,
-    classes: int,
-    faces: int | None,
-    smooth: int,
-    refinement: str,
-    steps: int | None,
-    batch: int,
+def check_mesh_options(
+    faces: int | None = None,
+    smooth: int = 0,
+    *,
+    refinement: str = "projection",
+    refine_steps: int | None = None,
+    batch: int = 1,
+    **_: Any,
+) -> None:
+    """Refuse options of `extract_mesh` that have no meaning, and all of them without the extra `mesh`.
+
+    Raises:
+        SettingsError: So.
+    """
+    _trimesh()
+    if faces is not None and faces < 4:
+        raise SettingsError("faces", f"is {faces}", "Give at least 4")
+    if smooth < 0 or (refine_steps is not None and refine_steps < 0) or batch < 1:
+        raise SettingsError("smooth, refine_steps, batch", "are counts", "Give 0 or more, batch at least 1")
+    if refinement not in get_args(MeshRefinement):
+        names = ", ".join(get_args(MeshRefinement))
+        raise SettingsError("refinement", f"{refinement!r} is not known", f"Choose one of {names}")
+
+
+def _check_labels(
+    shape: Triple, labels: Integer[np.ndarray, "X Y Z"] | None, label: int, classes: int
 ) -> None:
     if labels is not None and labels.shape != shape:
         raise SettingsError(
@@ -172,13 +188,6 @@ def _check(
         )
     if label < 1 or (labels is None and label >= classes):
         raise SettingsError("label", f"is {label} of {classes} classes", "Give a structure; 0 is background")
-    if faces is not None and faces < 4:
-        raise SettingsError("faces", f"is {faces}", "Give at least 4")
-    if smooth < 0 or (steps is not None and steps < 0) or batch < 1:
-        raise SettingsError("smooth, refine_steps, batch", "are counts", "Give 0 or more, batch at least 1")
-    if refinement not in get_args(MeshRefinement):
-        names = ", ".join(get_args(MeshRefinement))
-        raise SettingsError("refinement", f"{refinement!r} is not known", f"Choose one of {names}")
 
 
 def _structure_values(

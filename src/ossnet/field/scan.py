@@ -15,6 +15,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
+from ossnet.errors import VolumeError
 from ossnet.field.gather import PatchRows
 from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume
@@ -55,7 +56,18 @@ class Scan:
 
         Args:
             preprocessed: Take the values as they are: no normalisation.
+
+        Raises:
+            VolumeError: Voxels are NaN or infinite: `read` refuses these, arrays from elsewhere may hold some.
         """
+        # Plane by plane: a mask of the whole scan is memory that nobody granted.
+        planes = (plane for channel in _as_stored(volume.data) for plane in channel)
+        if volume.data.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in planes):
+            raise VolumeError(
+                volume.source or "scan",
+                "voxels are NaN or infinite",
+                "Replace them, for example by numpy.nan_to_num",
+            )
         oriented = volume.reoriented(preparation.orient(volume.affine))
         fit = preparation.fit_for(oriented.shape, oriented.spacing, str(volume.source or "scan"))
         return cls(oriented.data, fit, None if preprocessed else preparation)

@@ -5,6 +5,7 @@ folder, are flushed to the disk, and the finished file takes the place of the ol
 """
 
 import errno
+import importlib
 import json
 import os
 import re
@@ -38,7 +39,10 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         is_new = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=f"-{path.name}", dir=path.parent)
-        os.close(handle)
+        if _LOCKS is None:
+            os.close(handle)
+        else:
+            _lock(handle)  # others see that it is being written
     temporary = Path(name)
     try:
         with _told(path):
@@ -53,6 +57,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             if is_new:
                 path.parent.rmdir()
         raise
+    finally:
+        if _LOCKS is not None:
+            os.close(handle)
 
 
 def require_folder(path: Path | str) -> None:
@@ -72,7 +79,7 @@ def require_folder(path: Path | str) -> None:
 def clear_unfinished(path: Path | str) -> None:
     """Remove what killed processes left of writing `path`, or of any file below it where it is a folder.
 
-    For places where no other process is writing now.
+    What a process is writing now stays, where the file system knows locks.
     """
     path = Path(path)
     found = (
@@ -82,7 +89,13 @@ def clear_unfinished(path: Path | str) -> None:
     )
     for file in list(found):
         with suppress(OSError):
-            file.unlink()
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                free = _lock(descriptor)
+            finally:
+                os.close(descriptor)
+            if free:
+                file.unlink()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -123,6 +136,22 @@ def _told(path: Path) -> Iterator[None]:
                 path, f"cannot be written ({os.strerror(number or 0)})", "Choose another place for the output"
             ) from error
         raise
+
+
+_LOCKS: Any = None if os.name == "nt" else importlib.import_module("fcntl")
+"""Windows has no such locks and needs none: there a file that is open cannot be removed."""
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file until it is closed; False where another process has done so."""
+    try:
+        if _LOCKS is not None:
+            _LOCKS.flock(descriptor, _LOCKS.LOCK_EX | _LOCKS.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # the file system knows no locks
+    return True
 
 
 def _error_number(error: Exception) -> int | None:

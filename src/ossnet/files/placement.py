@@ -21,8 +21,8 @@ _rotation: Any = nib.quaternions.quat2mat
 _SET = "Set a valid qform or sform"
 
 
-def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, tuple[int, int], tuple[str, ...]]:
-    """Affine (voxel → mm), (qform, sform) codes, and what is unclear about them.
+def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, FileHeader, tuple[str, ...]]:
+    """Affine (voxel → mm), what a file written for this one takes over, and what is unclear about them.
 
     Raises:
         VolumeError: The place cannot be trusted: NaN, not invertible, no rotation, absurd voxel sizes.
@@ -30,17 +30,21 @@ def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, tuple[int, i
     notes: list[str] = []
     qcode, scode = int(raw["qform_code"]), int(raw["sform_code"])
     codes = (qcode if 0 < qcode < 6 else 0, scode if 0 < scode < 6 else 0)
+    qform: Affine | None = None
     if codes != (qcode, scode):
         notes.append(f"unknown affine codes (qform {qcode}, sform {scode}) are ignored")
     if codes[1]:
         affine = _sound(np.asarray(raw.get_sform(), dtype=np.float64), "sform", path)
         if codes[0]:
             try:
-                gap = largest_corner_gap(affine, _qform(raw, path), shape)
+                qform = _qform(raw, path)
+                gap = largest_corner_gap(affine, qform, shape)
             except (VolumeError, FloatingPointError):
                 notes.append("the qform has no meaning; the sform is used")
             else:
-                if not gap <= 0.5 * min(spacing_of(affine)):
+                if gap <= 0.5 * min(spacing_of(affine)):
+                    qform = None
+                else:
                     notes.append(
                         f"qform and sform place voxels up to {gap:.3g} apart; the sform is used, "
                         "other programs may use the qform"
@@ -64,15 +68,27 @@ def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, tuple[int, i
         notes.append(f"unknown unit of length ({unit}); millimetres are assumed")
     elif (factor := MM_PER_UNIT[unit]) != 1.0:
         notes.append(f"lengths are in {'metres' if unit == 1 else 'micrometres'} and are converted to mm")
-        affine = np.diag([factor, factor, factor, 1.0]) @ affine
-    return affine, codes, tuple(notes)
+        affine = _scaled(factor, affine)
+        qform = None if qform is None else _scaled(factor, qform)
+    moved = None if qform is None else (qform @ np.linalg.inv(affine)).tolist()
+    header = FileHeader(
+        *codes, units=int(raw["xyzt_units"]), to_qform=moved and tuple(tuple(row) for row in moved)
+    )
+    return affine, header, tuple(notes)
+
+
+def _scaled(factor: float, affine: Affine) -> Affine:
+    scaled: np.ndarray = np.diag([factor, factor, factor, 1.0]) @ affine
+    return scaled
 
 
 def write_place(header: Any, affine: Affine, kept: FileHeader, shape: tuple[int, int, int]) -> None:
     """Put an affine (in mm) into a header under the scan's codes where they can hold it, else as an sform."""
     # Lengths go back into the unit of the scan's file, so that programs that ignore units agree as well.
     factor = 1 / MM_PER_UNIT.get(kept.units & 7, 1.0)
-    affine = np.diag([factor, factor, factor, 1.0]) @ affine
+    # A program that shows the scan at its qform shows what belongs to it at a qform of its own.
+    qform = affine if kept.to_qform is None else np.array(kept.to_qform) @ affine
+    affine, qform = _scaled(factor, affine), _scaled(factor, qform)
     qcode, scode = kept.qform_code, kept.sform_code
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     tolerance = 1e-3 * float(sizes.min())
@@ -83,8 +99,8 @@ def write_place(header: Any, affine: Affine, kept: FileHeader, shape: tuple[int,
             header["pixdim"][0] = 1.0
             return
         scode = 1
-    header.set_qform(affine, qcode or 1, strip_shears=True)
-    if largest_corner_gap(affine, _qform(header, "header"), shape) > tolerance:
+    header.set_qform(qform, qcode or 1, strip_shears=True)
+    if largest_corner_gap(qform, _qform(header, "header"), shape) > tolerance:
         # A rotation and voxel sizes cannot say this (shear): only the sform can.
         qcode, scode = 0, scode or 1
     header["qform_code"] = qcode

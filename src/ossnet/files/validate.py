@@ -7,7 +7,7 @@ their meaning: NIfTI-1.1 (`nifti1.h`) and NIfTI-2 (`nifti2.h`).
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class _Check:
         shape, channels = self.dimensions()
         offset = self.offset()
         self.size(math.prod(shape) * channels * dtype.itemsize + offset)
-        affine, codes, notes = read_place(self.raw, shape, self.path)
+        affine, kept, notes = read_place(self.raw, shape, self.path)
         for note in notes:
             warnings.warn(f"{self.path}: {note}.", VolumeWarning, stacklevel=4)
         return Header(
@@ -188,12 +188,7 @@ class _Check:
             channels=channels,
             affine=affine,
             dtype=dtype,
-            file_header=FileHeader(
-                qform_code=codes[0],
-                sform_code=codes[1],
-                units=int(self.raw["xyzt_units"]),
-                version=2 if self.raw["sizeof_hdr"] == 540 else 1,
-            ),
+            file_header=replace(kept, version=2 if self.raw["sizeof_hdr"] == 540 else 1),
             scale=self.scale(),
             data_path=self.data_path,
             offset=offset,

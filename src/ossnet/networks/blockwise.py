@@ -12,6 +12,7 @@ Boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from math import ceil, prod
+from threading import RLock
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ ROWS = 64
 
 
 class BlockwiseEncoder:
-    """A trained network and one scan, as a function of position. Safe from one thread at a time.
+    """A trained network and one scan, as a function of position. Threads that ask at once take turns.
 
     Args:
         network: On `device`; put into evaluation mode.
@@ -130,6 +131,8 @@ class BlockwiseEncoder:
         self._coarse: list[MapPart] = []
         self._prediction: Tensor | None = None
         self.work, self.chunk, self.block = WORK_BYTES, chunk, self.padded
+        self._turn = RLock()
+        """Whoever asks moves what is covered and which blocks are kept."""
         self.set_aside(0)
 
     @property
@@ -155,6 +158,10 @@ class BlockwiseEncoder:
 
     def set_aside(self, size: int) -> None:
         """See `Coverable`; what is done at once becomes smaller or larger with it, kept blocks give way."""
+        with self._turn:
+            self._set_aside(size)
+
+    def _set_aside(self, size: int) -> None:
         before = self.reserve, self.work, self.chunk
         self.reserve = size + self.libraries
         chunk, block = self._wanted
@@ -196,10 +203,11 @@ class BlockwiseEncoder:
         float32 logits (x, y, z) for binary and (K, x, y, z) for K classes; int16 labels (x, y, z) for more
         classes than `MANY_CLASSES`. None as long as nothing is covered.
         """
-        if self._coarse and self._prediction is None:
-            with torch.inference_mode():
-                self._prediction = self._coarse_prediction()
-        return self._prediction
+        with self._turn:
+            if self._coarse and self._prediction is None:
+                with torch.inference_mode():
+                    self._prediction = self._coarse_prediction()
+            return self._prediction
 
     def cover(self, box: Box | None = None) -> None:
         """Encode what answers and predictions in a box depend on: the box with the receptive field around it.
@@ -210,6 +218,10 @@ class BlockwiseEncoder:
         Raises:
             ResourceError: The budget does not hold the maps.
         """
+        with self._turn:
+            self._cover(box)
+
+    def _cover(self, box: Box | None) -> None:
         whole: Box = ((0, 0, 0), self.shape)
         if box is not None:
             # A prediction is interpolated from the coarse cells around it.
@@ -247,15 +259,16 @@ class BlockwiseEncoder:
         places = torch.minimum(locations.to(self.device, torch.float32).clamp(min=0), last)
         out = torch.empty(len(places), self.classes, dtype=torch.float32, device=self.device)
         if len(places):
-            self._cover_places(places)
-            order, runs = self._by_block(places)
-            with exact_float32(self.device):
-                for first in range(0, len(order), self.chunk):
-                    chosen = order[first : first + self.chunk]
-                    out[chosen] = self._decode(
-                        places[chosen], self._runs_within(runs, first, first + len(chosen))
-                    )
+            with self._turn, exact_float32(self.device):
+                self._answer(places, out)
         return out[:, 0] if self.classes == 1 else out
+
+    def _answer(self, places: Tensor, out: Tensor) -> None:
+        self._cover_places(places)
+        order, runs = self._by_block(places)
+        for first in range(0, len(order), self.chunk):
+            chosen = order[first : first + self.chunk]
+            out[chosen] = self._decode(places[chosen], self._runs_within(runs, first, first + len(chosen)))
 
     def _cover_places(self, places: Tensor) -> None:
         low = triple(places.amin(0).floor().long().tolist())

@@ -1,5 +1,6 @@
 """Stages, widths and crops of the default network, chosen from the spacing and size of the scans."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
@@ -32,12 +33,25 @@ SMALL = ((16, 0, 1, 16), (32, 0, 1, 32), (64, 2, 0, 48), (96, 2, 0, 48))
 of accuracy (hippocampus, 4 minutes of a core: 0.879 both)."""
 
 
+_DIVISIBLE = 8
+"""Fewer cells than this along an axis are not halved."""
+
+
+def _finest(mm: Sequence[float], cells: Sequence[int]) -> float:
+    """The length of the shortest cells, of the axes that can be halved if there are any.
+
+    What has few cells keeps them, and would soon seem the finest: the slices of a thin slab, a 2D image's only one.
+    """
+    return min([m for m, n in zip(mm, cells, strict=True) if n >= _DIVISIBLE] or mm)
+
+
 def plan_stages(spacing: Spacing, shape: Triple, count: int, fine: bool) -> tuple[tuple[Triple, Triple], ...]:
     """(stride, kernel) of each stage.
 
     An axis is halved when its cells are not yet longer than those of the finest axis by a factor of 2 or
     more, and while at least 4 cells remain; kernels reach along an axis under the same rule. So 10 mm slices
-    stay whole until the cells in the slice have grown to that size.
+    stay whole until the cells in the slice have grown to that size. Axes that cannot be halved any more are not
+    measured against.
 
     Args:
         count: Number of stages.
@@ -45,13 +59,16 @@ def plan_stages(spacing: Spacing, shape: Triple, count: int, fine: bool) -> tupl
     """
     mm, cells, out = list(spacing), list(shape), []
     for i in range(count):
-        close = [m < 2 * min(mm) for m in mm]
+        divisible = [n >= _DIVISIBLE for n in cells]
+        finest = _finest(mm, cells)
+        close = [m < 2 * finest for m in mm]
         stride = [
-            2 if c and n >= 8 and not (fine and i == 0) else 1 for c, n in zip(close, cells, strict=True)
+            2 if c and d and not (fine and i == 0) else 1 for c, d in zip(close, divisible, strict=True)
         ]
         mm = [m * s for m, s in zip(mm, stride, strict=True)]
+        finest = min([m for m, d in zip(mm, divisible, strict=True) if d] or [finest])
         cells = [ceil(n / s) for n, s in zip(cells, stride, strict=True)]
-        kernel = [3 if m < 2 * min(mm) and n > 1 else 1 for m, n in zip(mm, cells, strict=True)]
+        kernel = [3 if m < 2 * finest and n > 1 else 1 for m, n in zip(mm, cells, strict=True)]
         out.append((triple(stride), triple(kernel)))
     return tuple(out)
 
@@ -97,7 +114,7 @@ def plan(
     reasons.append(f"stages: cells of {cells} mm")
     if spec.patch != (5, 5, 5):
         reasons.append(
-            f"raw patch {'×'.join(map(str, spec.patch))}: neighbouring voxels are far apart on the long axes"
+            f"raw patch {'×'.join(map(str, spec.patch))}: voxels are far apart, or alone, along the other axes"
         )
     crop = plan_crop(median_shape, spec.strides[-1], crop_voxels)
     whole = all(c >= n for c, n in zip(crop, median_shape, strict=True))
@@ -116,7 +133,13 @@ def _choose_spec(
     sizes = SMALL if fine else LARGE
     shapes = plan_stages(spacing, median_shape, len(sizes), fine)
     stages = tuple(Stage(*shape, *size) for shape, size in zip(shapes, sizes, strict=True))
-    patch = triple([5 if s < 2 * min(spacing) else (3 if s < 4 * min(spacing) else 1) for s in spacing])
+    finest = _finest(spacing, median_shape)
+    patch = triple(
+        [
+            1 if n == 1 or s >= 4 * finest else 3 if s >= 2 * finest else 5
+            for s, n in zip(spacing, median_shape, strict=True)
+        ]
+    )
     if fine:
         reasons.append(
             f"first stage at full resolution: the scans are small ({'×'.join(map(str, median_shape))})"

@@ -4,13 +4,17 @@ Everything random is drawn from (seed, epoch, place in the epoch), so a resumed 
 Under several processes each takes its share of every batch; rank 0 writes.
 """
 
+import csv
+import io
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -118,8 +122,6 @@ class Trainer:
             KeyboardInterrupt: After Ctrl-C or SIGTERM, between two steps, when the state was written.
             ResourceError: The disk is full; the last state is kept.
         """
-        if not self.train:
-            raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
         self._setup()
         # A run that ended before its first state goes on from the start.
         if resume and (self.out / STATE).exists():
@@ -127,7 +129,7 @@ class Trainer:
         write = self.settings.runtime.tensorboard and self.fabric.is_global_zero
         self.events = Events(self.out / "events" if write else None, self.state.step)
         self._started = time.monotonic() - self.state.seconds
-        self._saved = time.monotonic()
+        self._next_save = time.monotonic() + self.settings.runtime.checkpoint_seconds
         with (
             ThreadPoolExecutor(max(self._workers, 1), initializer=_compute_alone) as pool,
             StopRequest() as self.stop,
@@ -186,14 +188,14 @@ class Trainer:
 
     def _epochs(self, pool: ThreadPoolExecutor) -> None:
         schedule, every = self.settings.schedule, self.settings.validation.every
+        examples = self._examples(pool)
         while self.state.epoch < schedule.epochs or schedule.minutes is not None:
-            batches = self._epoch_batches(self.state.epoch)
-            self._steps_per_epoch = max(len(batches), 1)
-            for examples in self._prefetched(batches, pool):
-                fraction = self._fraction(len(batches))
+            self._steps_per_epoch = len(self._epoch_batches(self.state.epoch))
+            while self.state.position < self._steps_per_epoch:
+                fraction = self._fraction()
                 if fraction >= 1:
                     return
-                self._step(examples, fraction)
+                self._step(next(examples), fraction)
                 validates = schedule.minutes is not None and self.state.seconds >= self._next_validation()
                 if validates:
                     self._validate()
@@ -208,7 +210,7 @@ class Trainer:
 
     def _checkpoint(self, due: bool = False) -> None:
         """Write the state where it is due, and stop where that was asked of any process."""
-        due |= time.monotonic() - self._saved > self.settings.runtime.checkpoint_seconds
+        due |= time.monotonic() > self._next_save
         stop = self.stop.asked
         if self.fabric.world_size > 1:
             flags = torch.tensor([float(due), float(stop)], device=self.fabric.device)
@@ -230,36 +232,37 @@ class Trainer:
         share = (os.cpu_count() or 1) // self.settings.runtime.devices
         return min(max(share - 1, 2), 8)
 
-    def _prefetched(
-        self, batches: Sequence[Sequence[tuple[int, int]]], pool: ThreadPoolExecutor
-    ) -> Iterator[list[Any]]:
-        """Examples of the coming batches, prepared in threads, in order whatever the number of threads."""
-        epoch = self.state.epoch
-        drawn = len(batches) * self.settings.schedule.batch_size
-        passes = epoch * drawn / max(len(self.train) * self.recipe.repeats, _FEW)
+    def _examples(self, pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
+        """Examples of the coming batches, prepared in threads, in order whatever the number of threads.
 
-        def draw(place: int, case: int) -> Any:
-            rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
-            return self.recipe.example(self.train[case], rng, passes)
+        They run on into the epochs to come: an epoch of few cases is over before it is worth to wait for its first.
+        """
 
+        def begun() -> Iterator[list[Future[Any]]]:
+            epoch, position = self.state.epoch, self.state.position
+            while True:
+                batches = self._epoch_batches(epoch)
+                drawn = epoch * len(batches) * self.settings.schedule.batch_size
+                passes = drawn / max(len(self.train) * self.recipe.repeats, _FEW)
+                for batch in batches[position:]:
+                    yield [pool.submit(self._draw, epoch, passes, *item) for item in batch]
+                epoch, position = epoch + 1, 0
+
+        upcoming = begun()
         # One batch for the next step, and enough to keep every thread at work meanwhile.
-        ahead = 1 + math.ceil(self._workers / max(len(batches[0]), 1)) if batches else 1
-        waiting: list[list[Future[Any]]] = []
-        rest = iter(batches[self.state.position :])
-        for batch in rest:
-            waiting.append([pool.submit(draw, *item) for item in batch])
-            if len(waiting) == ahead:
-                break
-        while waiting:
-            ready = [future.result() for future in waiting.pop(0)]
-            following = next(rest, None)
-            if following is not None:
-                waiting.append([pool.submit(draw, *item) for item in following])
+        share = max(self.settings.schedule.batch_size // self.fabric.world_size, 1)
+        waiting = deque(islice(upcoming, 1 + math.ceil(self._workers / share)))
+        while True:
+            ready = [future.result() for future in waiting.popleft()]
+            waiting.append(next(upcoming))
             yield ready
+
+    def _draw(self, epoch: int, passes: float, place: int, case: int) -> Any:
+        rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
+        return self.recipe.example(self.train[case], rng, passes)
 
     def _step(self, examples: Sequence[Any], fraction: float) -> None:
         self._set_rates(fraction)
-        self.recipe.progress(fraction)
         self._whole = False  # the forward pass moves running averages already
         loss = self.gradients(examples)
         norm = nn.utils.clip_grad_norm_(
@@ -306,12 +309,12 @@ class Trainer:
         sent = torch.as_tensor(value, dtype=torch.float32, device=self.fabric.device)
         return float(self.fabric.all_reduce(sent, reduce_op="mean"))  # type: ignore[arg-type]
 
-    def _fraction(self, batches: int) -> float:
+    def _fraction(self) -> float:
         """How much of the training is done, 0 to 1: by time where minutes are given, otherwise by steps."""
         schedule = self.settings.schedule
         if schedule.minutes is not None:
             return self.state.seconds / (60 * schedule.minutes)
-        return (self.state.epoch + self.state.position / max(batches, 1)) / schedule.epochs
+        return (self.state.epoch + self.state.position / self._steps_per_epoch) / schedule.epochs
 
     def _next_validation(self) -> float:
         """Seconds at which the next validation is due, with a time limit: ten in all, a tenth of the time at most."""
@@ -408,19 +411,24 @@ class Trainer:
             yield
             return
         kept = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-        self.network.load_state_dict(self.average.values)
-        for optimiser in self.optimisers:
-            if isinstance(optimiser, Muon):
-                optimiser.restore_norms()
         try:
+            self.network.load_state_dict(self.average.values)
+            for optimiser in self.optimisers:
+                if isinstance(optimiser, Muon):
+                    optimiser.restore_norms()
             yield
         finally:
             self.network.load_state_dict(kept)
 
     def _save(self) -> None:
-        self._saved = time.monotonic()
-        if not self.fabric.is_global_zero:
-            return
+        started = time.monotonic()
+        if self.fabric.is_global_zero:
+            self._write_state()
+        ended = time.monotonic()
+        # Not before ten times as long as it took, on a slow disk: the time is for training.
+        self._next_save = ended + max(self.settings.runtime.checkpoint_seconds, 10 * (ended - started))
+
+    def _write_state(self) -> None:
         plain = asdict(self.state)
         plain["losses"] = torch.tensor(self.state.losses, dtype=torch.float64)
         save_state(
@@ -450,8 +458,11 @@ class Trainer:
     def _write_log(self) -> None:
         """`log.csv` and `losses.csv`, whole: after a resume they hold what the state holds."""
         keys = list(dict.fromkeys(key for row in self.state.rows for key in row))
-        lines = [",".join(keys)] + [",".join(str(row.get(k, "")) for k in keys) for row in self.state.rows]
-        write_text(self.out / "log.csv", "\n".join(lines) + "\n")
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, keys, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.state.rows)
+        write_text(self.out / "log.csv", table.getvalue())
         steps = "".join(f"{i},{loss!r}\n" for i, loss in enumerate(self.state.losses, 1))
         write_text(self.out / "losses.csv", f"step,loss\n{steps}")
 

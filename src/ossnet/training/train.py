@@ -111,6 +111,8 @@ def _train(
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
     parts = split(dataset, settings.data.fold)
+    if not parts.train:
+        raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
     plan = make_plan(dataset, train_cases, settings, resumed=out if resume else None)

@@ -86,9 +86,6 @@ class Recipe(ABC):
         """Examples drawn from each case in an epoch."""
         return 1
 
-    def progress(self, fraction: float) -> None:  # noqa: B027  most recipes have nothing to do
-        """Told before each step which fraction of the training is done."""
-
 
 def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Weights of convolutions, which Muon turns, and all other parameters.
