@@ -21,10 +21,11 @@ def read(run: Path) -> dict[str, Any]:
     with (run / "log.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     model = json.loads((run / "model" / "model.json").read_text())
+    splits = json.loads((run / "splits.json").read_text())
     out: dict[str, Any] = {
         "variant": model["variant"],
         "settings": json.loads((run / "settings.json").read_text()),
-        "splits": {k: len(v) for k, v in json.loads((run / "splits.json").read_text()).items()},
+        "splits": {k: len(splits[k]) for k in ("train", "val")},
         "curve": [
             {
                 k: round(row[k], 5)

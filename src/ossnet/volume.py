@@ -18,6 +18,9 @@ from ossnet.errors import VolumeError
 
 Affine = Float[np.ndarray, "4 4"]
 Shape = tuple[int, int, int]
+MARK = "ossnet"
+"""How the `origin` of our own results begins: label maps with it hold classes, whatever values label files have."""
+
 # Not typing.Self: the checks that tests add to each function do not know it outside of a checked class.
 _P = TypeVar("_P", bound="_Placed")
 

@@ -157,6 +157,7 @@ def test_values_that_are_classes_too_are_read_in_one_way(tmp_path: Path) -> None
     refused(evaluate(tmp_path / "mixed", reference, "--only-predicted"), "label 2", "declared are [1, 3, 4]")
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
 def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> None:
     """Results hold classes, masks 255: a data set folder says so, single files do not."""
     mine = replace(labels(1), origin="ossnet 0.1.0 model 1234", names={1: "part"})
@@ -168,13 +169,18 @@ def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> No
         assert [row["dice"] for row in json.loads(result.out)["cases"]] == [1]
     two = replace(labels(1, 2), origin="ossnet 0.1.0 model 1234", names={1: "front", 2: "back"})
     two.save(tmp_path / "results" / "a.nii.gz")
-    labels(2, 4).save(tmp_path / "labels" / "a.nii.gz")
+    labels(5, 7).save(tmp_path / "labels" / "a.nii.gz")
     result = evaluate(tmp_path / "results", tmp_path / "labels", "--json")
     assert [row["dice"] for row in json.loads(result.out)["cases"]] == [1, 1]
-    labels(4).save(tmp_path / "labels" / "a.nii.gz")
+    # Where some numbers are classes the others are not taken for the rest of these.
+    labels(1, 7).save(tmp_path / "labels" / "a.nii.gz")
+    result = evaluate(tmp_path / "results", tmp_path / "labels", "--json")
+    assert "equal numbers are compared" in " ".join(result.error.split())
+    assert [row["outcome"] for row in json.loads(result.out)["cases"]] == ["scored", "invented", "missed"]
+    labels(7).save(tmp_path / "labels" / "a.nii.gz")
     refused(
         evaluate(tmp_path / "results", tmp_path / "labels"),
-        "label files hold 4, the model has 2 structures",
+        "label files hold 7, the model has 2 structures",
         "Give the folder of the data set",
     )
 

@@ -291,8 +291,16 @@ def test_four_digits_may_number_the_cases(tmp_path: Path, images: str, labels: s
     data = open_dataset(tmp_path)
     assert (data.names, data.problems) == (tuple(f"patient_{n}" for n in numbers), ())
     assert [data.image(case).data.flat[0] for case in data.cases] == [int(n) for n in numbers]
+    # One without a label changes nothing for the others.
+    (tmp_path / labels.format(numbers[2])).unlink()
+    data = open_dataset(tmp_path)
+    assert data.names == (f"patient_{numbers[0]}", f"patient_{numbers[1]}")
+    assert [(Path(p.where).name, p.reason) for p in data.problems] == [
+        (f"patient_{numbers[2]}.nii.gz", "has no label")
+    ]
+    assert len(images_in(tmp_path)) == 3
     # Scans alone: digits that do not begin at 0, or are more than a model has channels, are no channels.
-    for number in numbers:
+    for number in numbers[:2]:
         (tmp_path / labels.format(number)).unlink()
     folder = (tmp_path / images).parent
     assert len(images_in(folder, 1)) == 3

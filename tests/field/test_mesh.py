@@ -213,7 +213,10 @@ def test_files_hold_the_same_surface(ending: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     back = trimesh.load(path, force="mesh")
     assert back.volume == pytest.approx(mesh.volume, rel=1e-4)
+    np.testing.assert_allclose(back.bounds, mesh.bounds, rtol=1e-4)
     assert back.is_watertight
+    # 3D Slicer takes meshes that do not say so for LPS.
+    assert ending == "glb" or b"SPACE=RAS" in path.read_bytes()[:200]
 
 
 def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:

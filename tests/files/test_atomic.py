@@ -101,12 +101,22 @@ def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    elsewhere = tmp_path / ".writing-0123abcd.1.abcdefgh-a.json"
+    elsewhere.write_text("half")
     with atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("half")
+        dead = tmp_path / temporary.name.replace(f".{os.getpid()}.", ".999999999.")
+        dead.write_text("half")
         clear_unfinished(tmp_path / "a.json")
         clear_unfinished(tmp_path)
         assert temporary.exists()
+        assert not dead.exists()
     assert (tmp_path / "a.json").read_text() == "half"
+    # Of another machine it is not known whether its process lives.
+    assert elsewhere.exists()
+    os.utime(elsewhere, (0, 0))
+    clear_unfinished(tmp_path / "a.json")
+    assert not elsewhere.exists()
 
 
 def test_what_safetensors_says_of_a_full_disk(tmp_path: Path) -> None:

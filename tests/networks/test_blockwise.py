@@ -1,3 +1,4 @@
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -90,17 +91,26 @@ def test_an_answer_does_not_depend_on_what_else_is_asked() -> None:
         assert torch.equal(fresh(locations[some]), together[some])
 
 
-def test_threads_take_turns() -> None:
-    """Each question moves what is covered and which blocks are kept."""
-    network, volume = trained(), torch.randn(1, 96, 40, 40)
-    places = [
-        torch.rand(50, 3) * torch.tensor([20.0, 39.0, 39.0]) + torch.tensor([x, 0, 0]) for x in (0, 30, 70)
-    ]
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question moves what is covered and which blocks are kept: others are let in where that shows."""
+    usual = BlockwiseEncoder._compute_block
+
+    def slow(encoder: BlockwiseEncoder, block: tuple[int, int, int]) -> Any:
+        time.sleep(0.002)
+        return usual(encoder, block)
+
+    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", slow)
+    network, volume = trained(), torch.randn(1, 600, 24, 24)
+    extent = torch.tensor([20.0, 23.0, 23.0])
+    places = [torch.rand(50, 3) * extent + torch.tensor([x, 0, 0]) for x in (0, 280, 560)]
     alone = [BlockwiseEncoder(network, volume)(p) for p in places]
     for _ in range(3):
         shared = BlockwiseEncoder(network, volume)
         with ThreadPoolExecutor(3) as pool:
-            together = list(pool.map(shared, places))
+            asked = [pool.submit(shared, p) for p in places]
+            while not all(a.done() for a in asked):
+                assert shared.fixed_bytes >= 0
+            together = [a.result() for a in asked]
         for one, other in zip(alone, together, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 

@@ -14,12 +14,15 @@ from tests.training.conftest import SMALL
 
 import ossnet
 from ossnet.errors import SettingsError
+from ossnet.evaluation.cases import match, score
+from ossnet.evaluation.tables import from_csv
 from ossnet.training.loop import State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import UNUSED, make_settings
 from ossnet.training.train import learnt_early, train
+from ossnet.volume import same_place
 
 
 class Stop:
@@ -57,12 +60,27 @@ def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     rows = list(csv.DictReader((finished / "log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert len(losses(finished)) == 1 + 3 * 2  # 8 training cases, batches of 4
+    assert "structures: shell, core" in (finished / "plan.txt").read_text()
     splits = json.loads((finished / "splits.json").read_text())
     assert len(splits["train"]) == 8
     assert not set(splits["train"]) & set(splits["val"])
     assert (
         len(json.loads((finished / "validation.json").read_text())["cases"]) == 2
     )  # one case, two structures
+
+
+def test_validation_leaves_its_segmentations(finished: Path, balls: Path) -> None:
+    """On the grid of the label files, holding classes: comparing them again gives the same scores."""
+    (name,) = json.loads((finished / "splits.json").read_text())["val"][:1]
+    made = ossnet.read_labels(finished / "validation" / f"{name}.nii.gz")
+    reference = ossnet.read_labels(balls / "labelsTr" / f"{name}.nii.gz")
+    assert same_place(made, reference) is None
+    assert dict(made.names) == {1: "shell", 2: "core"}
+    rows = score(match(finished / "validation", balls, only_predicted=True))
+    written = from_csv((finished / "validation.csv").read_text())
+    assert [row.case for row in rows] == [row.case for row in written]
+    for one, other in zip(rows, written, strict=True):
+        assert one.scores.dice == pytest.approx(other.scores.dice, abs=1e-5)
 
 
 def test_the_model_segments_a_scan(finished: Path, balls: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Train a network on a data set.",
     "segment": "Segment scans with a trained model.",
     "evaluate": "Compare segmentations with reference labels.",
+    "pool": "Put the validation scores of several runs together, as of a cross-validation.",
     "mesh": "Write the surface of a structure.",
     "import-weights": "Turn released OSS-Net weights into a model.",
     "info": "Show what a model is and how it was trained.",

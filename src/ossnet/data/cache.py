@@ -15,7 +15,7 @@ from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
 from ossnet.errors import ResourceError
-from ossnet.volume import Affine, FileHeader, Orientation, Volume
+from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,17 @@ class CachedCase:
     def volume(self) -> Volume:
         """The (oriented) scan."""
         return Volume(self.image, self.affine, header=self.header)
+
+    def reference(self) -> Integer[np.ndarray, "X Y Z"]:
+        """The labels as a network answers them: any of them is 1 where it is binary."""
+        return (self.labels > 0).astype(np.uint8) if self.classes == 1 else self.labels
+
+    def as_in_file(self, labels: LabelMap) -> LabelMap:
+        """A label map on the oriented grid, in the voxel order of the files."""
+        stored = self.orientation.undo(labels.data)
+        x, y, z = stored.shape
+        back = np.linalg.inv(self.orientation.matrix((x, y, z)))
+        return LabelMap(stored, labels.affine @ back, header=self.header, names=labels.names)
 
 
 def load_case(
@@ -152,6 +163,5 @@ def _mapped(case: CachedCase, folder: Path) -> CachedCase:
                 f"{folder}: cases beyond data.cache_gb are kept here, and cannot be written "
                 f"({error.strerror or error}). Free some space, or raise data.cache_gb."
             ) from error
-        # Copied where it is written to, which nobody does: torch warns of arrays that cannot be.
-        arrays[kind] = np.load(file, mmap_mode="c", allow_pickle=False)
+        arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
     return replace(case, image=arrays["image"], labels=arrays["labels"])

@@ -60,13 +60,27 @@ class Layout:
         images: dict[str, dict[int, list[Path]]] = {}
         for number, pattern in enumerate(patterns):
             for match, path in files.matching(pattern):
-                digits = match.groupdict().get("channel")
-                name, channel = self.case_name.format(match["case"]), int(digits or number)
-                # Four digits number a channel, or the cases: then the label has them too.
-                if digits and not self.describe and f"{name}_{digits}" in labels:
-                    name, channel = f"{name}_{digits}", 0
+                channel = int(match.groupdict().get("channel") or number)
+                name = self.case_name.format(match["case"])
                 images.setdefault(name, {}).setdefault(channel, []).append(path)
-        return Found(images, labels)
+        return Found(images if self.describe else _by_case(images, labels), labels)
+
+
+def _by_case(
+    images: Mapping[str, Mapping[int, list[Path]]], labels: Mapping[str, object]
+) -> dict[str, dict[int, list[Path]]]:
+    """Images whose four digits number the cases and no channels, as their labels show, each as a case."""
+    numbered = {name: {f"{name}_{c:04d}": {0: p} for c, p in found.items()} for name, found in images.items()}
+    if not any(case in labels for cases in numbered.values() for case in cases):
+        return {name: dict(found) for name, found in images.items()}
+    out: dict[str, dict[int, list[Path]]] = {}
+    for name, found in images.items():
+        digits = re.compile(rf"_\d{{4}}{NII}$", re.IGNORECASE)
+        split = name not in labels and all(
+            digits.search(path.name) for paths in found.values() for path in paths
+        )
+        out |= numbered[name] if split else {name: dict(found)}
+    return out
 
 
 class Files:

@@ -247,7 +247,8 @@ def as_float(
 ) -> Float[Tensor, "C X Y Z"]:
     """Voxels of any real type as a float32 tensor; moved to the device in their own type where torch has it."""
     native = image.astype(image.dtype.newbyteorder("="), copy=False)
-    if native.dtype in (np.uint16, np.uint32, np.uint64):
+    # Torch has not all unsigned types, and warns of arrays that are mapped read-only.
+    if native.dtype in (np.uint16, np.uint32, np.uint64) or not native.flags.writeable:
         native = native.astype(np.float32)
     tensor = torch.from_numpy(np.ascontiguousarray(native)).to(device)
     return tensor.to(torch.float32, copy=tensor.dtype == torch.float32)

@@ -15,8 +15,8 @@ from ossnet.errors import DatasetError, VolumeError
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row
 from ossnet.files.containers import is_image, stem
-from ossnet.files.nifti import read_labels
-from ossnet.volume import LabelMap, same_place
+from ossnet.files.nifti import origin_of, read_labels
+from ossnet.volume import MARK, LabelMap, same_place
 
 SUFFIXES = ("", "_seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")
 """What may follow the name of a case in the name of its prediction, in order of preference."""
@@ -123,6 +123,8 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     references, dataset = _references(labels)
     found = _predictions(predictions, references.keys())
     missing = [case for case in references if case not in found]
+    if not references:
+        raise DatasetError(labels, "has no labels that can be used", f"Look at it with ossnet check {labels}")
     if not found:
         raise DatasetError(
             predictions,
@@ -144,24 +146,34 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
 
 def _holds_classes(labels: LabelMap) -> bool:
     """Results of ossnet do, whatever values the label files of the training had."""
-    return labels.origin.startswith("ossnet")
+    return labels.origin.startswith(MARK)
 
 
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
     """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
 
-    As in training: classes are the values in ascending order.
+    As in training, classes are the values in ascending order; where some values are classes all of them are taken for
+    what they are.
 
     Raises:
         DatasetError: There are more or fewer values than the model has structures, so that the order says nothing.
     """
-    results = [labels for pair in pairs if _holds_classes(labels := read_labels(pair.prediction))]
-    if not results:
+    ours = next((p.prediction for p in pairs if origin_of(p.prediction).startswith(MARK)), None)
+    structures = set() if ours is None else set(read_labels(ours).names) - {0}
+    if not structures:
         return {}
-    structures = set().union(*(labels.names for labels in results)) - {0}
-    references = [read_labels(pair.label) for pair in pairs]
-    values = {int(v) for label in references if not _holds_classes(label) for v in np.unique(label.data)} - {0}
-    if not structures or values <= structures or structures <= values:
+    values: set[int] = set()
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        values.update(*pool.map(_values_in, {pair.label for pair in pairs}))
+    if not values or values <= structures or structures <= values:
+        return {}
+    if values & structures:
+        warnings.warn(
+            f"label files hold {_listed([str(v) for v in sorted(values)])}, the model answers "
+            f"{_listed([str(v) for v in sorted(structures)])}: equal numbers are compared. If they mean other "
+            "things, give the folder of the data set",
+            stacklevel=3,
+        )
         return {}
     if len(values) != len(structures):
         raise DatasetError(
@@ -171,6 +183,12 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
             "Give the folder of the data set, with its dataset.json, instead of single labels",
         )
     return consecutive(dict.fromkeys(values, ""))[1]
+
+
+def _values_in(file: Path) -> set[int]:
+    """Labels of a reference; none of a result of ossnet, which holds classes."""
+    labels = read_labels(file)
+    return set() if _holds_classes(labels) else {int(v) for v in np.unique(labels.data)} - {0}
 
 
 def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: Mapping[int, int]) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ossnet.errors import DatasetError
 from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Scores
 
 RESAMPLES = 10_000
@@ -120,6 +121,43 @@ def summarise(rows: Sequence[Row]) -> Summary:
     return Summary(tuple(classes))
 
 
+def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
+    """The rows of several tables together, by case, and their summary.
+
+    Args:
+        tables: Where each comes from → what `to_csv` wrote.
+
+    Raises:
+        DatasetError: One is another kind of table, a case is in two of them, or a class has two names.
+    """
+    rows: list[Row] = []
+    owner: dict[str, str] = {}
+    names: dict[int, str] = {}
+    for where, text in tables.items():
+        try:
+            found = from_csv(text)
+        except (KeyError, ValueError) as error:
+            raise DatasetError(
+                where, f"its scores cannot be read ({error})", "Let the run write them again"
+            ) from error
+        for row in found:
+            if owner.setdefault(row.case, where) != where:
+                raise DatasetError(
+                    where,
+                    f"case {row.case} was judged by {owner[row.case]} too",
+                    "Name one run for each fold",
+                )
+            if names.setdefault(row.label, row.name) != row.name:
+                raise DatasetError(
+                    where,
+                    f"structure {row.label} is {row.name}, and {names[row.label]} in other runs",
+                    "Name runs of one data set",
+                )
+        rows += found
+    rows.sort(key=lambda row: (row.case, row.label))
+    return rows, summarise(rows)
+
+
 def _of_class(label: int, rows: Sequence[Row]) -> ClassSummary:
     return ClassSummary(
         label,
@@ -200,6 +238,21 @@ def to_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         writer.writerow([row.case, row.label, row.name, *(_cell(getattr(row.scores, c)) for c in columns)])
     return out.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """The inverse of `to_csv`, to six digits.
+
+    Raises:
+        KeyError, ValueError: It is another table.
+    """
+    rows = []
+    for line in csv.DictReader(io.StringIO(text)):
+        values = {f.name: line[f.name] for f in fields(Scores)}
+        numbers = {k: float(v) if v else None for k, v in values.items() if k != "outcome"}
+        scores = Scores(**numbers, outcome=values["outcome"])  # type: ignore[arg-type]
+        rows.append(Row(line["case"], int(line["label"]), line["name"], scores))
+    return rows
 
 
 def _cell(value: object) -> object:

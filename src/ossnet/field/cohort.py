@@ -29,14 +29,18 @@ from ossnet.field.forecast import forecast
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
-from ossnet.field.provenance import MARK, look_of, origin
+from ossnet.field.provenance import look_of, origin
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json
 from ossnet.files.containers import stem
 from ossnet.files.nifti import origin_of, read_labels, read_volume
 from ossnet.files.validate import VolumeWarning, read_header
-from ossnet.volume import LabelMap, Volume
+from ossnet.volume import MARK, LabelMap, Volume
 
 _REPORT_SECONDS = 10.0
+
+_ATTEMPTS = 3
+"""To enter what was done into a report that others write as well."""
+
 # Endings of files that people may hope for; a folder with such a name is a mistake.
 _NO_FOLDERS = {
     ".gz",
@@ -235,13 +239,15 @@ def segment_all(
                             say(f"{job.name} was finished by another process")
                         else:
                             with _memory_told(job):
-                                volume = scans.take(index)
-                                entry, save = _segment(model, job, volume, options, origins[job.name][0])
+                                made_by = origins[job.name][0]
+                                entry, save = _segment(model, job, scans.take(index), options, made_by)
                             written.append((job, entry, writer.submit(save)))
                             say(f"{job.name}: {_told(entry)} → {job.target}")
-                            del volume, save  # and the maps with it, once they are written
+                            del save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
-                        failed.append(error)
+                        # With its traceback it would keep the scan and its field.
+                        error.__cause__ = error.__context__ = None
+                        failed.append(error.with_traceback(None))
                         report.refuse(job, error)
                     count += 1
                     if done:
@@ -521,11 +527,26 @@ class _Report:
             },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},
             "versions": versions(),
-            "scans": self._known() | self.scans,
+            "scans": self._all(),
         }
+
+    def _all(self) -> dict[str, Any]:
+        """Entries of all; what failed here may have been done by others."""
+        known = self._known()
+        own = {
+            name: entry
+            for name, entry in self.scans.items()
+            if "error" not in entry or "error" in known.get(name, entry)
+        }
+        return known | own
 
     def write(self) -> None:
         """Bring the file up to date."""
         self._written = time.monotonic()
-        if self.file is not None and any("error" not in entry for entry in self.scans.values()):
+        if self.file is None or all("error" in entry for entry in self.scans.values()):
+            return
+        # Another process may write at the same time: then what it read was without these entries.
+        for _ in range(_ATTEMPTS):
             write_json(self.file, self.content())
+            if self._all() == self._known():
+                return

@@ -106,7 +106,9 @@ def prepare_unet(
     needed = _pass_bytes(network, scan.shape[1:], window)
     if scan.held is None:
         needed = max(needed + scan.image_bytes, scan.hold_bytes)
-    require(memory, needed + reserve + libraries, "a U-Net: it answers all voxels at once")
+    # Image and pass are over before anything is asked of the map.
+    asked = 4 * network.spec.classes * prod(scan.shape[1:]) + reserve
+    require(memory, max(needed, asked) + libraries, "a U-Net: it answers all voxels at once")
     image = scan.hold(device or "cpu")
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
     half = torch.autocast(image.device.type, torch.bfloat16, enabled=lower)

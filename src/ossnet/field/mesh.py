@@ -17,7 +17,7 @@ from ossnet.errors import InputError, SettingsError
 from ossnet.field.isosurface import Surface, bounding_box, marching_cubes, narrow_band, outward
 from ossnet.field.projection import along_edges, along_gradient, central_differences, paper_refinement
 from ossnet.field.refinement import refine
-from ossnet.files.atomic import atomic_write
+from ossnet.files.atomic import write_bytes
 
 if TYPE_CHECKING:
     import trimesh
@@ -132,8 +132,14 @@ def mesh_bytes(labels: Integer[np.ndarray, "X Y Z"], label: int) -> int:
     return int(2 * mask.size + _BAND_BYTES * len(narrow_band(mask)) + _SLABS_BYTES)
 
 
+_SPACE, _STL_HEADER = b"ossnet SPACE=RAS", 80
+
+
 def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:
     """Write a mesh as STL, PLY, OBJ or GLB, by the ending of the path, atomically.
+
+    STL, PLY and OBJ say in a comment that their axes point right, anterior, superior (`SPACE=RAS`), as 3D Slicer writes
+    and reads it: without, it takes meshes for left, posterior, superior, and shows them turned.
 
     Raises:
         InputError: If the ending is another.
@@ -145,8 +151,16 @@ def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:
         endings = ", ".join(f".{f}" for f in MESH_FORMATS)
         raise InputError(path, "is no mesh file that can be written", f"Choose one of {endings}")
     data: Any = mesh.export(file_type=kind)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    content = data.encode("utf-8") if isinstance(data, str) else bytes(data)
+    if kind == "stl":
+        content = _SPACE.ljust(_STL_HEADER, b"\0") + content[_STL_HEADER:]
+    elif kind == "ply":
+        first, rest = content.split(b"\n", 1)
+        form, rest = rest.split(b"\n", 1)
+        content = b"\n".join([first, form, b"comment " + _SPACE, rest])
+    elif kind == "obj":
+        content = b"# " + _SPACE + b"\n" + content
+    write_bytes(path, content)
 
 
 def drop_small_parts(mask: Any, voxels: int) -> Any:

@@ -9,9 +9,7 @@ from typing import Any
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate
-
-MARK = "ossnet"
-"""How the line begins."""
+from ossnet.volume import MARK
 
 _BLOCK = 4096
 """Bytes that are looked at in one place of a file."""

@@ -5,20 +5,25 @@ folder, are flushed to the disk, and the finished file takes the place of the ol
 """
 
 import errno
-import importlib
 import json
 import os
+import platform
 import re
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from ossnet.errors import InputError, ResourceError
 
 _PREFIX = ".writing-"
+_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+_LONG = 3600.0
+"""Seconds after which a file that a process elsewhere began is given up."""
+
 # Quota exceeded is, for a user, the same as a full disk.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -38,11 +43,9 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     with _told(path):
         is_new = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=f"-{path.name}", dir=path.parent)
-        if _LOCKS is None:
-            os.close(handle)
-        else:
-            _lock(handle)  # others see that it is being written
+        begun = f"{_PREFIX}{_HOST}.{os.getpid()}."
+        handle, name = tempfile.mkstemp(prefix=begun, suffix=f"-{path.name}", dir=path.parent)
+        os.close(handle)
     temporary = Path(name)
     try:
         with _told(path):
@@ -57,9 +60,6 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             if is_new:
                 path.parent.rmdir()
         raise
-    finally:
-        if _LOCKS is not None:
-            os.close(handle)
 
 
 def require_folder(path: Path | str) -> None:
@@ -79,23 +79,33 @@ def require_folder(path: Path | str) -> None:
 def clear_unfinished(path: Path | str) -> None:
     """Remove what killed processes left of writing `path`, or of any file below it where it is a folder.
 
-    What a process is writing now stays, where the file system knows locks.
+    What a process is writing now stays: one of this machine that lives, or any within the last hour.
     """
     path = Path(path)
-    found = (
-        path.rglob(f"{_PREFIX}*")
-        if path.is_dir()
-        else path.parent.glob(f"{_PREFIX}{'?' * 8}-{escape(path.name)}")
-    )
-    for file in list(found):
-        with suppress(OSError):
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                free = _lock(descriptor)
-            finally:
-                os.close(descriptor)
-            if free:
+    folder, name = (path, ".+") if path.is_dir() else (path.parent, re.escape(path.name))
+    ours = re.compile(rf"{re.escape(_PREFIX)}(?:(?P<host>[0-9a-f]{{8}})\.(?P<pid>\d+)\.)?[^-]+-{name}")
+    for file in list(path.rglob(f"{_PREFIX}*") if path.is_dir() else folder.glob(f"{_PREFIX}*")):
+        match = ours.fullmatch(file.name)
+        if match and not _is_written(file, match["host"], match["pid"]):
+            with suppress(OSError):
                 file.unlink()
+
+
+def _is_written(file: Path, host: str | None, pid: str | None) -> bool:
+    """Whether the process that began a temporary file may be at work on it."""
+    if host is None or pid is None:
+        return False
+    if host == _HOST and os.name != "nt":  # there this signal would end it
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
+    with suppress(OSError):
+        return time.time() - file.stat().st_mtime < _LONG
+    return True
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -136,22 +146,6 @@ def _told(path: Path) -> Iterator[None]:
                 path, f"cannot be written ({os.strerror(number or 0)})", "Choose another place for the output"
             ) from error
         raise
-
-
-_LOCKS: Any = None if os.name == "nt" else importlib.import_module("fcntl")
-"""Windows has no such locks and needs none: there a file that is open cannot be removed."""
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock an open file until it is closed; False where another process has done so."""
-    try:
-        if _LOCKS is not None:
-            _LOCKS.flock(descriptor, _LOCKS.LOCK_EX | _LOCKS.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # the file system knows no locks
-    return True
 
 
 def _error_number(error: Exception) -> int | None:

@@ -111,6 +111,8 @@ class BlockwiseEncoder:
         home = volume.device if isinstance(volume, Tensor) else torch.device("cpu")
         self.device = torch.device(device) if device is not None else home
         self.network = network.eval()
+        self._turn = RLock()
+        """Whoever asks moves what is covered and which blocks are kept."""
         self.source: Source = Held(volume.to(self.device)) if isinstance(volume, Tensor) else volume
         self.spec, self.budget = spec, budget
         self.reserve, self.libraries = libraries, libraries
@@ -131,8 +133,6 @@ class BlockwiseEncoder:
         self._coarse: list[MapPart] = []
         self._prediction: Tensor | None = None
         self.work, self.chunk, self.block = WORK_BYTES, chunk, self.padded
-        self._turn = RLock()
-        """Whoever asks moves what is covered and which blocks are kept."""
         self.set_aside(0)
 
     @property
@@ -146,8 +146,9 @@ class BlockwiseEncoder:
     @property
     def fixed_bytes(self) -> int:
         """Memory held without the scan: coarse maps, and the fine blocks that are kept."""
-        kept = [m.bytes for m in self._coarse] + [m.bytes for maps in self.blocks.values() for m in maps]
-        return sum(kept)
+        with self._turn:
+            fine = (m for maps in self.blocks.values() for m in maps)
+            return sum(m.bytes for m in (*self._coarse, *fine))
 
     @property
     def room(self) -> int | None:

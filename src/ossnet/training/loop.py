@@ -210,7 +210,7 @@ class Trainer:
 
     def _checkpoint(self, due: bool = False) -> None:
         """Write the state where it is due, and stop where that was asked of any process."""
-        due |= time.monotonic() > self._next_save
+        due |= self.fabric.is_global_zero and time.monotonic() > self._next_save
         stop = self.stop.asked
         if self.fabric.world_size > 1:
             flags = torch.tensor([float(due), float(stop)], device=self.fabric.device)
@@ -238,11 +238,13 @@ class Trainer:
         They run on into the epochs to come: an epoch of few cases is over before it is worth to wait for its first.
         """
 
+        schedule = self.settings.schedule
+
         def begun() -> Iterator[list[Future[Any]]]:
             epoch, position = self.state.epoch, self.state.position
-            while True:
+            while epoch < schedule.epochs or schedule.minutes is not None:
                 batches = self._epoch_batches(epoch)
-                drawn = epoch * len(batches) * self.settings.schedule.batch_size
+                drawn = epoch * len(batches) * schedule.batch_size
                 passes = drawn / max(len(self.train) * self.recipe.repeats, _FEW)
                 for batch in batches[position:]:
                     yield [pool.submit(self._draw, epoch, passes, *item) for item in batch]
@@ -250,11 +252,11 @@ class Trainer:
 
         upcoming = begun()
         # One batch for the next step, and enough to keep every thread at work meanwhile.
-        share = max(self.settings.schedule.batch_size // self.fabric.world_size, 1)
+        share = max(schedule.batch_size // self.fabric.world_size, 1)
         waiting = deque(islice(upcoming, 1 + math.ceil(self._workers / share)))
-        while True:
+        while waiting:
             ready = [future.result() for future in waiting.popleft()]
-            waiting.append(next(upcoming))
+            waiting.extend(islice(upcoming, 1))
             yield ready
 
     def _draw(self, epoch: int, passes: float, place: int, case: int) -> Any:

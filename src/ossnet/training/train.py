@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -18,12 +17,11 @@ from ossnet.data.layouts import Case, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
 from ossnet.data.splits import split
 from ossnet.errors import SettingsError
-from ossnet.evaluation.metrics import Scores, compare
-from ossnet.evaluation.tables import Row, Summary, format_estimate, summarise, to_csv, to_json
-from ossnet.field.model import Model
+from ossnet.evaluation.tables import format_estimate
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
+from ossnet.training.judging import judge
 from ossnet.training.loop import STATE, Listener, State, Trainer
 from ossnet.training.planning import make_plan
 from ossnet.training.processes import ending_together, quieten_fabric, with_processes
@@ -52,7 +50,8 @@ def train(
 
     Args:
         data: A data set in any known layout.
-        out: The run folder: `model/` (best), `last/`, `log.csv`, `settings.json`, `splits.json`, pictures.
+        out: The run folder: `model/` (best), `last/`, `plan.txt` (what was picked, and why), `log.csv`,
+            `settings.json`, `splits.json`, pictures; at the end `validation/`, `validation.csv`, `validation.json`.
         settings: All settings; when resuming, those of the run are used instead.
         resume: Continue a run that was stopped, bit for bit (same data, devices and threads; with a time limit the
             schedule follows the clock; a GPU adds up in an order of its own).
@@ -120,7 +119,7 @@ def _train(
     for reason in plan.reasons:
         say(reason)
     say(_computes_on(fabric))
-    used = {"train": list(parts.train), "val": list(parts.validation)}
+    used = {"data": str(data.resolve()), "train": list(parts.train), "val": list(parts.validation)}
     if resume:
         _require_same_split(out / "splits.json", used, data)
     # What a killed process left is of no use.
@@ -160,6 +159,7 @@ def _train(
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
             write_json(out / "splits.json", used)
+            write_text(out / "plan.txt", "\n".join(plan.reasons) + "\n")
             write_json(out / "settings.json", settings.model_dump(mode="json"))
         if remark := learnt_early(trainer.run(resume)):
             say(remark)
@@ -171,8 +171,7 @@ def _train(
 
 def _surface_mm2(case: CachedCase) -> float:
     """Of what the model draws: all labels as one structure where it is binary."""
-    labels = (case.labels > 0).astype("uint8") if case.classes == 1 else case.labels
-    return LabelMap(labels, case.affine).surface_mm2()
+    return LabelMap(case.reference(), case.affine).surface_mm2()
 
 
 def make_fabric(settings: Settings) -> Fabric:
@@ -234,41 +233,6 @@ def _computes_on(fabric: Fabric) -> str:
     return f"on {name}{several}, in {'bfloat16 where that is enough' if half else 'float32'}"
 
 
-def judge(run: Path, cases: Sequence[CachedCase], say: Say, tolerance_mm: float = 1.0) -> Summary:
-    """Segment whole scans with the best model of a run and compare; a case that is done is not done again."""
-    model = Model.load(run)
-    classes = max(model.classes, 2)
-    done_file = run / "validation_rows.json"
-    stamp = str(model.metadata.get("metrics"))
-    done: dict[str, Any] = {"model": stamp, "cases": {}}
-    if done_file.is_file():
-        known = json.loads(done_file.read_text(encoding="utf-8"))
-        if known.get("model") == stamp:
-            done = known
-    rows: list[Row] = []
-    for number, case in enumerate(cases, 1):
-        if case.name not in done["cases"]:
-            found = model.field(case.volume()).segment()
-            reference = (case.labels > 0).astype("uint8") if model.classes == 1 else case.labels
-            compared = compare(found.data, reference, case.affine, range(1, classes), tolerance_mm)
-            done["cases"][case.name] = {
-                "scores": {str(k): asdict(v) for k, v in compared.items()},
-                "evaluated": found.evaluated,
-                "seconds": found.seconds,
-            }
-            write_json(done_file, done)
-            dice = [scores.dice for scores in compared.values() if scores.dice is not None]
-            say(
-                f"{number}/{len(cases)} {case.name}: Dice {', '.join(f'{d:.3f}' for d in dice) or 'undefined'}"
-            )
-        for label, scores in done["cases"][case.name]["scores"].items():
-            rows.append(Row(case.name, int(label), model.label_names[int(label)], Scores(**scores)))
-    summary = summarise(rows)
-    write_text(run / "validation.csv", to_csv(rows))
-    write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
-    return summary
-
-
 def settings_of(out: Path) -> Settings:
     """The settings of a run.
 
@@ -286,9 +250,23 @@ def settings_of(out: Path) -> Settings:
         raise SettingsError(file, "it is no valid JSON", "Start again without --resume") from error
 
 
-def _require_same_split(file: Path, used: dict[str, list[str]], data: Path) -> None:
+def data_of(out: Path) -> Path:
+    """The data set that a run was started with.
+
+    Raises:
+        SettingsError: The run does not say.
+    """
+    file = out / "splits.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "data" not in known:
+        raise SettingsError(out, "it does not say which data set it was started with", "Give --data")
+    return Path(known["data"])
+
+
+def _require_same_split(file: Path, used: Mapping[str, object], data: Path) -> None:
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else used
-    if known != used:
+    # The folder may have moved.
+    if any(known[part] != used[part] for part in ("train", "val")):
         raise SettingsError(
             data, "it no longer has the cases that the run was started with", "Resume with the same data set"
         )

@@ -1,0 +1,54 @@
+"""What a finished run is worth on the cases that it was not trained on: whole scans, segmented and compared."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ossnet.data.cache import CachedCase
+from ossnet.evaluation.metrics import Scores, compare
+from ossnet.evaluation.tables import Row, Summary, summarise, to_csv, to_json
+from ossnet.field.model import Model
+from ossnet.files.atomic import write_json, write_text
+from ossnet.volume import MARK
+
+
+def judge(
+    run: Path, cases: Sequence[CachedCase], say: Callable[[str], None], tolerance_mm: float = 1.0
+) -> Summary:
+    """Segment whole scans with the best model of a run and compare; a case that is done is not done again.
+
+    Writes `validation/CASE.nii.gz` in the voxel order of the label files, `validation.csv` and `validation.json`.
+    """
+    model = Model.load(run)
+    classes = max(model.classes, 2)
+    done_file = run / "validation_rows.json"
+    stamp = str(model.metadata.get("metrics"))
+    done: dict[str, Any] = {"model": stamp, "cases": {}}
+    if done_file.is_file():
+        known = json.loads(done_file.read_text(encoding="utf-8"))
+        if known.get("model") == stamp:
+            done = known
+    rows: list[Row] = []
+    for number, case in enumerate(cases, 1):
+        if case.name not in done["cases"]:
+            found = model.field(case.volume()).segment()
+            compared = compare(found.data, case.reference(), case.affine, range(1, classes), tolerance_mm)
+            mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
+            mine.save(run / "validation" / f"{case.name}.nii.gz")
+            done["cases"][case.name] = {
+                "scores": {str(k): asdict(v) for k, v in compared.items()},
+                "evaluated": found.evaluated,
+                "seconds": found.seconds,
+            }
+            write_json(done_file, done)
+            dice = [scores.dice for scores in compared.values() if scores.dice is not None]
+            told = ", ".join(f"{value:.3f}" for value in dice) or "undefined"
+            say(f"{number}/{len(cases)} {case.name}: Dice {told}")
+        for label, scores in done["cases"][case.name]["scores"].items():
+            rows.append(Row(case.name, int(label), model.label_names[int(label)], Scores(**scores)))
+    summary = summarise(rows)
+    write_text(run / "validation.csv", to_csv(rows))
+    write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
+    return summary
