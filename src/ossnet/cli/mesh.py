@@ -10,7 +10,13 @@ from ossnet.cli.common import say
 
 def command(
     image: Annotated[list[Path], typer.Argument(help="One scan: a file, or its channels in order.")],
-    model: Annotated[str, typer.Option(help="Run or model folder, or the name of a model that is shipped.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
+            "example: the mean of their probabilities."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Mesh file: .stl, .ply, .obj or .glb.")],
     structure: Annotated[str, typer.Option(help="Name or label of the structure.")] = "1",
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
@@ -39,7 +45,7 @@ def command(
     require_folder(out.parent)
     if smooth < 0:
         raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
-    loaded = Model.load(model)
+    loaded = Model.load(*model)
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     field = loaded.field(volume, device=device, memory=memory)
     chosen: int | str = int(structure) if structure.isdigit() else structure

@@ -10,7 +10,13 @@ from ossnet.cli.common import print_json, progress, say
 
 def command(
     images: Annotated[list[Path], typer.Argument(help="Scans, or folders of scans in any known layout.")],
-    model: Annotated[str, typer.Option(help="Run or model folder, or the name of a model that is shipped.")],
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
+            "example: the mean of their probabilities."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="A .nii.gz file for one scan, otherwise a folder.")] = None,
     channels: Annotated[
         bool, typer.Option("--channels", help="The files given are the channels of one scan, in order.")
@@ -87,7 +93,7 @@ def command(
         replace_nan=replace_nan,
         overwrite=overwrite,
     )
-    loaded = Model.load(model)
+    loaded = Model.load(*model)
     jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
     if dry_run:
         forecasts = forecast_all(loaded, jobs, options)

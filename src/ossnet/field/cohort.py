@@ -276,6 +276,8 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
             spacing=options.spacing,
             dense=options.strategy == "dense" or options.probabilities,
             probabilities=options.probabilities,
+            precision=options.precision,  # type: ignore[arg-type]
+            chunk=options.chunk,
         )
         out.append({"scan": job.name, **asdict(expected)})
     return out

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer, Num
 
+from ossnet.data.preparation import Fit
 from ossnet.errors import SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import Ask, ask_at, asker, probabilities
@@ -40,6 +41,7 @@ from ossnet.field.refinement import path_from, refine
 from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.field.scan import Scan
 from ossnet.field.strides import Path, check_path, parts, strides_within
+from ossnet.field.together import MeanAnswer
 from ossnet.volume import (
     Affine,
     LabelMap,
@@ -141,38 +143,46 @@ class Field:
         oriented = volume.reoriented(self._orientation)
         self.grid = Grid(oriented.shape, oriented.affine)
         """The scan's grid in the axis order that the network sees."""
-        scan = Scan.bound(volume, model.preparation, preprocessed)
-        self._fit = scan.fit
-        self._fitted: Shape = scan.fit.target
-        rest = self._held_if_resized(scan)
-        self._answer: Answer = prepare(
+        self._held = 0
+        """Bytes of the grant that images take."""
+        models = (model, *model.others)
+        # Of a grant each model has its share; one after the other would decode the scan as often as it is asked.
+        bound = [self._bound(m, preprocessed, precision, chunk, len(models)) for m in models]
+        self._answer, self._fit = bound[0]
+        self._fitted: Shape = self._fit.target
+        if len(bound) > 1:
+            back = np.linalg.inv(self._fit.matrix())
+            self._answer = MeanAnswer(
+                [a for a, _ in bound], [_exact(fit.matrix() @ back) for _, fit in bound]
+            )
+        self.encoder_seconds = time.perf_counter() - started
+        """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
+
+    def _bound(
+        self, model: Model, preprocessed: bool, precision: Any, chunk: int | None, models: int
+    ) -> tuple[Answer, Fit]:
+        """One model's answer for the scan, in its share of the grant, and how the scan lies on its grid."""
+        scan = Scan.bound(self.volume, model.preparation, preprocessed)
+        grant = None if self._grant is None else self._grant // models
+        reserve, libraries = -(-self._asking_bytes(self.grid) // models), -(-LIBRARIES // models)
+        # Resized once where memory allows, not box by box.
+        if scan.fit.resizes and (grant is None or 2 * (scan.hold_bytes + reserve + libraries) <= grant):
+            scan.hold(self.device)
+            if grant is not None:
+                grant -= scan.image_bytes
+                self._held += scan.image_bytes
+        answer = prepare(
             model.network,
             scan,
             device=self.device,
             precision=precision,
             chunk=chunk,
-            memory=rest,
-            reserve=self._asking_bytes(self.grid),
-            libraries=LIBRARIES,
+            memory=grant,
+            reserve=reserve,
+            libraries=libraries,
             **model.engine_options(),
         )
-        self._held = 0 if self._grant is None or rest is None else self._grant - rest
-        self.encoder_seconds = time.perf_counter() - started
-        """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
-
-    def _held_if_resized(self, scan: Scan) -> int | None:
-        """Resize once where memory allows, not box by box; what is left of the grant."""
-        if self._grant is None:
-            if scan.fit.resizes:
-                scan.hold(self.device)
-            return None
-        if (
-            not scan.fit.resizes
-            or 2 * (scan.hold_bytes + self._asking_bytes(self.grid) + LIBRARIES) > self._grant
-        ):
-            return self._grant
-        scan.hold(self.device)
-        return self._grant - scan.image_bytes
+        return answer, scan.fit
 
     def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
         surface = surface_voxels(self.model, grid.shape, grid.affine)
@@ -621,6 +631,12 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
     return device
+
+
+def _exact(matrix: Affine) -> Affine:
+    """A map of whole voxels without the rounding that computing it left."""
+    near: np.ndarray = np.round(matrix)
+    return near if bool(np.abs(matrix - near).max() < 1e-9) else matrix
 
 
 def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:

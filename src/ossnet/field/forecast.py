@@ -5,7 +5,8 @@ Letters: N locations, K classes.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -89,6 +90,8 @@ def forecast(
     spacing: float | tuple[float, float, float] | None = None,
     dense: bool = False,
     probabilities: bool = False,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    chunk: int | None = None,
 ) -> Forecast:
     """Work out what `segment` will take; a region of the scan takes less.
 
@@ -99,12 +102,37 @@ def forecast(
         spacing: Voxel size in mm of the answer; None: the scan's own grid.
         dense: All voxels are asked.
         probabilities: A map of them is wanted as well.
+        precision, chunk: As for `Field`.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
     Raises:
         ResourceError: The grant does not hold what segmenting such a scan takes.
     """
+    if model.others:
+        models = (replace(model, others=()), *model.others)
+        share = None if memory is None else parse_size(memory) // len(models)
+        several = [
+            forecast(
+                one,
+                shape,
+                affine,
+                memory=share,
+                device=device,
+                spacing=spacing,
+                dense=dense,
+                probabilities=probabilities,
+                precision=precision,
+                chunk=chunk,
+            )
+            for one in models
+        ]
+        return Forecast(
+            max(one.locations for one in several),
+            sum(one.seconds for one in several),
+            sum(one.memory_bytes for one in several),
+            min(one.chunk for one in several),
+        )
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
@@ -124,13 +152,16 @@ def forecast(
             asking += lattice_bytes(target.shape, stride)
         else:
             dense = True
-    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    place = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        place = torch.device("cuda" if device == "auto" else device)
     started = time.perf_counter()
     answer = prepare(
         model.network,
         _noise(model.channels, fit),
         device=place,
-        precision="auto",
+        precision=precision,
+        chunk=chunk,
         memory=grant,
         reserve=asking,
         libraries=LIBRARIES,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ class Model:
         channel_names: Meaning of the input channels, in order.
         metadata: Variant, training settings, metrics, versions, `about` (further lines of the card) and `use`
             (what it is meant for); for people and reports.
+        others: Models of the same structures that answer with this one: the mean of their probabilities.
     """
 
     network: nn.Module
@@ -63,9 +64,25 @@ class Model:
     label_names: dict[int, str]
     channel_names: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    others: tuple["Model", ...] = ()
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
+        for other in self.others:
+            if reason := self._unlike(other):
+                raise ModelError(
+                    other.variant, f"cannot answer with {self.variant}: {reason}", "Leave it out"
+                )
+
+    def _unlike(self, other: "Model") -> str | None:
+        """Why two models have no common answer; None where they have."""
+        for name in ("label_names", "channel_names", "channels"):
+            one, two = getattr(self, name), getattr(other, name)
+            if one != two:
+                return f"its {name.replace('_', ' ')} are {two} instead of {one}"
+        if other.preparation.orientation != self.preparation.orientation:
+            return "it keeps the axes of the file, or does not, unlike the first"
+        return None
 
     @property
     def variant(self) -> str:
@@ -92,6 +109,9 @@ class Model:
         not appear, and never ask where they are. A third of the extent within which pieces hold a quarter of a
         structure, in the training scans: a ball of more than 0.58 of that extent is always hit.
         """
+        if self.others:
+            gaps = [model.piece_gap_mm for model in (replace(self, others=()), *self.others)]
+            return min((gap for gap in gaps if gap is not None), default=None)
         network = self.network
         if not isinstance(network, MultiscaleNetwork) or "piece_mm" not in self.metadata:
             return None
@@ -147,6 +167,8 @@ class Model:
         for name, tensor in sorted(self.network.state_dict().items()):
             total.update(name.encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for other in self.others:
+            total.update(other.fingerprint().encode())
         return total.hexdigest()[:16]
 
     def save(self, folder: Path | str, *, half: bool = False) -> None:
@@ -159,6 +181,8 @@ class Model:
             ResourceError: The disk is full; what was there stays.
         """
         folder = Path(folder)
+        if self.others:
+            raise ModelError(folder, "several models are no model to save", "Save each of them")
         # safetensors refuses tensors that share memory; state dicts of ours have none that do.
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         if half:
@@ -169,12 +193,18 @@ class Model:
         write_text(folder / "MODEL_CARD.md", self.card())
 
     @classmethod
-    def load(cls, folder: Path | str) -> "Model":
+    def load(cls, folder: Path | str, *more: Path | str) -> "Model":
         """Read a model folder, the best model of a run folder, or a model that is shipped, by name.
 
+        Args:
+            folder: One of these.
+            more: Further ones, such as the other folds of a cross-validation: the mean of their probabilities answers.
+
         Raises:
-            ModelError: Nothing there, or files that do not belong together.
+            ModelError: Nothing there, files that do not belong together, or models of other structures.
         """
+        if more:
+            return replace(cls.load(folder), others=tuple(cls.load(other) for other in more))
         folder = model_folder(folder)
         file = folder / "model.json"
         try:

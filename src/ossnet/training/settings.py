@@ -318,26 +318,35 @@ PRESETS: dict[str, Changes] = {
 """The paper's two experiments (SPEC §1, §3)."""
 
 
+# The border band is also what validation by the released scheme takes locations from.
+_LOCATIONS = frozenset(f"sampling.{name}" for name in SamplingSettings.model_fields) - {
+    "sampling.border_kernel",
+    "sampling.border_width_mm",
+}
+_PAPER = frozenset(
+    {
+        "network.width",
+        "network.cbn_statistics",
+        "network.normalise_coordinates",
+        "network.large_pool",
+        "optimiser.pade_lr",
+        "runtime.checkpoint_blocks",
+    }
+)
+_WHOLE = frozenset({"augmentation.probability", "augmentation.brightness", "augmentation.noise"})
+_CROPS = frozenset({"augmentation.spatial", "augmentation.intensity", "augmentation.grows"})
+_GRID = frozenset({"data.fit", "data.shape"})
+
 UNUSED: dict[str, frozenset[str]] = {
-    "multiscale": frozenset(
-        {
-            "data.fit",
-            "data.shape",
-            "network.width",
-            "network.blocks",
-            "network.cbn_statistics",
-            "network.normalise_coordinates",
-            "network.large_pool",
-            "network.slice_axis",
-            "network.patch_shape",
-            "sampling.include_last_voxel",
-            "augmentation.probability",
-            "augmentation.brightness",
-            "augmentation.noise",
-            "optimiser.pade_lr",
-            "runtime.checkpoint_blocks",
-        }
-    )
+    "multiscale": frozenset({*_GRID, *_PAPER, *_WHOLE, "sampling.include_last_voxel"})
+    | {"network.blocks", "network.slice_axis", "network.patch_shape"},
+    "monai-unet": frozenset({*_GRID, *_PAPER, *_WHOLE, *_LOCATIONS, "loss.aux"}) - {"sampling.crop_voxels"}
+    | {"network.slice_axis", "network.position"},
+    # On whole volumes or on patches: which of the changes to examples count depends on it.
+    "unet3d": frozenset({*_PAPER, *_LOCATIONS, "loss.aux", "network.slice_axis", "network.position"}),
+    "unet2d": frozenset(
+        {*_PAPER, *_CROPS, *_LOCATIONS, "loss.aux", "network.patch_shape", "network.position"}
+    ),
 }
 """Settings that change nothing in a training of a variant."""
 
