@@ -172,11 +172,11 @@ def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> No
     labels(5, 7).save(tmp_path / "labels" / "a.nii.gz")
     result = evaluate(tmp_path / "results", tmp_path / "labels", "--json")
     assert [row["dice"] for row in json.loads(result.out)["cases"]] == [1, 1]
-    # Where some numbers are classes the others are not taken for the rest of these.
+    # Values such as 1 and 4 of BraTS: what is compared is said.
     labels(1, 7).save(tmp_path / "labels" / "a.nii.gz")
     result = evaluate(tmp_path / "results", tmp_path / "labels", "--json")
-    assert "equal numbers are compared" in " ".join(result.error.split())
-    assert [row["outcome"] for row in json.loads(result.out)["cases"]] == ["scored", "invented", "missed"]
+    assert "(1 for 1, 7 for 2)" in " ".join(result.error.split())
+    assert [row["dice"] for row in json.loads(result.out)["cases"]] == [1, 1]
     labels(7).save(tmp_path / "labels" / "a.nii.gz")
     refused(
         evaluate(tmp_path / "results", tmp_path / "labels"),

@@ -152,8 +152,8 @@ def _holds_classes(labels: LabelMap) -> bool:
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
     """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
 
-    As in training, classes are the values in ascending order; where some values are classes all of them are taken for
-    what they are.
+    As in training, classes are the values in ascending order. Where all values are classes, or all classes are values,
+    equal numbers are compared.
 
     Raises:
         DatasetError: There are more or fewer values than the model has structures, so that the order says nothing.
@@ -167,20 +167,19 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
         values.update(*pool.map(_values_in, {pair.label for pair in pairs}))
     if not values or values <= structures or structures <= values:
         return {}
-    if values & structures:
-        warnings.warn(
-            f"label files hold {_listed([str(v) for v in sorted(values)])}, the model answers "
-            f"{_listed([str(v) for v in sorted(structures)])}: equal numbers are compared. If they mean other "
-            "things, give the folder of the data set",
-            stacklevel=3,
-        )
-        return {}
     if len(values) != len(structures):
         raise DatasetError(
             pairs[0].label,
             f"label files hold {_listed([str(v) for v in sorted(values)])}, the model has {len(structures)} "
             "structures: nothing says which is which",
             "Give the folder of the data set, with its dataset.json, instead of single labels",
+        )
+    if values & structures:
+        alike = ", ".join(f"{v} for {k}" for v, k in zip(sorted(values), sorted(structures), strict=True))
+        warnings.warn(
+            f"labels are taken in ascending order for the model's classes ({alike}), as in training; if they mean "
+            "other things, give the folder of the data set",
+            stacklevel=3,
         )
     return consecutive(dict.fromkeys(values, ""))[1]
 

@@ -220,7 +220,7 @@ def segment_all(
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
-    report = _Report(_report_file(jobs, rank, world), model, made_by, options)
+    report = _Report(_report_file(jobs, rank, world), model, made_by, options, origins)
     report.complete([job for job in share if job not in todo])
     failed: list[OssnetError] = []
     count = len(share) - len(todo)
@@ -481,8 +481,16 @@ class _Report:
     Nothing is written as long as nothing was segmented: a refused scan leaves no files.
     """
 
-    def __init__(self, file: Path | None, model: Model, fingerprint: str, options: Options) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        model: Model,
+        fingerprint: str,
+        options: Options,
+        origins: Mapping[str, Sequence[str]],
+    ) -> None:
         self.file, self.model, self.fingerprint, self.options = file, model, fingerprint, options
+        self.origins = origins
         self.scans: dict[str, Any] = {}
         """Entries of this process."""
         self._written = time.monotonic()
@@ -538,7 +546,7 @@ class _Report:
         own = {
             name: entry
             for name, entry in self.scans.items()
-            if "error" not in entry or "error" in known.get(name, entry)
+            if "error" not in entry or known.get(name, {}).get("origin") not in self.origins[name]
         }
         return known | own
 

@@ -4,6 +4,8 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -14,11 +16,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer, Num
 
-from ossnet.data.preparation import Fit
-from ossnet.errors import SettingsError, VolumeError
+from ossnet.errors import ResourceError, SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import Ask, ask_at, asker, probabilities
-from ossnet.field.engine import prepare
+from ossnet.field.engine import Precision, prepare
 from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
 from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
@@ -42,6 +43,7 @@ from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.field.scan import Scan
 from ossnet.field.strides import Path, check_path, parts, strides_within
 from ossnet.field.together import MeanAnswer
+from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import (
     Affine,
     LabelMap,
@@ -146,32 +148,42 @@ class Field:
         self._held = 0
         """Bytes of the grant that images take."""
         models = (model, *model.others)
-        # Of a grant each model has its share; one after the other would decode the scan as often as it is asked.
-        bound = [self._bound(m, preprocessed, precision, chunk, len(models)) for m in models]
-        self._answer, self._fit = bound[0]
+        # Models that want the scan alike read it together.
+        scans: list[Scan] = []
+        for one in models:
+            alike = [s for m, s in zip(models, scans, strict=False) if m.preparation == one.preparation]
+            scans.append(alike[0] if alike else Scan.bound(volume, one.preparation, preprocessed))
+        self._fit = scans[0].fit
         self._fitted: Shape = self._fit.target
-        if len(bound) > 1:
-            back = np.linalg.inv(self._fit.matrix())
-            self._answer = MeanAnswer(
-                [a for a, _ in bound], [_exact(fit.matrix() @ back) for _, fit in bound]
-            )
+        with self._told_of_shares(len(models)):
+            answers = [
+                self._bound(one, scan, precision, chunk, len(models))
+                for one, scan in zip(models, scans, strict=True)
+            ]
+        back = np.linalg.inv(self._fit.matrix())
+        self._answer: Answer = answers[0]
+        if len(models) > 1:
+            self._answer = MeanAnswer(answers, [_exact(scan.fit.matrix() @ back) for scan in scans])
         self.encoder_seconds = time.perf_counter() - started
         """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
 
     def _bound(
-        self, model: Model, preprocessed: bool, precision: Any, chunk: int | None, models: int
-    ) -> tuple[Answer, Fit]:
-        """One model's answer for the scan, in its share of the grant, and how the scan lies on its grid."""
-        scan = Scan.bound(self.volume, model.preparation, preprocessed)
+        self, model: Model, scan: Scan, precision: Precision, chunk: int | None, models: int
+    ) -> Answer:
+        """One model's answer for the scan, in its share of the grant."""
         grant = None if self._grant is None else self._grant // models
         reserve, libraries = -(-self._asking_bytes(self.grid) // models), -(-LIBRARIES // models)
         # Resized once where memory allows, not box by box.
-        if scan.fit.resizes and (grant is None or 2 * (scan.hold_bytes + reserve + libraries) <= grant):
+        affordable = grant is None or 2 * (scan.hold_bytes + reserve + libraries) <= grant
+        if scan.held is None and scan.fit.resizes and affordable:
             scan.hold(self.device)
             if grant is not None:
                 grant -= scan.image_bytes
                 self._held += scan.image_bytes
-        answer = prepare(
+        if models > 1 and precision == "auto" and isinstance(model.network, OSSNet):
+            # What is close to the decision of one is asked again in fp32, and not what is close to that of all.
+            precision = "fp32"
+        return prepare(
             model.network,
             scan,
             device=self.device,
@@ -182,7 +194,18 @@ class Field:
             libraries=libraries,
             **model.engine_options(),
         )
-        return answer, scan.fit
+
+    @contextmanager
+    def _told_of_shares(self, models: int) -> Iterator[None]:
+        """Of several models each refuses its share; who granted the whole is told so."""
+        try:
+            yield
+        except ResourceError as error:
+            if models == 1 or self._grant is None:
+                raise
+            raise ResourceError(
+                f"{models} models share the memory that is granted. Of each share: {error}"
+            ) from error
 
     def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
         surface = surface_voxels(self.model, grid.shape, grid.affine)
@@ -425,7 +448,8 @@ class Field:
         """Leave so many bytes of the grant to what is about to be made, or refuse it."""
         require(self._grant, self._held + LIBRARIES + size, what)
         if isinstance(self._answer, Coverable):
-            self._answer.set_aside(size)
+            with self._told_of_shares(1 + len(self.model.others)):
+                self._answer.set_aside(size)
         working = self._answer.chunk * self._answer.bytes_per_location
         require(self._grant, self._kept_bytes + working + size, what)
 

@@ -109,34 +109,9 @@ def forecast(
     Raises:
         ResourceError: The grant does not hold what segmenting such a scan takes.
     """
-    if model.others:
-        models = (replace(model, others=()), *model.others)
-        share = None if memory is None else parse_size(memory) // len(models)
-        several = [
-            forecast(
-                one,
-                shape,
-                affine,
-                memory=share,
-                device=device,
-                spacing=spacing,
-                dense=dense,
-                probabilities=probabilities,
-                precision=precision,
-                chunk=chunk,
-            )
-            for one in models
-        ]
-        return Forecast(
-            max(one.locations for one in several),
-            sum(one.seconds for one in several),
-            sum(one.memory_bytes for one in several),
-            min(one.chunk for one in several),
-        )
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
-    fit = model.preparation.fit_for(grid.shape, spacing_of(grid.affine))
     classes = max(model.classes, 2)
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
     surface = surface_voxels(model, target.shape, target.affine)
@@ -155,26 +130,32 @@ def forecast(
     place = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
         place = torch.device("cuda" if device == "auto" else device)
-    started = time.perf_counter()
-    answer = prepare(
-        model.network,
-        _noise(model.channels, fit),
-        device=place,
-        precision=precision,
-        chunk=chunk,
-        memory=grant,
-        reserve=asking,
-        libraries=LIBRARIES,
-        **model.engine_options(),
-    )
-    if isinstance(answer, Coverable):
-        answer.set_aside(asking)
-        answer.cover()
-    if place.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started + SECONDS_PER_VOXEL * math.prod(target.shape)
-    predicted = answer.coarse is not None and answer.coarse.is_floating_point()
-    if dense or getattr(answer, "dense", False):
+    models = (replace(model, others=()), *model.others)
+    # Of a grant each model has its share.
+    share, seconds, answers = None if grant is None else grant // len(models), 0.0, []
+    for one in models:
+        started = time.perf_counter()
+        answer = prepare(
+            one.network,
+            _noise(one.channels, one.preparation.fit_for(grid.shape, spacing_of(grid.affine))),
+            device=place,
+            precision=precision,
+            chunk=chunk,
+            memory=share,
+            reserve=-(-asking // len(models)),
+            libraries=-(-LIBRARIES // len(models)),
+            **one.engine_options(),
+        )
+        if isinstance(answer, Coverable):
+            answer.set_aside(-(-asking // len(models)))
+            answer.cover()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        seconds += time.perf_counter() - started
+        answers.append(answer)
+    coarse = answers[0].coarse
+    predicted = coarse is not None and coarse.is_floating_point()
+    if dense or all(getattr(answer, "dense", False) for answer in answers):
         locations, predicted = float(math.prod(target.shape)), False
     elif stride is not None:
         sites = math.prod(lattice_size(target.shape, stride))
@@ -184,10 +165,14 @@ def forecast(
         locations = locations_for(target.shape, surface, classes, predicted)
     # Blocks of the network's maps are met on the scan's own grid, whatever is asked.
     own_surface = surface_voxels(model, grid.shape, grid.affine)
-    each, blocks, kept = _measured(answer, own_surface, predicted)
-    held = answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
-    peak = max(held + asking, getattr(answer, "encoding_bytes", 0)) + LIBRARIES
-    return Forecast(int(locations), seconds + blocks + locations * each, int(peak), answer.chunk)
+    held, seconds = 0.0, seconds + SECONDS_PER_VOXEL * math.prod(target.shape)
+    for answer in answers:
+        each, blocks, kept = _measured(answer, own_surface, predicted)
+        seconds += blocks + locations * each
+        held += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
+    encoding = sum(getattr(answer, "encoding_bytes", 0) for answer in answers)
+    peak = max(held + asking, encoding) + LIBRARIES
+    return Forecast(int(locations), seconds, int(peak), max(answer.chunk for answer in answers))
 
 
 def _noise(channels: int, fit: Fit) -> Scan:

@@ -46,8 +46,8 @@ class MeanAnswer:
 
     @property
     def bytes_per_location(self) -> int:
-        """Of all: working memory is kept from question to question."""
-        return sum(answer.bytes_per_location for answer in self._answers)
+        """Of all together: working memory is kept from question to question, each for a chunk of its own."""
+        return -(-sum(answer.chunk * answer.bytes_per_location for answer in self._answers) // self.chunk)
 
     @property
     def fixed_bytes(self) -> int:
@@ -61,10 +61,10 @@ class MeanAnswer:
                 answer.cover(None if box is None else _moved(box, matrix))
 
     def set_aside(self, size: int) -> None:
-        """See `Coverable`; each leaves its share."""
-        for answer in self._answers:
-            if isinstance(answer, Coverable):
-                answer.set_aside(-(-size // len(self._answers)))
+        """See `Coverable`; those that can leave something leave it together."""
+        able = [answer for answer in self._answers if isinstance(answer, Coverable)]
+        for answer in able:
+            answer.set_aside(-(-size // len(able)))
 
     @torch.inference_mode()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:

@@ -20,7 +20,20 @@ from typing import Any
 from ossnet.errors import InputError, ResourceError
 
 _PREFIX = ".writing-"
-_HOST = f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _place() -> str:
+    """Where process numbers mean one process: the machine, or a container on it."""
+    place = platform.node()
+    with suppress(OSError):
+        place += os.readlink("/proc/self/ns/pid")
+    return f"{zlib.crc32(place.encode()):08x}"
+
+
+_HOST = _place()
+_OWN: set[str] = set()
+"""Temporary files that this process is writing; one before it may have had its number."""
+
 _LONG = 3600.0
 """Seconds after which a file that a process elsewhere began is given up."""
 
@@ -47,6 +60,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=begun, suffix=f"-{path.name}", dir=path.parent)
         os.close(handle)
     temporary = Path(name)
+    _OWN.add(temporary.name)
     try:
         with _told(path):
             yield temporary
@@ -60,6 +74,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             if is_new:
                 path.parent.rmdir()
         raise
+    finally:
+        _OWN.discard(temporary.name)
 
 
 def require_folder(path: Path | str) -> None:
@@ -95,6 +111,8 @@ def _is_written(file: Path, host: str | None, pid: str | None) -> bool:
     """Whether the process that began a temporary file may be at work on it."""
     if host is None or pid is None:
         return False
+    if host == _HOST and int(pid) == os.getpid():
+        return file.name in _OWN
     if host == _HOST and os.name != "nt":  # there this signal would end it
         try:
             os.kill(int(pid), 0)

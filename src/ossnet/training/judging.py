@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossnet.data.cache import CachedCase
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, Summary, summarise, to_csv, to_json
@@ -15,7 +17,11 @@ from ossnet.volume import MARK
 
 
 def judge(
-    run: Path, cases: Sequence[CachedCase], say: Callable[[str], None], tolerance_mm: float = 1.0
+    run: Path,
+    cases: Sequence[CachedCase],
+    say: Callable[[str], None],
+    tolerance_mm: float = 1.0,
+    device: torch.device | str = "auto",
 ) -> Summary:
     """Segment whole scans with the best model of a run and compare; a case that is done is not done again.
 
@@ -33,7 +39,7 @@ def judge(
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
         if case.name not in done["cases"]:
-            found = model.field(case.volume()).segment()
+            found = model.field(case.volume(), device=device).segment()
             compared = compare(found.data, case.reference(), case.affine, range(1, classes), tolerance_mm)
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
             mine.save(run / "validation" / f"{case.name}.nii.gz")
