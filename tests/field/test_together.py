@@ -91,7 +91,7 @@ def test_a_grant_is_shared() -> None:
     np.testing.assert_array_equal(
         together.field(SCAN, device="cpu", precision="fp32", memory=tight).segment().data, free.data
     )
-    with pytest.raises(ResourceError, match="3 models share the memory that is granted. Of each share: "):
+    with pytest.raises(ResourceError, match=r"3 models share the memory that is granted\. Of each share: "):
         together.field(SCAN, device="cpu", memory="100MB").segment()
 
 
