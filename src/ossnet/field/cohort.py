@@ -543,12 +543,12 @@ class _Report:
     def _all(self) -> dict[str, Any]:
         """Entries of all; what failed here may have been done by others."""
         known = self._known()
-        own = {
-            name: entry
-            for name, entry in self.scans.items()
-            if "error" not in entry or known.get(name, {}).get("origin") not in self.origins[name]
-        }
-        return known | own
+
+        def done(name: str) -> bool:
+            entry = known.get(name, {})
+            return entry.get("origin") in self.origins[name] and Path(entry["result"]).is_file()
+
+        return known | {k: v for k, v in self.scans.items() if "error" not in v or not done(k)}
 
     def write(self) -> None:
         """Bring the file up to date."""

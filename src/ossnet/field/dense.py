@@ -3,6 +3,7 @@
 Letters: C channels, X Y Z voxels, N locations, K logits.
 """
 
+from copy import copy
 from math import prod
 from typing import Any
 
@@ -109,7 +110,8 @@ def prepare_unet(
     # Image and pass are over before anything is asked of the map.
     asked = 4 * network.spec.classes * prod(scan.shape[1:]) + reserve
     require(memory, max(needed, asked) + libraries, "a U-Net: it answers all voxels at once")
-    image = scan.hold(device or "cpu")
+    # A scan that other models read as well does not keep the image.
+    image = (scan if scan.held is not None else copy(scan)).hold(device or "cpu")
     lower = (precision in ("bf16", "auto") and image.device.type == "cuda") or precision == "bf16"
     half = torch.autocast(image.device.type, torch.bfloat16, enabled=lower)
     with torch.no_grad(), exact_float32(image.device), half:

@@ -102,6 +102,15 @@ def prepare(
     )
 
 
+def precision_among(network: nn.Module, precision: Precision, models: int) -> Precision:
+    """The precision of one of several models that answer together.
+
+    In bf16 the paper's variants ask again in fp32 what is close to their own decision, and not what is close to that of
+    all: among others "auto" is fp32 for them.
+    """
+    return "fp32" if models > 1 and precision == "auto" and isinstance(network, OSSNet) else precision
+
+
 def _on(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on a device; a copy if it is elsewhere, where others may be asking it."""
     if all(

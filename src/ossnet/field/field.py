@@ -19,7 +19,7 @@ from jaxtyping import Float, Integer, Num
 from ossnet.errors import ResourceError, SettingsError, VolumeError
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import Ask, ask_at, asker, probabilities
-from ossnet.field.engine import Precision, prepare
+from ossnet.field.engine import Precision, precision_among, prepare
 from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
 from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
@@ -43,7 +43,6 @@ from ossnet.field.released_stages import START_STATES, ReleasedStages
 from ossnet.field.scan import Scan
 from ossnet.field.strides import Path, check_path, parts, strides_within
 from ossnet.field.together import MeanAnswer
-from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import (
     Affine,
     LabelMap,
@@ -163,7 +162,8 @@ class Field:
         back = np.linalg.inv(self._fit.matrix())
         self._answer: Answer = answers[0]
         if len(models) > 1:
-            self._answer = MeanAnswer(answers, [_exact(scan.fit.matrix() @ back) for scan in scans])
+            reserve = -(-self._asking_bytes(self.grid) // len(models))
+            self._answer = MeanAnswer(answers, [_exact(s.fit.matrix() @ back) for s in scans], reserve)
         self.encoder_seconds = time.perf_counter() - started
         """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
 
@@ -180,14 +180,11 @@ class Field:
             if grant is not None:
                 grant -= scan.image_bytes
                 self._held += scan.image_bytes
-        if models > 1 and precision == "auto" and isinstance(model.network, OSSNet):
-            # What is close to the decision of one is asked again in fp32, and not what is close to that of all.
-            precision = "fp32"
         return prepare(
             model.network,
             scan,
             device=self.device,
-            precision=precision,
+            precision=precision_among(model.network, precision, models),
             chunk=chunk,
             memory=grant,
             reserve=reserve,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ossnet.data.preparation import Fit
 from ossnet.field.answer import Answer, Coverable
-from ossnet.field.engine import prepare
+from ossnet.field.engine import precision_among, prepare
 from ossnet.field.grid import Grid
 from ossnet.field.lattice import lattice_size
 from ossnet.field.memory import (
@@ -139,7 +139,7 @@ def forecast(
             one.network,
             _noise(one.channels, one.preparation.fit_for(grid.shape, spacing_of(grid.affine))),
             device=place,
-            precision=precision,
+            precision=precision_among(one.network, precision, len(models)),
             chunk=chunk,
             memory=share,
             reserve=-(-asking // len(models)),

@@ -26,10 +26,13 @@ class MeanAnswer:
     Args:
         answers: Of networks with the same classes.
         to_grids: Voxel indices on the first one's grid → those on the grid of each.
+        reserve: Bytes that each answer which is no `Coverable` left when it was made.
     """
 
-    def __init__(self, answers: Sequence[Answer], to_grids: Sequence[Affine]) -> None:
+    def __init__(self, answers: Sequence[Answer], to_grids: Sequence[Affine], reserve: int = 0) -> None:
         self._answers, self._to_grids = tuple(answers), tuple(to_grids)
+        self._able = [answer for answer in answers if isinstance(answer, Coverable)]
+        self._left = reserve * (len(self._answers) - len(self._able))
         self.shape: Shape = answers[0].shape
         self.classes = answers[0].classes
         self.dense = all(getattr(answer, "dense", False) for answer in answers)
@@ -61,10 +64,9 @@ class MeanAnswer:
                 answer.cover(None if box is None else _moved(box, matrix))
 
     def set_aside(self, size: int) -> None:
-        """See `Coverable`; those that can leave something leave it together."""
-        able = [answer for answer in self._answers if isinstance(answer, Coverable)]
-        for answer in able:
-            answer.set_aside(-(-size // len(able)))
+        """See `Coverable`; those that can leave what the others have not left, together."""
+        for answer in self._able:
+            answer.set_aside(-(-max(size - self._left, 0) // len(self._able)))
 
     @torch.inference_mode()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
