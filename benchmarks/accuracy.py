@@ -9,6 +9,7 @@ stopped goes on; results go to `benchmarks/results/DATA_VARIANT_MINUTES.json`. `
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ RIVALS: dict[str, tuple[str, Sequence[str]]] = {
     # With 2^14 locations a volume, as in the paper, an hour of a core holds some fifty steps.
     "C": ("C", ("sampling.locations=1024", "augmentation.flip_axes=[]", "runtime.precision=bf16-mixed")),
 }
-PATCHES = {"hippocampus": "32,48,32", "acdc": "160,160,8", "leftatrium": "144,96,64"}
+PATCHES = {"hippocampus": "32,48,32", "acdc": "160,160,8", "left_atrium": "144,96,64"}
 """Of the paper's U-Net, which halves every axis alike."""
 
 
@@ -55,12 +56,14 @@ def arguments(data: Path, out: Path, rival: str, minutes: float, changes: Sequen
 
 
 def _short(data: Path) -> str:
-    return data.name.partition("_")[2].lower() or data.name.lower()
+    """Dataset101_LeftAtrium: left_atrium."""
+    name = data.name.partition("_")[2] or data.name
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def train(data: Path, runs: Path, rival: str, minutes: float, changes: Sequence[str], note: str) -> None:
     """One training to its end, and its record."""
-    name = f"{_short(data)}_{rival.replace('-', '_')}_{minutes:g}"
+    name = f"{_short(data)}_{rival.replace('-', '_').lower()}_{minutes:g}"
     out = runs / name
     asked = arguments(data, out, rival, minutes, changes)
     if not (out / "validation.json").exists():
