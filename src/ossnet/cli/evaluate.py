@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ossnet.cli.common import print_json, progress, say, stdout
+from ossnet.cli.common import progress
+from ossnet.cli.scores import give, require_table
 
 
 def command(
@@ -43,31 +44,11 @@ def command(
 
     **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
     """
-    from ossnet.errors import SettingsError
     from ossnet.evaluation.cases import match, score
-    from ossnet.evaluation.tables import summarise, to_csv, to_json, to_screen
-    from ossnet.files.atomic import require_folder, write_json, write_text
+    from ossnet.evaluation.tables import summarise
 
-    if out is not None:
-        if out.suffix.lower() in (".txt", ".tsv", ".xlsx", ".md", ".html") and not out.is_dir():
-            raise SettingsError("--out", f"{out} is neither a folder nor a table", "End it in .csv or .json")
-        require_folder(out.parent if out.suffix.lower() in (".csv", ".json") else out)
+    require_table(out)
     matched = match(predictions, labels, only_predicted=only_predicted)
     with progress("Comparing", len(matched.pairs)) as done:
         rows = score(matched, tolerance, done)
-    summary = summarise(rows)
-    everything = to_json(rows, summary, tolerance)
-    if out is not None:
-        kind = out.suffix.lower()
-        if kind not in (".csv", ".json"):
-            write_text(out / "scores.csv", to_csv(rows))
-            write_json(out / "scores.json", everything)
-        elif kind == ".csv":
-            write_text(out, to_csv(rows))
-        else:
-            write_json(out, everything)
-        say(f"written: {out}")
-    if as_json:
-        print_json(everything)
-    else:
-        stdout().print(to_screen(summary, tolerance))
+    give(rows, summarise(rows), tolerance, out, as_json)

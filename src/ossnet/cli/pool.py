@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ossnet.cli.common import print_json, say, stdout
+from ossnet.cli.scores import give, require_table
 
 
 def command(
@@ -16,7 +16,8 @@ def command(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="FILE.csv (one line a case and class) or FILE.json (everything).", show_default=False
+            help="FILE.csv (one line a case and class), FILE.json (everything), or a folder for both.",
+            show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -25,14 +26,10 @@ def command(
 
     **Example:** `for f in 0 1 2 3 4; do ossnet train --data DATA --out runs/f$f --fold $f; done; ossnet pool runs/f*`
     """
-    from ossnet.errors import DatasetError, SettingsError
-    from ossnet.evaluation.tables import pooled, to_csv, to_json, to_screen
-    from ossnet.files.atomic import require_folder, write_json, write_text
+    from ossnet.errors import DatasetError
+    from ossnet.evaluation.tables import pooled
 
-    if out is not None:
-        if out.suffix.lower() not in (".csv", ".json"):
-            raise SettingsError("--out", f"{out} is no table", "End it in .csv or .json")
-        require_folder(out.parent)
+    require_table(out)
     tables = {}
     for run in runs:
         file = run / "validation.csv"
@@ -42,14 +39,4 @@ def command(
             )
         tables[str(run)] = file.read_text(encoding="utf-8")
     rows, summary = pooled(tables)
-    everything = to_json(rows, summary, 1.0)
-    if out is not None:
-        if out.suffix.lower() == ".csv":
-            write_text(out, to_csv(rows))
-        else:
-            write_json(out, everything)
-        say(f"written: {out}")
-    if as_json:
-        print_json(everything)
-    else:
-        stdout().print(to_screen(summary, 1.0))
+    give(rows, summary, 1.0, out, as_json)
