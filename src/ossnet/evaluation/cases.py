@@ -239,7 +239,7 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
             f"does not lie on its label {pair.label.name}: {reason}",
             "Segment the scan that the label was drawn on, or resample one onto the other",
         )
-    names = matched.names or dict(reference.names)
+    names = matched.names or dict(reference.names) or dict(prediction.names)
     classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
     if joined := matched.as_one(prediction):
         names, classes = {1: joined}, [1]
