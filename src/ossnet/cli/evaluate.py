@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import progress
-from ossnet.cli.scores import give, require_table
+from ossnet.cli.scores import AsJson, Out, give, require_table
 
 
 def command(
@@ -20,13 +20,7 @@ def command(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="FILE.csv (one line a case and class), FILE.json (everything), or a folder for both.",
-            show_default=False,
-        ),
-    ] = None,
+    out: Out = None,
     tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.", min=0.0)] = 1.0,
     only_predicted: Annotated[
         bool,
@@ -34,7 +28,7 @@ def command(
             "--only-predicted", help="Leave out cases without a prediction, do not refuse (as for a file)."
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare segmentations with reference labels.
 

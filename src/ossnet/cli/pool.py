@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ossnet.cli.scores import give, require_table
+from ossnet.cli.scores import AsJson, Out, give, require_table
 
 
 def command(
@@ -13,14 +13,8 @@ def command(
         list[Path],
         typer.Argument(help="Run folders, such as the folds of a cross-validation.", show_default=False),
     ],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="FILE.csv (one line a case and class), FILE.json (everything), or a folder for both.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
     """Put the validation scores of several runs together, every case judged by the run that was not trained on it.
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from ossnet.cli.common import print_json, say, stdout
 
@@ -10,6 +12,15 @@ if TYPE_CHECKING:
     from ossnet.evaluation.tables import Row, Summary
 
 TABLES = (".csv", ".json")
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="FILE.csv (one line a case and class), FILE.json (everything), or a folder for both.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
 def require_table(out: Path | None) -> None:
