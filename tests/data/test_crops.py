@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.data.balls import ISO, ball
 
-from ossnet.data.crops import cut, draw_map, inside, to_grid, to_scan
+from ossnet.data.crop_locations import nearest_labels
+from ossnet.data.crops import cut, cut_labels, draw_map, inside, to_grid, to_scan
 
 SEEDS = st.integers(0, 10_000)
 ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
@@ -25,6 +26,22 @@ def test_the_crop_shows_what_lies_where_the_map_says(
     expected = np.clip(places, 0, np.array(source.shape) - 1)
     assert crop.shape == (3, *ISO.crop)
     np.testing.assert_allclose(crop.numpy().reshape(3, -1).T, expected, atol=2e-3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=SEEDS, zoom=ZOOMS, spacing=st.permutations([1.0, 1.5, 4.0]))
+def test_labels_of_a_crop_are_those_where_the_map_says(
+    seed: int, zoom: tuple[float, float, float], spacing: list[float]
+) -> None:
+    x, y, z = spacing
+    source, crop = ball(zoom=zoom), (13, 16, 9)
+    mapping = draw_map(source, replace(ISO, crop=crop, spacing=(x, y, z)), np.random.default_rng(seed))
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in crop), indexing="ij"), -1).reshape(-1, 3)
+    expected = nearest_labels(source, to_scan(mapping(voxels.astype(np.float32)), zoom))
+    labels = cut_labels(source, mapping)
+    assert labels.shape == crop
+    # Places halfway between two voxels are rounded either way.
+    assert (labels != expected.reshape(crop)).mean() < 2e-3
 
 
 @settings(deadline=None, max_examples=25)

@@ -278,6 +278,23 @@ def _shows(mapping: SpatialMap, size: Vector) -> bool:
     return float(((shown >= -0.5) & (shown <= crop - 0.5)).all(axis=1).mean()) >= 1 / 3
 
 
+def _sections(
+    source: CropSource, mapping: SpatialMap
+) -> tuple[Float[np.ndarray, "AB 3"], Float[np.ndarray, " D"]]:
+    """Scan coordinates of the voxels of a crop: in the plane of the map, and along the remaining axis.
+
+    The map moves both apart from each other: voxels of a slice lie at the same places in every slice.
+    """
+    a, b = mapping.axes
+    c, crop = 3 - a - b, mapping.crop
+    rows, columns = np.meshgrid(np.arange(crop[a]), np.arange(crop[b]), indexing="ij")
+    plane = np.zeros((crop[a] * crop[b], 3), np.float32)
+    plane[:, a], plane[:, b], plane[:, c] = rows.ravel(), columns.ravel(), mapping.middle[c]
+    across = np.tile(mapping.middle, (crop[c], 1)).astype(np.float32)
+    across[:, c] = np.arange(crop[c])
+    return to_scan(mapping(plane), source.zoom), to_scan(mapping(across), source.zoom)[:, c]
+
+
 def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:
     """The normalised image seen through the map; beyond the scan its border is repeated.
 
@@ -287,14 +304,8 @@ def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:
     a, b = mapping.axes
     c = 3 - a - b
     crop, shape = mapping.crop, source.shape
-    # Places of the plane's pixels: the same in every slice.
-    rows, columns = np.meshgrid(np.arange(crop[a]), np.arange(crop[b]), indexing="ij")
-    plane = np.zeros((crop[a] * crop[b], 3), np.float32)
-    plane[:, a], plane[:, b], plane[:, c] = rows.ravel(), columns.ravel(), mapping.middle[c]
-    places = to_scan(mapping(plane), source.zoom)
-    across = np.tile(mapping.middle, (crop[c], 1)).astype(np.float32)
-    across[:, c] = np.arange(crop[c])
-    depth = np.clip(to_scan(mapping(across), source.zoom)[:, c], 0, shape[c] - 1)
+    places, depth = _sections(source, mapping)
+    depth = np.clip(depth, 0, shape[c] - 1)
 
     low, high = [0, 0, 0], [0, 0, 0]
     for axis, values in ((a, places[:, a]), (b, places[:, b]), (c, depth)):
@@ -322,3 +333,17 @@ def cut(source: CropSource, mapping: SpatialMap) -> Float[Tensor, "C A B D"]:
     order = [0, 0, 0]
     order[c], order[a], order[b] = 1, 2, 3
     return out.permute(0, *order).contiguous()
+
+
+def cut_labels(source: CropSource, mapping: SpatialMap) -> Integer[np.ndarray, "A B D"]:
+    """The labels nearest to the voxels of the crop; beyond the scan those at its border."""
+    a, b = mapping.axes
+    c, crop = 3 - a - b, mapping.crop
+    places, depth = _sections(source, mapping)
+    within, along = [1, 1, 1], [1, 1, 1]
+    within[a], within[b], along[c] = crop[a], crop[b], crop[c]
+    nearest: list[np.ndarray] = [depth] * 3
+    for axis, values, shape in ((a, places[:, a], within), (b, places[:, b], within), (c, depth, along)):
+        voxels = np.floor(values + 0.5).astype(np.intp)
+        nearest[axis] = np.clip(voxels, 0, source.shape[axis] - 1).reshape(shape)
+    return np.asarray(source.labels[tuple(nearest)])

