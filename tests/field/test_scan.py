@@ -42,6 +42,34 @@ def test_boxes_are_parts_of_the_prepared_scan(fit: str, turned: bool) -> None:
     torch.testing.assert_close(scan.hold(), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["u1", "i2", ">i2", "u2", "f2", "f4", ">f4", "f8"])
+@pytest.mark.parametrize("layout", ["C", "F", "part"])
+@pytest.mark.parametrize("writable", [True, False])
+def test_voxels_of_the_caller_are_never_changed(kind: str, layout: Any, writable: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 200, (1, 8, 7, 6)).astype(kind)
+    values = values[:, 1:7, ::2, 1:] if layout == "part" else np.asarray(values, order=layout)
+    before = values.copy()
+    values.flags.writeable = writable
+    scan = Scan.bound(Volume(values, np.eye(4)), Preparation(normalise="zscore"))
+    scan.read((0, 0, 0), (3, 2, 4))
+    image = scan.hold()
+    np.testing.assert_array_equal(values, before)
+    assert float(image.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(image.std()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_a_gpu_holds_the_image_where_it_has_twice_the_room(fit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = Scan.bound(tiny.scan((14, 12, 9)), Preparation(**FITS[fit]))
+    gpu, cpu, needed = torch.device("cuda"), torch.device("cpu"), scan.hold_bytes + 1000
+    for free, pays in ((2 * needed, True), (2 * needed - 1, False)):
+        monkeypatch.setattr("ossnet.field.scan.free_bytes", lambda _, free=free: free)
+        assert scan.pays_to_hold(gpu, None, 1000) is pays
+        assert scan.pays_to_hold(gpu, free, 1000) is pays
+        # The CPU reads it as it is stored, unless it is resized.
+        assert scan.pays_to_hold(cpu, free, 1000) is (pays and scan.fit.resizes)
+
+
 def test_half_the_resolution() -> None:
     volume = tiny.scan((16, 12, 10))
     scan = Scan.bound(volume, Preparation())

@@ -96,7 +96,7 @@ def test_channels_are_normalised_by_what_they_are(balls: Path, tmp_path: Path) -
     assert "every scan (PET) brought to mean 0" in said
     dataset = open_dataset(copy)
     scan = dataset.image(dataset.cases[0]).data
-    seen = preparation.normalised(as_float(scan), preparation.statistics(scan))
+    seen = preparation.normalise_(as_float(scan), preparation.statistics(scan))
     assert seen[0].max() <= (window.high - window.mean) / window.std + 1e-5
     assert abs(float(seen[1].mean())) < 1e-4
     assert abs(float(seen[1].std()) - 1) < 1e-4

@@ -17,7 +17,7 @@ from ossnet.field.answer import Answer
 from ossnet.field.dense import prepare_unet
 from ossnet.field.encoding import SLAB_BYTES, encode, encode_halved, encoding_bytes, plane_bytes
 from ossnet.field.fused import FusedAnswer
-from ossnet.field.memory import chunk_for, parse_size, require
+from ossnet.field.memory import chunk_for, free_bytes, parse_size, require
 from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.scan import Scan
 from ossnet.networks.blockwise import BlockwiseEncoder
@@ -63,7 +63,8 @@ def prepare(
     Args:
         network: Of a known family. Put into evaluation mode; copied if it is on another device.
         image: (C, *S) float32, normalised and fitted onto the network's grid, or a scan that is read in boxes.
-        device: Where the work is done; a GPU gets the whole image.
+        device: Where the work is done. The default network reads a scan in boxes unless it is held; others hold it
+            where it is a GPU.
         precision: "bf16" computes in bfloat16 and asks again in float32 what is close to a decision; "auto"
             takes it where the machine computes it fast.
         chunk: Locations at once; None chooses by measurement and `memory`.
@@ -85,7 +86,7 @@ def prepare(
     device = torch.device(device)
     network = _on(network.eval(), device)
     scan = image if isinstance(image, Scan) else Scan.of(image)
-    if scan.held is not None or device.type != "cpu" or engine == "plain":
+    if scan.held is not None or engine == "plain":
         scan.hold(device)
     return preparer(
         network,
@@ -141,6 +142,8 @@ def prepare_ossnet(
             "image", f"is {scan.shape}, the network works on {expected}", "Fit it with `Preparation`"
         )
     reserve += libraries
+    if device.type != "cpu":
+        scan.hold(device)
     if engine == "plain":
         image = scan.hold(device)
         with torch.no_grad(), exact_float32(device):
@@ -187,13 +190,13 @@ def prepare_multiscale(
     libraries: int = 0,
     **_: Any,
 ) -> Answer:
-    """The default network: maps are made where locations are asked."""
+    """The default network: maps are made where locations are asked, on a GPU as many as it has room for."""
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return BlockwiseEncoder(
         network,
         scan,
         device=device,
-        budget=memory,
+        budget=free_bytes(device) if memory is None else memory,
         libraries=libraries,
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,

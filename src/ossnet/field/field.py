@@ -173,9 +173,7 @@ class Field:
         """One model's answer for the scan, in its share of the grant."""
         grant = None if self._grant is None else self._grant // models
         reserve, libraries = -(-self._asking_bytes(self.grid) // models), -(-LIBRARIES // models)
-        # Resized once where memory allows, not box by box.
-        affordable = grant is None or 2 * (scan.hold_bytes + reserve + libraries) <= grant
-        if scan.held is None and scan.fit.resizes and affordable:
+        if scan.held is None and scan.pays_to_hold(self.device, grant, reserve + libraries):
             scan.hold(self.device)
             if grant is not None:
                 grant -= scan.image_bytes

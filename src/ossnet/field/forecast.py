@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ossnet.data.preparation import Fit
+from ossnet.data.preparation import Fit, Preparation
 from ossnet.field.answer import Answer, Coverable
 from ossnet.field.engine import precision_among, prepare
 from ossnet.field.grid import Grid
@@ -133,21 +133,30 @@ def forecast(
     models = (replace(model, others=()), *model.others)
     # Of a grant each model has its share.
     share, seconds, answers = None if grant is None else grant // len(models), 0.0, []
+    reserve, libraries = -(-asking // len(models)), -(-LIBRARIES // len(models))
+    images: dict[Preparation, int] = {}
     for one in models:
+        fit, left = one.preparation.fit_for(grid.shape, spacing_of(grid.affine)), share
+        like = Scan(_noise(one.channels, fit.source), fit)
+        held = like.pays_to_hold(place, share, reserve + libraries)
+        if held and one.preparation not in images:
+            # Models that want the scan alike read it together.
+            images[one.preparation] = like.image_bytes
+            left = None if share is None else share - like.image_bytes
         started = time.perf_counter()
         answer = prepare(
             one.network,
-            _noise(one.channels, one.preparation.fit_for(grid.shape, spacing_of(grid.affine))),
+            _as_held(like, place) if held else like,
             device=place,
             precision=precision_among(one.network, precision, len(models)),
             chunk=chunk,
-            memory=share,
-            reserve=-(-asking // len(models)),
-            libraries=-(-LIBRARIES // len(models)),
+            memory=left,
+            reserve=reserve,
+            libraries=libraries,
             **one.engine_options(),
         )
         if isinstance(answer, Coverable):
-            answer.set_aside(-(-asking // len(models)))
+            answer.set_aside(reserve)
             answer.cover()
         if place.type == "cuda":
             torch.cuda.synchronize(place)
@@ -165,26 +174,31 @@ def forecast(
         locations = locations_for(target.shape, surface, classes, predicted)
     # Blocks of the network's maps are met on the scan's own grid, whatever is asked.
     own_surface = surface_voxels(model, grid.shape, grid.affine)
-    held, seconds = 0.0, seconds + SECONDS_PER_VOXEL * math.prod(target.shape)
+    kept_bytes, seconds = float(sum(images.values())), seconds + SECONDS_PER_VOXEL * math.prod(target.shape)
     for answer in answers:
         each, blocks, kept = _measured(answer, own_surface, predicted)
         seconds += blocks + locations * each
-        held += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
-    encoding = sum(getattr(answer, "encoding_bytes", 0) for answer in answers)
-    peak = max(held + asking, encoding) + LIBRARIES
+        kept_bytes += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
+    encoding = sum(images.values()) + sum(getattr(answer, "encoding_bytes", 0) for answer in answers)
+    peak = max(kept_bytes + asking, encoding) + LIBRARIES
     return Forecast(int(locations), seconds, int(peak), max(answer.chunk for answer in answers))
 
 
-def _noise(channels: int, fit: Fit) -> Scan:
-    """A scan of noise that takes no memory: rows of one vector, each begun somewhere else."""
-    x, y, z = fit.target
+def _noise(channels: int, shape: Shape) -> Float[np.ndarray, "C X Y Z"]:
+    """Noise that takes no memory: rows of one vector, each begun somewhere else."""
+    x, y, z = shape
     steps = (31, 17, 1)
     values = np.random.default_rng(0).standard_normal(31 * x + 17 * y + z, dtype=np.float32)
     strides = (0, *(values.itemsize * s for s in steps))
-    noise = np.lib.stride_tricks.as_strided(
-        values, (channels, x, y, z), strides
-    )  # torch warns of read-only ones
-    return Scan(noise, Fit.none(fit.target))
+    # Torch warns of read-only ones.
+    return np.lib.stride_tricks.as_strided(values, (channels, x, y, z), strides)
+
+
+def _as_held(scan: Scan, device: torch.device) -> Scan:
+    """The whole image at hand: on a GPU; on a CPU boxes of the network's grid cost as little."""
+    if device.type != "cpu":
+        return Scan.of(torch.randn(scan.shape, device=device))
+    return Scan(_noise(scan.shape[0], scan.fit.target), Fit.none(scan.fit.target))
 
 
 def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, float, float]:

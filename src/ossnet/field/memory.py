@@ -6,6 +6,8 @@ from collections.abc import Callable
 from math import prod
 from typing import TypeVar
 
+import torch
+
 from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
 from ossnet.volume import Shape
 
@@ -53,6 +55,14 @@ def format_size(size: int | float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a GPU could still give; None for a CPU, whose system lends more than there is."""
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + idle)
 
 
 def chunk_for(grant: int | None, fixed: int, per_location: int, preferred: int, smallest: int = 256) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
 from ossnet.errors import VolumeError
 from ossnet.field.gather import PatchRows
+from ossnet.field.memory import free_bytes
 from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume
 
@@ -40,7 +41,7 @@ class Scan:
         self._normalise = None
         if preparation is not None:
             statistics = preparation.statistics(_as_stored(data))
-            self._normalise = partial(preparation.normalised, statistics=statistics)
+            self._normalise = partial(preparation.normalise_, statistics=statistics)
 
     @classmethod
     def of(cls, image: Float[Tensor, "C X Y Z"]) -> "Scan":
@@ -79,8 +80,23 @@ class Scan:
 
     @property
     def hold_bytes(self) -> int:
-        """Memory that `hold` takes while it works: the scan as float32, normalised, and fitted."""
-        return 8 * self.data.size + self.image_bytes
+        """Memory that `hold` takes while it works: the scan as float32, beside it as it is stored, or fitted."""
+        fitted = self.image_bytes if self.fit.source != self.fit.target else 0
+        return 4 * self.data.size + max(self.data.nbytes, fitted)
+
+    def pays_to_hold(self, device: torch.device, grant: int | None, beside: int = 0) -> bool:
+        """Whether the whole image is worth its memory, and leaves half of what there is.
+
+        It is where it is resized, once instead of box by box, and on a GPU, which waits for every box otherwise.
+
+        Args:
+            grant: Bytes; None: what the GPU has free.
+            beside: Bytes that others need at the same time.
+        """
+        if device.type == "cpu" and not self.fit.resizes:
+            return False
+        available = free_bytes(device) if grant is None else grant
+        return available is None or 2 * (self.hold_bytes + beside) <= available
 
     def hold(self, device: torch.device | str = "cpu") -> Float[Tensor, "C SX SY SZ"]:
         """The whole image, in memory on a device from now on."""

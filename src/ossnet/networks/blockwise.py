@@ -334,7 +334,7 @@ class BlockwiseEncoder:
         reach = max(patch) // 2
         # The voxel nearest to a location is the one below it or the next.
         for part, low, high in windows(places, self.shape, reach, reach + 1, _SHARE):
-            box = self.source.read(low, high)
+            box = self.source.read(low, high).to(self.device)
             out[part] = gather_patches(box[None], (places[part] - places.new_tensor(low))[None], patch)[0]
         return out
 
@@ -430,6 +430,7 @@ class BlockwiseEncoder:
         part = self.source.read(
             triple(first), triple(max(b, a + 1) for a, b in zip(first, inner, strict=True))
         )
+        part = part.to(self.device)
         padding: list[int] = []
         for axis in reversed(range(3)):
             padding += [0, stop[axis] - start[axis] - part.shape[axis + 1]]

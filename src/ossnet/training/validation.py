@@ -96,7 +96,7 @@ def validate(
     for index in range(fabric.global_rank, len(cases), fabric.world_size):
         case = cases[index]
         image = as_float(case.image, fabric.device)
-        image = case.fit.volume(model.preparation.normalised(image, case.statistics))
+        image = case.fit.volume(model.preparation.normalise_(image, case.statistics))
         answer = prepare(
             model.network, image, device=fabric.device, precision=precision, **model.engine_options()
         )

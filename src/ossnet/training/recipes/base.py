@@ -105,5 +105,5 @@ def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.
 def augmented(case: CachedCase, plan: Augmentation, preparation: Preparation, device: torch.device) -> Tensor:
     """(C, *S) float32: the scan normalised, mirrored, changed in brightness, with noise, then fitted (SPEC §1)."""
     image = as_float(flipped(case.image, plan.flips), device)
-    image = preparation.normalised(image, case.statistics)
+    image = preparation.normalise_(image, case.statistics)
     return case.fit.volume(apply_intensity(image, plan, case.statistics.top))

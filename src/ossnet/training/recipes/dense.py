@@ -147,7 +147,7 @@ class SliceUNetRecipe(_DenseRecipe):
         high = min(low + 1, source - 1)
         weight = float(np.clip(place - low, 0, 1))
         both = as_float(np.take(image, [low, high], axis=axis + 1))
-        both = self.preparation.normalised(both, case.statistics)
+        both = self.preparation.normalise_(both, case.statistics)
         both = apply_intensity(both, plan, case.statistics.top)
         first, second = both.unbind(axis + 1)
         picked = np.ascontiguousarray(np.take(labels, nearest, axis=axis)).astype(np.int64)

@@ -61,7 +61,7 @@ def _some(voxels: Integer[np.ndarray, "M 3"], classes: int) -> Integer[np.ndarra
 def _normalised(
     preparation: Preparation, statistics: Statistics, part: Num[np.ndarray, "C X Y Z"]
 ) -> Float[Tensor, "C X Y Z"]:
-    return preparation.normalised(as_float(part), statistics)
+    return preparation.normalise_(as_float(part), statistics)
 
 
 def crop_settings(
