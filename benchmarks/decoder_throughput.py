@@ -19,9 +19,9 @@ from measuring import interleaved, machine, product, write
 from released_reference import released_decode
 
 from ossnet.data.patches import PatchSource
-from ossnet.field import gather, products
-from ossnet.field.fused import FusedAnswer
-from ossnet.field.plain import PlainAnswer
+from ossnet.field.engine import gather, products
+from ossnet.field.engine.fused import FusedAnswer
+from ossnet.field.engine.plain import PlainAnswer
 from ossnet.networks import kernels, native
 from ossnet.networks.encoder import Encoding
 from ossnet.networks.ossnet import OSSNet

@@ -23,9 +23,9 @@ import numpy as np
 from scipy import ndimage
 from surfaces import surface_voxels
 
-from ossnet.field.octree import Octree
-from ossnet.field.refinement import ask
-from ossnet.field.released_stages import ReleasedStages
+from ossnet.field.octree.refinement import ask
+from ossnet.field.octree.released_stages import ReleasedStages
+from ossnet.field.octree.tree import Octree
 from ossnet.files.atomic import write_text
 
 SIX = ndimage.generate_binary_structure(3, 1)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ossnet.data.preparation import Preparation
-from ossnet.field.answer import Answer, Coverable
-from ossnet.field.engine import PREPARERS, prepare_multiscale, prepare_ossnet
+from ossnet.field.engine.answer import Answer, Coverable
+from ossnet.field.engine.prepare import PREPARERS, prepare_multiscale, prepare_ossnet
 from ossnet.field.model import Model
 from ossnet.files.nifti import read_labels, read_volume
 from ossnet.networks.multiscale import MultiscaleNetwork

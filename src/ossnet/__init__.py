@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ossnet.errors import OssnetError
     from ossnet.field.field import Field
     from ossnet.field.model import Model, import_released
-    from ossnet.field.refinement import Refinement, refine
+    from ossnet.field.octree.refinement import Refinement, refine
     from ossnet.files.nifti import read_labels
     from ossnet.files.nifti import read_volume as read
     from ossnet.volume import LabelMap, Volume
@@ -26,13 +26,13 @@ _WHERE = {
     "LabelMap": "ossnet.volume:LabelMap",
     "Model": "ossnet.field.model:Model",
     "OssnetError": "ossnet.errors:OssnetError",
-    "Refinement": "ossnet.field.refinement:Refinement",
+    "Refinement": "ossnet.field.octree.refinement:Refinement",
     "Volume": "ossnet.volume:Volume",
     "import_released": "ossnet.field.model:import_released",
     "load": "ossnet.field.model:Model.load",
     "read": "ossnet.files.nifti:read_volume",
     "read_labels": "ossnet.files.nifti:read_labels",
-    "refine": "ossnet.field.refinement:refine",
+    "refine": "ossnet.field.octree.refinement:refine",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from tests import tiny
 
 from ossnet.data.pieces import Piece, pieces_of, small_extent
 from ossnet.field.memory import affords_lattice
-from ossnet.field.strides import strides_within
+from ossnet.field.octree.strides import strides_within
 
 
 def test_pieces_of_every_structure_are_measured() -> None:

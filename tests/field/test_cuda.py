@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.tiny import FAMILIES, model, scan
 
-from ossnet.field.scan import Scan
+from ossnet.field.engine.scan import Scan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

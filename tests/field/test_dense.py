@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ossnet.errors import ResourceError, SettingsError
-from ossnet.field.answer import Answer
-from ossnet.field.dense import DenseAnswer
-from ossnet.field.engine import prepare
+from ossnet.field.engine.answer import Answer
+from ossnet.field.engine.dense import DenseAnswer
+from ossnet.field.engine.prepare import prepare
 from ossnet.networks.unet import UNet, UNetSpec
 
 

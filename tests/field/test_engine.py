@@ -8,13 +8,13 @@ import torch
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import ResourceError, SettingsError
-from ossnet.field import gather, products
-from ossnet.field.answer import Answer
-from ossnet.field.encoding import encode
-from ossnet.field.engine import _on, prepare
-from ossnet.field.fused import MARGIN, FusedAnswer, close_calls
+from ossnet.field.engine import gather, products
+from ossnet.field.engine.answer import Answer
+from ossnet.field.engine.encoding import encode
+from ossnet.field.engine.fused import MARGIN, FusedAnswer, close_calls
+from ossnet.field.engine.prepare import _on, prepare
+from ossnet.field.engine.products import Products
 from ossnet.field.memory import MemoryNotice
-from ossnet.field.products import Products
 from ossnet.networks import kernels, native
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.variants import spec_for

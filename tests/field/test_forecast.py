@@ -6,7 +6,7 @@ from tests import tiny
 
 from ossnet.errors import ResourceError
 from ossnet.field.forecast import forecast, locations_for, surface_voxels
-from ossnet.field.octree import Octree
+from ossnet.field.octree.tree import Octree
 from ossnet.volume import LabelMap
 
 

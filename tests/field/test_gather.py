@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ossnet.data.patches import PatchSource
-from ossnet.field import gather
-from ossnet.field.gather import PatchRows
+from ossnet.field.engine import gather
+from ossnet.field.engine.gather import PatchRows
 from ossnet.networks import native
 from ossnet.networks.toeplitz import spectrum
 

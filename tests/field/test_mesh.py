@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, special
 
-import ossnet.field.isosurface
-import ossnet.field.mesh
+import ossnet.field.mesh.extract
+import ossnet.field.mesh.isosurface
 from ossnet.errors import InputError, SettingsError
-from ossnet.field.mesh import drop_small_parts, extract_mesh, save_mesh, split_pinched_edges
+from ossnet.field.mesh.extract import drop_small_parts, extract_mesh, save_mesh, split_pinched_edges
 
 SHAPE = (56, 48, 44)
 CENTRE = np.array([27.3, 23.6, 21.8])
@@ -119,7 +119,7 @@ def test_noise_in_any_orientation_is_closed_and_encloses_the_mask(seed: int, lab
 @pytest.mark.parametrize("slab", [2**22, 3000])
 def test_slabs_join_without_a_seam(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = extract_mesh(torus, SHAPE, np.eye(4))
-    monkeypatch.setattr(ossnet.field.isosurface, "_SLAB", slab)
+    monkeypatch.setattr(ossnet.field.mesh.isosurface, "_SLAB", slab)
     mesh = extract_mesh(torus, SHAPE, np.eye(4))
     assert mesh.is_watertight
     assert len(mesh.vertices) == len(whole.vertices)
@@ -243,6 +243,6 @@ def test_without_the_extra_the_message_says_what_to_install(monkeypatch: pytest.
 
 
 def test_the_example_runs() -> None:
-    failed, tried = doctest.testmod(ossnet.field.mesh)
+    failed, tried = doctest.testmod(ossnet.field.mesh.extract)
     assert tried > 0
     assert failed == 0

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import ossnet.field.octree
-import ossnet.field.refinement
+import ossnet.field.octree.refinement
+import ossnet.field.octree.tree
 from ossnet.errors import SettingsError
-from ossnet.field.octree import Octree, decide
-from ossnet.field.refinement import refine
-from ossnet.field.strides import choose_path
+from ossnet.field.octree.refinement import refine
+from ossnet.field.octree.strides import choose_path
+from ossnet.field.octree.tree import Octree, decide
 
 SIX = ndimage.generate_binary_structure(3, 1)
 
@@ -403,7 +403,7 @@ def test_refine_refuses_settings_without_meaning(settings_: dict[str, Any]) -> N
         refine(lambda voxels: np.zeros(len(voxels)), (8, 8, 8), **settings_)
 
 
-@pytest.mark.parametrize("module", [ossnet.field.octree, ossnet.field.refinement])
+@pytest.mark.parametrize("module", [ossnet.field.octree.tree, ossnet.field.octree.refinement])
 def test_the_examples_run(module: Any) -> None:
     failed, tried = doctest.testmod(module)
     assert tried > 0

@@ -8,8 +8,8 @@ import pytest
 from scipy import ndimage
 
 from ossnet.errors import SettingsError
-from ossnet.field.refinement import refine
-from ossnet.field.released_stages import ReleasedStages, initial_mask
+from ossnet.field.octree.refinement import refine
+from ossnet.field.octree.released_stages import ReleasedStages, initial_mask
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
 

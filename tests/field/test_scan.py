@@ -9,9 +9,9 @@ from tests import tiny
 
 from ossnet.data.preparation import Preparation, prepare_scan, reduce_by_two
 from ossnet.errors import ResourceError
-from ossnet.field.gather import PatchRows
+from ossnet.field.engine.gather import PatchRows
+from ossnet.field.engine.scan import Scan, WindowRows
 from ossnet.field.memory import LIBRARIES
-from ossnet.field.scan import Scan, WindowRows
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Orientation, Volume
 
@@ -63,7 +63,7 @@ def test_a_gpu_holds_the_image_where_it_has_twice_the_room(fit: str, monkeypatch
     scan = Scan.bound(tiny.scan((14, 12, 9)), Preparation(**FITS[fit]))
     gpu, cpu, needed = torch.device("cuda"), torch.device("cpu"), scan.hold_bytes + 1000
     for free, pays in ((2 * needed, True), (2 * needed - 1, False)):
-        monkeypatch.setattr("ossnet.field.scan.free_bytes", lambda _, free=free: free)
+        monkeypatch.setattr("ossnet.field.engine.scan.free_bytes", lambda _, free=free: free)
         assert scan.pays_to_hold(gpu, None, 1000) is pays
         assert scan.pays_to_hold(gpu, free, 1000) is pays
         # The CPU reads it as it is stored, unless it is resized.
@@ -149,7 +149,7 @@ def test_what_a_grant_cannot_hold_is_refused_early(monkeypatch: pytest.MonkeyPat
     field = model.field(tiny.scan(), device="cpu", memory="200MB")
     with pytest.raises(ResourceError, match="label map"):
         field.segment(shape=(2000, 2000, 2000))
-    monkeypatch.setattr("ossnet.field.mesh._SLABS_BYTES", 200_000_000)
+    monkeypatch.setattr("ossnet.field.mesh.extract._SLABS_BYTES", 200_000_000)
     with pytest.raises(ResourceError, match="granted"):
         field.mesh(2)
     with pytest.raises(ResourceError, match="probabilities"):

@@ -35,7 +35,7 @@ def command(
     **Example:** `ossnet mesh scan.nii.gz --model runs/liver --structure liver --out liver.stl`
     """
     from ossnet.errors import SettingsError
-    from ossnet.field.mesh import MESH_FORMATS, save_mesh
+    from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
     from ossnet.files.nifti import read_volume

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-from ossnet.field.answer import Answer
+from ossnet.field.engine.answer import Answer
 from ossnet.field.grid import Grid
 from ossnet.volume import Affine
 

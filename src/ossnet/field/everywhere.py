@@ -11,8 +11,8 @@ from jaxtyping import Integer
 
 from ossnet.field.asking import Ask
 from ossnet.field.grid import Box, box_shape
-from ossnet.field.lattice import Triple, Window, lattice_size
 from ossnet.field.memory import question_locations
+from ossnet.field.octree.lattice import Triple, Window, lattice_size
 from ossnet.field.progress import Report
 from ossnet.volume import Shape
 

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float, Integer, Num
 
 from ossnet.errors import ResourceError, SettingsError, VolumeError
-from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import Ask, ask_at, asker, probabilities
-from ossnet.field.engine import Precision, precision_among, prepare
+from ossnet.field.engine.answer import Answer, Coverable
+from ossnet.field.engine.prepare import Precision, precision_among, prepare
+from ossnet.field.engine.scan import Scan
 from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
 from ossnet.field.forecast import surface_voxels
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
-from ossnet.field.lattice import Triple, Window
 from ossnet.field.memory import (
     LIBRARIES,
     affords_lattice,
@@ -33,15 +33,15 @@ from ossnet.field.memory import (
     question_locations,
     require,
 )
-from ossnet.field.mesh import check_mesh_options, extract_mesh, mesh_bytes
+from ossnet.field.mesh.extract import check_mesh_options, extract_mesh, mesh_bytes
 from ossnet.field.model import Model
-from ossnet.field.octree import Octree
+from ossnet.field.octree.lattice import Triple, Window
+from ossnet.field.octree.refinement import ask as ask_all
+from ossnet.field.octree.refinement import path_from, refine
+from ossnet.field.octree.released_stages import START_STATES, ReleasedStages
+from ossnet.field.octree.strides import Path, check_path, parts, strides_within
+from ossnet.field.octree.tree import Octree
 from ossnet.field.progress import Report, reporting
-from ossnet.field.refinement import ask as ask_all
-from ossnet.field.refinement import path_from, refine
-from ossnet.field.released_stages import START_STATES, ReleasedStages
-from ossnet.field.scan import Scan
-from ossnet.field.strides import Path, check_path, parts, strides_within
 from ossnet.field.together import MeanAnswer
 from ossnet.volume import (
     Affine,

@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ossnet.data.preparation import Fit, Preparation
-from ossnet.field.answer import Answer, Coverable
-from ossnet.field.engine import precision_among, prepare
+from ossnet.field.engine.answer import Answer, Coverable
+from ossnet.field.engine.prepare import precision_among, prepare
+from ossnet.field.engine.scan import Scan
 from ossnet.field.grid import Grid
-from ossnet.field.lattice import lattice_size
 from ossnet.field.memory import (
     LIBRARIES,
     affords_lattice,
@@ -27,8 +27,8 @@ from ossnet.field.memory import (
     parse_size,
 )
 from ossnet.field.model import Model
-from ossnet.field.scan import Scan
-from ossnet.field.strides import choose_path, strides_within
+from ossnet.field.octree.lattice import lattice_size
+from ossnet.field.octree.strides import choose_path, strides_within
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Affine, Shape, spacing_of
 

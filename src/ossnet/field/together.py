@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ossnet.field.answer import Answer, Coverable
 from ossnet.field.asking import ask_at
+from ossnet.field.engine.answer import Answer, Coverable
 from ossnet.volume import Affine, Shape
 
 _SURE = 1e-7

@@ -15,7 +15,7 @@ from ossnet.data.balanced import balanced_voxels
 from ossnet.data.cache import CachedCase
 from ossnet.data.preparation import as_float
 from ossnet.data.sampling import labels_at, sample_locations
-from ossnet.field.engine import prepare
+from ossnet.field.engine.prepare import prepare
 from ossnet.field.model import Model
 from ossnet.networks.variants import OFFERED
 from ossnet.training.checkpoint import mean

@@ -1,7 +1,7 @@
 """Surfaces of a field as triangle meshes in world millimetres.
 
-Marching cubes on the label map's narrow band (`field.isosurface`), vertices moved onto the level set where
-the structure is as probable as not (`field.projection`), optional smoothing and simplification.
+Marching cubes on the label map's narrow band (`field.mesh.isosurface`), vertices moved onto the level set where
+the structure is as probable as not (`field.mesh.projection`), optional smoothing and simplification.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from jaxtyping import Float, Integer
 from scipy import ndimage
 
 from ossnet.errors import InputError, SettingsError
-from ossnet.field.isosurface import Surface, bounding_box, marching_cubes, narrow_band, outward
-from ossnet.field.projection import along_edges, along_gradient, central_differences, paper_refinement
-from ossnet.field.refinement import refine
+from ossnet.field.mesh.isosurface import Surface, bounding_box, marching_cubes, narrow_band, outward
+from ossnet.field.mesh.projection import along_edges, along_gradient, central_differences, paper_refinement
+from ossnet.field.octree.refinement import refine
 from ossnet.files.atomic import write_bytes
 
 if TYPE_CHECKING:

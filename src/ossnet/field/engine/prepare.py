@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ossnet.data.patches import Pool
 from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import SettingsError
-from ossnet.field.answer import Answer
-from ossnet.field.dense import prepare_unet
-from ossnet.field.encoding import SLAB_BYTES, encode, encode_halved, encoding_bytes, plane_bytes
-from ossnet.field.fused import FusedAnswer
+from ossnet.field.engine.answer import Answer
+from ossnet.field.engine.dense import prepare_unet
+from ossnet.field.engine.encoding import SLAB_BYTES, encode, encode_halved, encoding_bytes, plane_bytes
+from ossnet.field.engine.fused import FusedAnswer
+from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
+from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import chunk_for, free_bytes, parse_size, require
-from ossnet.field.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
-from ossnet.field.scan import Scan
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import exact_float32, fast_bf16
 from ossnet.networks.multiscale import MultiscaleNetwork

@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Int, Integer, Num, Shaped
 
 from ossnet.errors import SettingsError
-from ossnet.field.hints import island_seeds, unsaturated_children
-from ossnet.field.lattice import Indices, Lattice, Triple, refine_lattice, sorted_unique
-from ossnet.field.prediction import resample_prediction
-from ossnet.field.strides import Box, Part, Path, check_path, check_region, parts
+from ossnet.field.octree.hints import island_seeds, unsaturated_children
+from ossnet.field.octree.lattice import Indices, Lattice, Triple, refine_lattice, sorted_unique
+from ossnet.field.octree.prediction import resample_prediction
+from ossnet.field.octree.strides import Box, Part, Path, check_path, check_region, parts
 
 Array = Shaped[np.ndarray, "..."] | Shaped[torch.Tensor, "..."]
 

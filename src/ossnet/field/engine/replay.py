@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ossnet.field.products import ROWS, Products
+from ossnet.field.engine.products import ROWS, Products
 
 
 class Replay:

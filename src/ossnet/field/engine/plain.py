@@ -7,7 +7,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.data.patches import PatchSource, Pool
-from ossnet.field.answer import clamped, coarse_logits
+from ossnet.field.engine.answer import clamped, coarse_logits
 from ossnet.field.memory import halving
 from ossnet.networks.encoder import Encoding
 from ossnet.networks.machine import exact_float32

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
 from ossnet.errors import VolumeError
-from ossnet.field.gather import PatchRows
+from ossnet.field.engine.gather import PatchRows
 from ossnet.field.memory import free_bytes
 from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Integer, Shaped
 from scipy import ndimage
 
 from ossnet.errors import SettingsError
-from ossnet.field.octree import Array, decide
+from ossnet.field.octree.tree import Array, decide
 
 Triple = tuple[int, int, int]
 StartState = Literal["original", "released", "paper"]

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, Num
 
 from ossnet.errors import SettingsError
-from ossnet.field.lattice import Triple
-from ossnet.field.octree import Octree, decide
-from ossnet.field.released_stages import START_STATES, ReleasedStages
-from ossnet.field.strides import Box, Path
+from ossnet.field.octree.lattice import Triple
+from ossnet.field.octree.released_stages import START_STATES, ReleasedStages
+from ossnet.field.octree.strides import Box, Path
+from ossnet.field.octree.tree import Octree, decide
 
 Function = Callable[[Any], Any]
 
@@ -54,7 +54,7 @@ def refine(
 
     Every 6-connected component of the true label map that was hit by one evaluated voxel comes out exactly;
     one that no voxel hit is missing, whole: an object smaller than the stride can slip through
-    (`field.octree`). The answer for a voxel must not depend on what else is asked with it.
+    (`field.octree.tree`). The answer for a voxel must not depend on what else is asked with it.
 
     >>> import numpy as np
     >>> def ball(voxels):  # logits: positive inside a ball of radius 20.5

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from ossnet.field.folding import FoldedDecoder
-from ossnet.field.gather import PatchRows
+from ossnet.field.engine.folding import FoldedDecoder
+from ossnet.field.engine.gather import PatchRows
 from ossnet.networks.kernels import affine_pade
 from ossnet.networks.native import library
 from ossnet.networks.toeplitz import spectral_toeplitz, spectrum, toeplitz

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 from jaxtyping import Float, Int
 
-from ossnet.field.lattice import Lattice, Triple
+from ossnet.field.octree.lattice import Lattice, Triple
 
 # Share of the largest |logit| next to it that a minimum must fall below.
 _DEPTH = 0.9

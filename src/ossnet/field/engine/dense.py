@@ -12,9 +12,9 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.errors import SettingsError
-from ossnet.field.answer import clamped
+from ossnet.field.engine.answer import clamped
+from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import require
-from ossnet.field.scan import Scan
 from ossnet.networks.machine import exact_float32, fast_bf16
 from ossnet.networks.unet import UNet, segment_slices
 from ossnet.volume import Shape

@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from ossnet.data.patches import Pool
-from ossnet.field.answer import clamped, coarse_logits
-from ossnet.field.folding import fold
-from ossnet.field.gather import PatchRows
+from ossnet.field.engine.answer import clamped, coarse_logits
+from ossnet.field.engine.folding import fold
+from ossnet.field.engine.gather import PatchRows
+from ossnet.field.engine.products import ROWS, Products
+from ossnet.field.engine.replay import Replay
+from ossnet.field.engine.scan import Scan, WindowRows
 from ossnet.field.memory import chunk_for, halving
-from ossnet.field.products import ROWS, Products
-from ossnet.field.replay import Replay
-from ossnet.field.scan import Scan, WindowRows
 from ossnet.networks.encoder import Encoding
 from ossnet.networks.ossnet import OSSNet
 from ossnet.volume import Shape

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
-from ossnet.field.prediction import child_labels, mixed_cells, smooth_axis
+from ossnet.field.octree.prediction import child_labels, mixed_cells, smooth_axis
 
 Triple = tuple[int, int, int]
 Indices = Int[np.ndarray, " _"]

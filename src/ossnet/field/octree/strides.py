@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ossnet.errors import SettingsError
-from ossnet.field.lattice import Triple, Window, lattice_size
+from ossnet.field.octree.lattice import Triple, Window, lattice_size
 
 Box = tuple[Triple, Triple]
 Path = Sequence[int | Triple] | Literal["auto"]

@@ -1,0 +1,1 @@
+"""What answers at locations: a network bound to one scan, family by family."""

@@ -1,0 +1,1 @@
+"""Which locations to ask, coarse to fine, until the label map is exact: knows no network."""
