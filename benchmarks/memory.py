@@ -52,7 +52,7 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
         "held_bytes_at_the_end": status("VmRSS") - before,
         "encoder_seconds": field.encoder_seconds,
         "locations": found.evaluated,
-        "chunk": field._answer.chunk,
+        "chunk": field._bound.answer.chunk,
     }
     low, high = truth.box
     part = found.data[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]

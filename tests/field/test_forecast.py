@@ -5,7 +5,8 @@ import pytest
 from tests import tiny
 
 from ossnet.errors import ResourceError
-from ossnet.field.forecast import forecast, locations_for, surface_voxels
+from ossnet.field.binding import surface_voxels
+from ossnet.field.forecast import forecast, locations_for
 from ossnet.field.octree.tree import Octree
 from ossnet.volume import LabelMap
 

@@ -113,7 +113,7 @@ def test_a_tight_grant_gives_the_label_map_once(monkeypatch: pytest.MonkeyPatch)
     assert expected.data.flags.c_contiguous
 
     def tighten(*_: int) -> None:
-        monkeypatch.setattr("ossnet.field.field.LIBRARIES", 200_000_000)
+        monkeypatch.setattr("ossnet.field.binding.LIBRARIES", 200_000_000)
 
     found = field.segment(progress=tighten)
     assert not found.data.flags.c_contiguous
@@ -125,16 +125,16 @@ def test_maps_that_are_kept_give_way_to_what_is_made(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("ossnet.networks.blockwise.WORK_BYTES", 16 << 20)
     field = model.field(scan, device="cpu", precision="fp32", memory="200MB", chunk=256)
     expected = field.segment()
-    assert isinstance(field._answer, BlockwiseEncoder)
-    answer = field._answer
+    assert isinstance(field._bound.answer, BlockwiseEncoder)
+    answer = field._bound.answer
     assert answer.room is not None
     blocks = sum(m.bytes for maps in answer.blocks.values() for m in maps)
     assert blocks > 0
     # So much that nothing fits beside it but the coarse maps.
     size = answer.reserve - LIBRARIES + answer.room - (answer.fixed_bytes - blocks)
-    monkeypatch.setattr("ossnet.field.field.asking_bytes", lambda *_: size)
+    monkeypatch.setattr("ossnet.field.binding.asking_bytes", lambda *_: size)
     np.testing.assert_array_equal(field.segment().data, expected.data)
-    monkeypatch.setattr("ossnet.field.field.asking_bytes", lambda *_: size + 1_000_000)
+    monkeypatch.setattr("ossnet.field.binding.asking_bytes", lambda *_: size + 1_000_000)
     with pytest.raises(ResourceError, match="at least"):
         field.segment()
 
@@ -172,7 +172,7 @@ def test_a_region_is_the_whole_answer_in_it() -> None:
         field = model.field(scan, device="cpu", precision="fp32")
         everywhere = field.segment(region=box, strategy="dense").data
         np.testing.assert_array_equal(everywhere, whole.segment(region=box, strategy="dense").data)
-        (first, _, _), (last, _, _) = field._answer.crop  # type: ignore[attr-defined]
+        (first, _, _), (last, _, _) = field._bound.answer.crop  # type: ignore[attr-defined]
         assert last - first < 200
 
 

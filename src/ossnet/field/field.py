@@ -4,45 +4,28 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
-from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Integer, Num
 
-from ossnet.errors import ResourceError, SettingsError, VolumeError
-from ossnet.field.asking import Ask, ask_at, asker, probabilities
-from ossnet.field.engine.answer import Answer, Coverable
-from ossnet.field.engine.prepare import Precision, precision_among, prepare
+from ossnet.errors import SettingsError, VolumeError
+from ossnet.field.asking import ask_at, probabilities
+from ossnet.field.binding import Binding
 from ossnet.field.engine.scan import Scan
-from ossnet.field.everywhere import label_everywhere, label_lattice, slabs
-from ossnet.field.forecast import surface_voxels
+from ossnet.field.everywhere import slabs
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
-from ossnet.field.memory import (
-    LIBRARIES,
-    affords_lattice,
-    asking_bytes,
-    lattice_bytes,
-    parse_size,
-    question_locations,
-    require,
-)
+from ossnet.field.labelling import Labelling, label_as_released, needed, prepare_released
+from ossnet.field.memory import parse_size, question_locations
 from ossnet.field.mesh.extract import check_mesh_options, extract_mesh, mesh_bytes
 from ossnet.field.model import Model
-from ossnet.field.octree.lattice import Triple, Window
-from ossnet.field.octree.refinement import ask as ask_all
 from ossnet.field.octree.refinement import path_from, refine
-from ossnet.field.octree.released_stages import START_STATES, ReleasedStages
-from ossnet.field.octree.strides import Path, check_path, parts, strides_within
-from ossnet.field.octree.tree import Octree
+from ossnet.field.octree.released_stages import START_STATES
 from ossnet.field.progress import Report, reporting
-from ossnet.field.together import MeanAnswer
 from ossnet.volume import (
     Affine,
     LabelMap,
@@ -51,22 +34,12 @@ from ossnet.volume import (
     Volume,
     closest_canonical,
     same_place,
-    spacing_of,
 )
 
 if TYPE_CHECKING:
     import trimesh
 
-_STAGES_BYTES = 6
-"""Of the released stages for each voxel of the network's grid."""
-
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
-
-THOROUGH: dict[str, Any] = {"safety": 0, "doubt": 8.0, "margin": 2.0, "seeds": True}
-"""How the octree looks for islands smaller than its lattice: where the coarse logits are not certain that there is
-none. It overlooks a tenth of those that it would overlook otherwise (`benchmarks/agreement.py`), and scans of any size
-are looked at in detail only near their structures."""
-
 
 OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
     "function",
@@ -137,75 +110,29 @@ class Field:
                 "Give one file with all channels, or one file a channel, in the order of the training",
             )
         self.model, self.volume = model, volume
-        self.device = _device(device)
-        self._grant = None if memory is None else parse_size(memory)
-        started = time.perf_counter()
         self._orientation: Orientation = model.preparation.orient(volume.affine)
         oriented = volume.reoriented(self._orientation)
         self.grid = Grid(oriented.shape, oriented.affine)
         """The scan's grid in the axis order that the network sees."""
-        self._held = 0
-        """Bytes of the grant that images take."""
-        models = (model, *model.others)
-        # Models that want the scan alike read it together.
-        scans: list[Scan] = []
-        for one in models:
-            alike = [s for m, s in zip(models, scans, strict=False) if m.preparation == one.preparation]
-            scans.append(alike[0] if alike else Scan.bound(volume, one.preparation, preprocessed))
-        self._fit = scans[0].fit
-        self._fitted: Shape = self._fit.target
-        with self._told_of_shares(len(models)):
-            answers = [
-                self._bound(one, scan, precision, chunk, len(models))
-                for one, scan in zip(models, scans, strict=True)
-            ]
-        back = np.linalg.inv(self._fit.matrix())
-        self._answer: Answer = answers[0]
-        if len(models) > 1:
-            reserve = -(-self._asking_bytes(self.grid) // len(models))
-            self._answer = MeanAnswer(answers, [_exact(s.fit.matrix() @ back) for s in scans], reserve)
-        self.encoder_seconds = time.perf_counter() - started
-        """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
-
-    def _bound(
-        self, model: Model, scan: Scan, precision: Precision, chunk: int | None, models: int
-    ) -> Answer:
-        """One model's answer for the scan, in its share of the grant."""
-        grant = None if self._grant is None else self._grant // models
-        reserve, libraries = -(-self._asking_bytes(self.grid) // models), -(-LIBRARIES // models)
-        if scan.held is None and scan.pays_to_hold(self.device, grant, reserve + libraries):
-            scan.hold(self.device)
-            if grant is not None:
-                grant -= scan.image_bytes
-                self._held += scan.image_bytes
-        return prepare(
-            model.network,
-            scan,
-            device=self.device,
-            precision=precision_among(model.network, precision, models),
+        self._bound = Binding(
+            model,
+            self.grid,
+            lambda one: Scan.bound(volume, one.preparation, preprocessed),
+            device=_device(device),
+            grant=None if memory is None else parse_size(memory),
+            precision=precision,
             chunk=chunk,
-            memory=grant,
-            reserve=reserve,
-            libraries=libraries,
-            **model.engine_options(),
         )
 
-    @contextmanager
-    def _told_of_shares(self, models: int) -> Iterator[None]:
-        """Of several models each refuses its share; who granted the whole is told so."""
-        try:
-            yield
-        except ResourceError as error:
-            if models == 1 or self._grant is None:
-                raise
-            raise ResourceError(
-                f"{models} models share the memory that is granted. Of each share: {error}"
-            ) from error
+    @property
+    def device(self) -> torch.device:
+        """Where the work is done."""
+        return self._bound.device
 
-    def _asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
-        surface = surface_voxels(self.model, grid.shape, grid.affine)
-        shape = grid.shape if region is None else box_shape(region)
-        return asking_bytes(shape, max(self.model.classes, 2), surface)
+    @property
+    def encoder_seconds(self) -> float:
+        """Wall-clock time of preparing and encoding the scan; the default network encodes when it is asked."""
+        return self._bound.encoder_seconds
 
     # Asking at points ---------------------------------------------------------------------------------------------
 
@@ -223,10 +150,10 @@ class Field:
             SettingsError: Points that are not (N, 3) finite numbers, or another space.
         """
         points = _checked(points, space)
-        to_fitted = self._fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
+        to_fitted = self._bound.fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
         if space == "world":
             to_fitted = to_fitted @ np.linalg.inv(self.volume.affine)
-        logits = ask_at(self._answer, points, to_fitted)
+        logits = ask_at(self._bound.answer, points, to_fitted)
         return logits.float().cpu().numpy()
 
     def probability(
@@ -277,43 +204,33 @@ class Field:
             near = get_close_matches(unknown[0], [*OCTREE_OPTIONS, *signature(Field.segment).parameters], 1)
             fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(OCTREE_OPTIONS))}"
             raise SettingsError("segment", f"there is no option {unknown[0]}", fix)
-        how: str = strategy
+        bound, how = self._bound, str(strategy)
+        stages: tuple[int, ...] = ()
         if strategy in START_STATES:
             if spacing is not None or shape is not None or like is not None or region is not None:
                 raise SettingsError(
                     "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
                 )
-            # Two grids of the network's size, and what a stage makes of them.
-            self._make_room(
-                self._asking_bytes(self.grid) + _STAGES_BYTES * int(np.prod(self._fitted)),
-                "the released stages",
-            )
-            self._cover(self.grid, None)
+            released = prepare_released(bound, strategy, reevaluate)
             started = time.perf_counter()
             with reporting(progress) as report:
-                labels, evaluated, stages = self._released(strategy, report, reevaluate)
+                labels, evaluated, stages = label_as_released(bound, released, report)
             grid, orientation = self.grid, self._orientation
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = self._oriented_region(region, grid, orientation)
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
-            how = self._resolve(strategy, grid)
-            stride = self._piece_stride(grid)
-            if how == "octree" and stride is not None and not {"start", "path"} & set(octree):
-                octree["path"] = path_from(stride)
-                self._make_room_for_labels(grid, box, lattice_bytes(grid.shape, stride))
-            else:
-                self._make_room_for_labels(grid, box)
-            self._cover(grid, box, [1] if how == "dense" else octree.get("path", "auto"))
+            labelling = Labelling(bound, grid, box, strategy, **octree)
+            how = labelling.strategy
+            labelling.prepare()
             started = time.perf_counter()
             with reporting(progress) as report:
-                labels, evaluated = self._fill(grid, box, how, report, octree)
-            stages = ()
+                labels, evaluated = labelling.run(report)
             if box is not None:
                 grid = grid.part(box[0], labels.shape)
         stored = orientation.undo(labels)
-        twice = self._grant is None or self._kept_bytes + 2 * labels.nbytes <= self._grant
+        twice = bound.grant is None or bound.kept_bytes + 2 * labels.nbytes <= bound.grant
         x, y, z = stored.shape
         return Segmentation(
             data=np.ascontiguousarray(stored) if twice else stored,
@@ -351,13 +268,13 @@ class Field:
         box = self._oriented_region(region, grid, orientation)
         low, size = (0, 0, 0) if box is None else box[0], grid.shape if box is None else box_shape(box)
         classes = max(self.model.classes, 1)
-        self._make_room(4 * classes * int(np.prod(size)) + beside, "probabilities of all voxels")
-        self._cover(grid, box, [1])
+        self._bound.make_room(4 * classes * int(np.prod(size)) + beside, "probabilities of all voxels")
+        self._bound.cover(None if box is None else needed(self._bound, grid, box, [1]))
         # Written through a view in the network's axis order: turning them round afterwards would need them twice.
         x, y, z = (size[i] for i in np.argsort(orientation.axes))
         out = np.empty((classes, x, y, z), dtype=np.float32)
         turned = orientation.apply(out)
-        ask, done = self.asker(grid), 0
+        ask, done = self._bound.asker(grid), 0
         with reporting(progress) as report:
             for piece, voxels in slabs(grid.shape, box, question_locations(classes)):
                 found = probabilities(ask(voxels).float().cpu().numpy())
@@ -398,10 +315,10 @@ class Field:
         # Before the scan is segmented, which may take long.
         check_mesh_options(faces, smooth, **options)
         oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
-        if self._grant is not None:
-            self._make_room(oriented.nbytes + mesh_bytes(oriented, label), "this mesh")
+        if self._bound.grant is not None:
+            self._bound.make_room(oriented.nbytes + mesh_bytes(oriented, label), "this mesh")
         return extract_mesh(
-            self.asker(self.grid),
+            self._bound.asker(self.grid),
             self.grid.shape,
             self.grid.affine,
             labels=oriented,
@@ -431,51 +348,7 @@ class Field:
             f"Choose one of {', '.join(f'{k} ({v})' for k, v in names.items())}",
         )
 
-    # Memory and regions -------------------------------------------------------------------------------------------
-
-    def _make_room_for_labels(self, grid: Grid, region: Box | None, beside: int = 0) -> None:
-        """For the scan's own label map the paper's variants left room when they were bound."""
-        shape = grid.shape if region is None else box_shape(region)
-        if isinstance(self._answer, Coverable) or np.prod(shape) > np.prod(self.grid.shape):
-            self._make_room(self._asking_bytes(grid, region) + beside, f"a label map of {shape} voxels")
-
-    def _make_room(self, size: int, what: str) -> None:
-        """Leave so many bytes of the grant to what is about to be made, or refuse it."""
-        require(self._grant, self._held + LIBRARIES + size, what)
-        if isinstance(self._answer, Coverable):
-            with self._told_of_shares(1 + len(self.model.others)):
-                self._answer.set_aside(size)
-        working = self._answer.chunk * self._answer.bytes_per_location
-        require(self._grant, self._kept_bytes + working + size, what)
-
-    @property
-    def _kept_bytes(self) -> int:
-        """Of the grant, what the scan, the network's maps and the libraries take."""
-        return self._held + LIBRARIES + self._answer.fixed_bytes
-
-    def _cover(self, grid: Grid, region: Box | None, path: Path = "auto") -> None:
-        """Have the answer prepare what will be asked about, and count that as encoding."""
-        if isinstance(self._answer, Coverable):
-            started = time.perf_counter()
-            self._answer.cover(None if region is None else self._needed(grid, region, path))
-            self.encoder_seconds += time.perf_counter() - started
-
-    def _needed(self, grid: Grid, region: Box, path: Path) -> Box:
-        """Voxels of the network's grid whose prediction and answers decide what the octree finds in a region."""
-        steps, kept = _first_sites(grid, region, path)
-        low, high = np.array(kept.low) * steps, (np.array(kept.high) - 1) * steps
-        to_fitted = self._fit.matrix() @ grid.to(self.grid)
-        corners = np.array(list(product(*zip(low, np.maximum(high, np.array(region[1]) - 1), strict=True))))
-        place = corners @ to_fitted[:3, :3].T + to_fitted[:3, 3]
-        x0, y0, z0 = (int(v) for v in np.floor(place.min(axis=0)))
-        x1, y1, z1 = (int(v) + 1 for v in np.ceil(place.max(axis=0)))
-        return (x0, y0, z0), (x1, y1, z1)
-
-    # Parts --------------------------------------------------------------------------------------------------------
-
-    def asker(self, grid: Grid) -> Ask:
-        """A function of voxel indices of a grid, for the octree and the mesh: logits, background outside the scan."""
-        return asker(self._answer, grid, self.grid, self._fit.matrix())
+    # Grids ------------------------------------------------------------------------------------------------------
 
     def _target(
         self,
@@ -508,124 +381,6 @@ class Field:
         x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
         return moved_box(check_box(region, (x, y, z)), orientation.matrix((x, y, z)))
 
-    def _resolve(self, strategy: Strategy, grid: Grid) -> str:
-        if strategy != "auto":
-            return strategy
-        if getattr(self._answer, "dense", False):
-            return "dense"
-        stride = self._piece_stride(grid)
-        if stride is None or (stride != (1, 1, 1) and affords_lattice(self._grant, grid.shape, stride)):
-            return "octree"
-        return "dense"
-
-    def _piece_stride(self, grid: Grid) -> Triple | None:
-        """Strides of a lattice that meets small pieces; None where the network's prediction shows all structures."""
-        gap = self.model.piece_gap_mm
-        return None if gap is None else strides_within(gap, spacing_of(grid.affine))
-
-    def _fill(
-        self, grid: Grid, region: Box | None, how: str, progress: Report | None, options: dict[str, Any]
-    ) -> tuple[Integer[np.ndarray, "X Y Z"], int]:
-        classes = max(self.model.classes, 2)
-        options = {**THOROUGH, **options}
-        ask = self.asker(grid)
-        if how == "dense":
-            return label_everywhere(ask, grid.shape, region, classes, progress)
-        start, looked = options.pop("start", None), 0
-        predicted = start is None
-        local = region is not None and predicted and isinstance(self._answer, Coverable)
-        if predicted:
-            start, looked = self._start(grid, region if local else None, options, progress)
-        if looked:
-            options["doubt"] = None  # the lattice was asked: there is none
-        batch = options.pop("batch", question_locations(classes))
-        if start is None or not local:
-            found = refine(
-                ask,
-                grid.shape,
-                start=start,
-                classes=classes,
-                region=region,
-                progress=progress,
-                batch=batch,
-                **options,
-            )
-            return found.labels, looked + found.evaluated
-        tree = Octree(grid.shape, classes, start=start, region=region, **options)
-        while (voxels := tree.query()) is not None:
-            if tree.grown:
-                # A larger box decides, and its prediction is not there yet.
-                self._cover(grid, None)
-                start, more = self._start(grid, None, options, progress)
-                again = {**options, "batch": batch, "start": start}
-                labels, evaluated = self._fill(grid, region, "octree", progress, again)
-                return labels, looked + more + evaluated
-            tree.update(*ask_all(ask, voxels, batch))
-            if progress is not None:
-                progress(tree.evaluated, tree.pending)
-        return tree.labels(), looked + tree.evaluated
-
-    def _start(
-        self, grid: Grid, region: Box | None, options: dict[str, Any], progress: Report | None
-    ) -> tuple[np.ndarray | None, int]:
-        """What predicts the octree's first lattice, and the locations that were asked for it.
-
-        Args:
-            region: Only there, and as far around as the octree looks.
-        """
-        stride = self._piece_stride(grid)
-        if stride is not None and options.get("path") == path_from(stride):
-            sites = None if region is None else _first_sites(grid, region, options["path"])[1]
-            ask, classes = self.asker(grid), max(self.model.classes, 2)
-            return label_lattice(ask, grid.shape, stride, sites, classes, progress)
-        if self._answer.coarse is not None and self._prediction_pays(grid):
-            return self._prediction(), 0
-        return None, 0
-
-    def _prediction(self) -> np.ndarray:
-        """The answer's coarse logits, or labels."""
-        assert self._answer.coarse is not None
-        coarse = self._answer.coarse.detach().cpu()
-        return np.asarray(coarse.float().numpy() if coarse.is_floating_point() else coarse.numpy())
-
-    def _prediction_pays(self, grid: Grid) -> bool:
-        """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
-        coarse, fit = self._answer.coarse, self._fit
-        # A scan with a border around it lies in a part of the coarse array.
-        if coarse is None or not (fit.resizes or fit.source == self._fitted) or not grid.spans(self.grid):
-            return False
-        return bool((np.array(grid.shape) <= 16 * np.array(coarse.shape[-3:])).all())
-
-    def _released(
-        self, strategy: str, progress: Report | None, reevaluate: bool
-    ) -> tuple[Integer[np.ndarray, "X Y Z"], int, tuple[int, ...]]:
-        """The released algorithm on the network's grid, then back to the scan's: cut, or nearest voxel."""
-        if self.model.classes > 1:
-            raise SettingsError("strategy", f"{strategy!r} is for one structure", 'Use strategy="octree"')
-        coarse = self._answer.coarse
-        segmentation = None if coarse is None else coarse.float().cpu().numpy()
-        stages = ReleasedStages(self._fitted, strategy, segmentation, reevaluate=reevaluate)  # type: ignore[arg-type]
-        identity, batch = np.eye(4), question_locations(1)
-        while (voxels := stages.query()) is not None:
-            stages.update(*ask_all(lambda some: ask_at(self._answer, some, identity), voxels, batch))
-            if progress:
-                progress(stages.evaluated, stages.pending)
-        grid = stages.labels()
-        index = []
-        for axis, (n, s) in enumerate(zip(self._fit.source, self._fitted, strict=True)):
-            if self._fit.resizes:
-                index.append(np.minimum(((np.arange(n) + 0.5) * s / n).astype(int), s - 1))
-            else:
-                index.append(np.arange(n) + self._fit.offset[axis])
-        return grid[np.ix_(*index)], stages.evaluated, tuple(stages.evaluated_per_stage)
-
-
-def _first_sites(grid: Grid, region: Box, path: Path) -> tuple[Triple, Window]:
-    """The first stride, and the sites whose prediction decides what the octree finds in a region."""
-    steps = check_path(path, grid.shape)
-    kept = parts(steps, grid.shape, Window(*region), [0] * len(steps), predicted=True)[0].kept
-    return steps[0], kept
-
 
 def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
     if space not in ("voxel", "world"):
@@ -650,12 +405,6 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
     return device
-
-
-def _exact(matrix: Affine) -> Affine:
-    """A map of whole voxels without the rounding that computing it left."""
-    near: np.ndarray = np.round(matrix)
-    return near if bool(np.abs(matrix - near).max() < 1e-9) else matrix
 
 
 def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:

@@ -5,7 +5,7 @@ Letters: N locations, K classes.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,22 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ossnet.data.preparation import Fit, Preparation
-from ossnet.field.engine.answer import Answer, Coverable
-from ossnet.field.engine.prepare import precision_among, prepare
+from ossnet.field.binding import Binding, surface_voxels
+from ossnet.field.engine.answer import Answer
 from ossnet.field.engine.scan import Scan
 from ossnet.field.grid import Grid
-from ossnet.field.memory import (
-    LIBRARIES,
-    affords_lattice,
-    asking_bytes,
-    label_bytes,
-    lattice_bytes,
-    parse_size,
-)
+from ossnet.field.labelling import Labelling
+from ossnet.field.memory import LIBRARIES, label_bytes, parse_size
 from ossnet.field.model import Model
 from ossnet.field.octree.lattice import lattice_size
-from ossnet.field.octree.strides import choose_path, strides_within
+from ossnet.field.octree.strides import choose_path
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Affine, Shape, spacing_of
 
@@ -47,18 +40,6 @@ class Forecast:
     seconds: float
     memory_bytes: int
     chunk: int
-
-
-def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
-    """Surface voxels to expect: the training set's surface in mm², in voxel faces of this grid."""
-    surface = model.metadata.get("surface_mm2")
-    sx, sy, sz = spacing_of(affine)
-    face = (sx * sy * sz) ** (2 / 3)
-    if surface is None:
-        # A structure that fills a tenth of the scan, shaped between ball and twig.
-        volume = 0.1 * float(np.prod(shape)) * sx * sy * sz
-        surface = 1.5 * 4.836 * volume ** (2 / 3)
-    return float(surface) / float(face)
 
 
 def locations_for(shape: Shape, surface: int | float, classes: int, predicted: bool = False) -> float:
@@ -112,76 +93,56 @@ def forecast(
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
-    classes = max(model.classes, 2)
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
-    surface = surface_voxels(model, target.shape, target.affine)
-    asking = asking_bytes(target.shape, classes, surface)
+
+    def stand_in(one: Model) -> Scan:
+        fit = one.preparation.fit_for(grid.shape, spacing_of(grid.affine))
+        return Scan(_noise(one.channels, fit.source), fit)
+
+    place = torch.device("cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        place = torch.device("cuda" if device == "auto" else device)
+    started = time.perf_counter()
+    bound = Binding(
+        model,
+        grid,
+        stand_in,
+        device=place,
+        grant=None if memory is None else parse_size(memory),
+        precision=precision,
+        chunk=chunk,
+    )
+    labelling = Labelling(bound, target, strategy="dense" if dense else "auto")
+    labelling.prepare()
+    asking, classes = labelling.bytes, labelling.classes
     if probabilities:
         # Made when the label map is there already.
         maps = 4 * max(model.classes, 1) * math.prod(target.shape)
         asking = max(asking, maps + label_bytes(target.shape, classes))
-    grant, gap = None if memory is None else parse_size(memory), model.piece_gap_mm
-    stride = None if gap is None else strides_within(gap, spacing_of(target.affine))
-    if stride is not None and not dense:
-        if stride != (1, 1, 1) and affords_lattice(grant, target.shape, stride):
-            asking += lattice_bytes(target.shape, stride)
-        else:
-            dense = True
-    place = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device("cuda" if device == "auto" else device)
-    models = (replace(model, others=()), *model.others)
-    # Of a grant each model has its share.
-    share, seconds, answers = None if grant is None else grant // len(models), 0.0, []
-    reserve, libraries = -(-asking // len(models)), -(-LIBRARIES // len(models))
-    images: dict[Preparation, int] = {}
-    for one in models:
-        fit, left = one.preparation.fit_for(grid.shape, spacing_of(grid.affine)), share
-        like = Scan(_noise(one.channels, fit.source), fit)
-        held = like.pays_to_hold(place, share, reserve + libraries)
-        if held and one.preparation not in images:
-            # Models that want the scan alike read it together.
-            images[one.preparation] = like.image_bytes
-            left = None if share is None else share - like.image_bytes
-        started = time.perf_counter()
-        answer = prepare(
-            one.network,
-            _as_held(like, place) if held else like,
-            device=place,
-            precision=precision_among(one.network, precision, len(models)),
-            chunk=chunk,
-            memory=left,
-            reserve=reserve,
-            libraries=libraries,
-            **one.engine_options(),
-        )
-        if isinstance(answer, Coverable):
-            answer.set_aside(reserve)
-            answer.cover()
-        if place.type == "cuda":
-            torch.cuda.synchronize(place)
-        seconds += time.perf_counter() - started
-        answers.append(answer)
-    coarse = answers[0].coarse
-    predicted = coarse is not None and coarse.is_floating_point()
-    if dense or all(getattr(answer, "dense", False) for answer in answers):
-        locations, predicted = float(math.prod(target.shape)), False
-    elif stride is not None:
-        sites = math.prod(lattice_size(target.shape, stride))
+        bound.make_room(asking, "probabilities of all voxels")
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    seconds = time.perf_counter() - started
+    surface = surface_voxels(model, target.shape, target.affine)
+    coarse, predicted = bound.answer.coarse, False
+    if labelling.strategy == "dense":
+        locations = float(math.prod(target.shape))
+    elif labelling.stride is not None:
+        sites = math.prod(lattice_size(target.shape, labelling.stride))
         locations = min(sites + locations_for(target.shape, surface, classes, True), math.prod(target.shape))
-        predicted = False
     else:
+        predicted = coarse is not None and coarse.is_floating_point()
         locations = locations_for(target.shape, surface, classes, predicted)
     # Blocks of the network's maps are met on the scan's own grid, whatever is asked.
     own_surface = surface_voxels(model, grid.shape, grid.affine)
-    kept_bytes, seconds = float(sum(images.values())), seconds + SECONDS_PER_VOXEL * math.prod(target.shape)
-    for answer in answers:
+    kept_bytes, seconds = float(bound.held), seconds + SECONDS_PER_VOXEL * math.prod(target.shape)
+    for answer in bound.answers:
         each, blocks, kept = _measured(answer, own_surface, predicted)
         seconds += blocks + locations * each
         kept_bytes += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
-    encoding = sum(images.values()) + sum(getattr(answer, "encoding_bytes", 0) for answer in answers)
+    encoding = bound.held + sum(getattr(answer, "encoding_bytes", 0) for answer in bound.answers)
     peak = max(kept_bytes + asking, encoding) + LIBRARIES
-    return Forecast(int(locations), seconds, int(peak), max(answer.chunk for answer in answers))
+    return Forecast(int(locations), seconds, int(peak), bound.answer.chunk)
 
 
 def _noise(channels: int, shape: Shape) -> Float[np.ndarray, "C X Y Z"]:
@@ -192,13 +153,6 @@ def _noise(channels: int, shape: Shape) -> Float[np.ndarray, "C X Y Z"]:
     strides = (0, *(values.itemsize * s for s in steps))
     # Torch warns of read-only ones.
     return np.lib.stride_tricks.as_strided(values, (channels, x, y, z), strides)
-
-
-def _as_held(scan: Scan, device: torch.device) -> Scan:
-    """The whole image at hand: on a GPU; on a CPU boxes of the network's grid cost as little."""
-    if device.type != "cpu":
-        return Scan.of(torch.randn(scan.shape, device=device))
-    return Scan(_noise(scan.shape[0], scan.fit.target), Fit.none(scan.fit.target))
 
 
 def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, float, float]:

@@ -1,0 +1,169 @@
+"""Models bound to one scan, and what they may take of the memory that was granted."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ossnet.errors import ResourceError
+from ossnet.field.asking import Ask, asker
+from ossnet.field.engine.answer import Answer, Coverable
+from ossnet.field.engine.prepare import Precision, precision_among, prepare
+from ossnet.field.engine.scan import Scan
+from ossnet.field.grid import Box, Grid, box_shape
+from ossnet.field.memory import LIBRARIES, asking_bytes, require
+from ossnet.field.model import Model
+from ossnet.field.together import MeanAnswer
+from ossnet.volume import Affine, Shape, spacing_of
+
+
+class Binding:
+    """A model's answer for one scan, and the account of its memory.
+
+    Args:
+        model: With the others that answer together with it.
+        grid: The scan's own, in the axis order that the network sees.
+        scan_for: The scan as a model sees it; models of the same preparation share one.
+        device: Where the work is done.
+        grant: Bytes above the loaded scan and the model; None: no bound.
+        precision, chunk: As for `Field`.
+
+    Attributes:
+        answer: Asked on the first model's grid: its own answer, or the mean of all.
+        answers: Of each model.
+        fit: How the scan lies on the first model's grid.
+        held: Bytes of the grant that images take.
+        encoder_seconds: Wall-clock time of preparing and encoding so far.
+
+    Raises:
+        ResourceError: The grant does not hold what segmenting the scan takes; with the default network, which encodes
+            nothing before it is asked, `cover` says so.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        grid: Grid,
+        scan_for: Callable[[Model], Scan],
+        *,
+        device: torch.device,
+        grant: int | None = None,
+        precision: Precision = "auto",
+        chunk: int | None = None,
+    ) -> None:
+        self.model, self.grid, self.device, self.grant = model, grid, device, grant
+        self.held = 0
+        started = time.perf_counter()
+        models = (model, *model.others)
+        scans: list[Scan] = []
+        for one in models:
+            alike = [s for m, s in zip(models, scans, strict=False) if m.preparation == one.preparation]
+            scans.append(alike[0] if alike else scan_for(one))
+        self.fit = scans[0].fit
+        with self._told_of_shares():
+            self.answers = [
+                self._bound(one, scan, precision, chunk) for one, scan in zip(models, scans, strict=True)
+            ]
+        self.answer: Answer = self.answers[0]
+        if len(models) > 1:
+            back = np.linalg.inv(self.fit.matrix())
+            to_grids = [_exact(scan.fit.matrix() @ back) for scan in scans]
+            self.answer = MeanAnswer(self.answers, to_grids, self._share(self.asking_bytes(grid)))
+        self.encoder_seconds = time.perf_counter() - started
+
+    def _share(self, size: int) -> int:
+        """Of bytes that all need together, what one model leaves."""
+        return -(-size // (1 + len(self.model.others)))
+
+    def _bound(self, model: Model, scan: Scan, precision: Precision, chunk: int | None) -> Answer:
+        """One model's answer, in its share of the grant."""
+        models = 1 + len(self.model.others)
+        grant = None if self.grant is None else self.grant // models
+        reserve, libraries = self._share(self.asking_bytes(self.grid)), self._share(LIBRARIES)
+        if scan.held is None and scan.pays_to_hold(self.device, grant, reserve + libraries):
+            scan.hold(self.device)
+            self.held += scan.image_bytes
+            if grant is not None:
+                grant -= scan.image_bytes
+        return prepare(
+            model.network,
+            scan,
+            device=self.device,
+            precision=precision_among(model.network, precision, models),
+            chunk=chunk,
+            memory=grant,
+            reserve=reserve,
+            libraries=libraries,
+            **model.engine_options(),
+        )
+
+    @contextmanager
+    def _told_of_shares(self) -> Iterator[None]:
+        """Of several models each refuses its share; who granted the whole is told so."""
+        try:
+            yield
+        except ResourceError as error:
+            if not self.model.others or self.grant is None:
+                raise
+            raise ResourceError(
+                f"{1 + len(self.model.others)} models share the memory that is granted. Of each share: {error}"
+            ) from error
+
+    def asker(self, grid: Grid) -> Ask:
+        """A function of voxel indices of a grid: logits, background outside the scan."""
+        return asker(self.answer, grid, self.grid, self.fit.matrix())
+
+    def asking_bytes(self, grid: Grid, region: Box | None = None) -> int:
+        """What a label map of a grid takes beside the answer, or of a region of it."""
+        surface = surface_voxels(self.model, grid.shape, grid.affine)
+        shape = grid.shape if region is None else box_shape(region)
+        return asking_bytes(shape, max(self.model.classes, 2), surface)
+
+    def make_room(self, size: int, what: str) -> None:
+        """Leave so many bytes of the grant to what is about to be made.
+
+        Raises:
+            ResourceError: The grant does not hold it.
+        """
+        require(self.grant, self.held + LIBRARIES + size, what)
+        if isinstance(self.answer, Coverable):
+            with self._told_of_shares():
+                self.answer.set_aside(size)
+        working = self.answer.chunk * self.answer.bytes_per_location
+        require(self.grant, self.kept_bytes + working + size, what)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the grant, what the scan, the network's maps and the libraries take."""
+        return self.held + LIBRARIES + self.answer.fixed_bytes
+
+    def cover(self, box: Box | None) -> None:
+        """Have the answer prepare what will be asked about, and count that as encoding.
+
+        Args:
+            box: Voxels of the network's grid; None: all.
+        """
+        if isinstance(self.answer, Coverable):
+            started = time.perf_counter()
+            self.answer.cover(box)
+            self.encoder_seconds += time.perf_counter() - started
+
+
+def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:
+    """Surface voxels to expect: the training set's surface in mm², in voxel faces of this grid."""
+    surface = model.metadata.get("surface_mm2")
+    sx, sy, sz = spacing_of(affine)
+    face = (sx * sy * sz) ** (2 / 3)
+    if surface is None:
+        # A structure that fills a tenth of the scan, shaped between ball and twig.
+        volume = 0.1 * float(np.prod(shape)) * sx * sy * sz
+        surface = 1.5 * 4.836 * volume ** (2 / 3)
+    return float(surface) / float(face)
+
+
+def _exact(matrix: Affine) -> Affine:
+    """A map of whole voxels without the rounding that computing it left."""
+    near: np.ndarray = np.round(matrix)
+    return near if bool(np.abs(matrix - near).max() < 1e-9) else matrix
