@@ -250,3 +250,26 @@ def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -
     (given / "b.nii.gz").rename(given / "b.nii")
     labels(1).save(given / "b.nii.gz")
     refused(evaluate(given, reference), "second prediction for b")
+
+
+def test_regions_are_judged_beside_their_parts(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "d")
+    described = json.loads((root / "dataset.json").read_text())
+    described["labels"]["whole"] = [1, 2]
+    (root / "dataset.json").write_text(json.dumps(described))
+    given = predictions(tmp_path / "p")
+    labels(2, 1).save(given / "a.nii.gz")  # the parts are exchanged: the whole is right
+    found = evaluate(given, root, "--region", "back and front=2,1", "--out", tmp_path / "scores.csv")
+    assert found.code == 0, found.error
+    rows = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    of_a = {(row["label"], row["name"]): float(row["dice"]) for row in rows if row["case"] == "a"}
+    # What the caller names so is named so.
+    assert of_a == {("1", "front"): 0.0, ("2", "back"): 0.0, ("1+2", "back and front"): 1.0}
+    assert "1+2" in found.out
+
+
+@pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x"])
+def test_a_region_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
+    found = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), "--region", wrong)
+    assert found.code == 2
+    assert "no name with several labels" in found.error

@@ -103,7 +103,13 @@ def test_regions_are_taken_apart(tmp_path: Path) -> None:
     describe(root, channel_names={"0": "T1"}, labels={"background": 0, "whole": [1, 2], "core": 2})
     data = open_dataset(root)
     assert data.label_names == {0: "background", 1: "label 1", 2: "core"}
-    assert data.regions == ("whole",)
+    assert data.regions == {"whole": (1, 2)}
+
+
+def test_regions_are_of_classes_whatever_the_values(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a",), 1)
+    describe(root, channel_names={"0": "T1"}, labels={"background": 0, "whole": [2, 7], "core": 7})
+    assert open_dataset(root).regions == {"whole": (1, 2)}
 
 
 def test_patients_of_cases_json(tmp_path: Path) -> None:
@@ -176,6 +182,7 @@ def test_brats_2020_with_the_misnamed_label(tmp_path: Path) -> None:
         (),
     )
     assert data.channel_names == ("flair", "t1", "t1ce", "t2")
+    assert data.regions == {"whole tumour": (1, 2, 3), "tumour core": (1, 3)}
     volume, labels = data.read(data["BraTS20_Training_355"])
     assert volume.data[:, 0, 0, 0].tolist() == [0, 1, 2, 3]  # in the paper's order
     assert labels.data.flat[:4].tolist() == [0, 1, 2, 3]  # 4 is class 3

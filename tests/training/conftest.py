@@ -25,7 +25,7 @@ def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LabelMap(labels.astype(np.uint8), affine).save(root / "labelsTr" / f"ball_{index:02d}.nii.gz")
     description = {
         "channel_names": {"0": "MRI"},
-        "labels": {"background": 0, "shell": 1, "core": 2},
+        "labels": {"background": 0, "shell": 1, "core": 2, "ball": [1, 2]},
         "numTraining": 10,
         "file_ending": ".nii.gz",
     }

@@ -64,9 +64,16 @@ def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     splits = json.loads((finished / "splits.json").read_text())
     assert len(splits["train"]) == 8
     assert not set(splits["train"]) & set(splits["val"])
-    assert (
-        len(json.loads((finished / "validation.json").read_text())["cases"]) == 2
-    )  # one case, two structures
+    judged = json.loads((finished / "validation.json").read_text())
+    # One case: two structures, and the region that the data set names.
+    assert [(row["label"], row["name"]) for row in judged["cases"]] == [
+        (1, "shell"),
+        (2, "core"),
+        ([1, 2], "ball"),
+    ]
+    assert [entry["name"] for entry in judged["summary"]] == ["shell", "core", "ball", "mean"]
+    dice = [entry["estimates"]["dice"]["mean"] for entry in judged["summary"]]
+    assert dice[3] == pytest.approx((dice[0] + dice[1]) / 2)
 
 
 def test_validation_leaves_its_segmentations(finished: Path, balls: Path) -> None:

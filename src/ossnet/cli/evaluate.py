@@ -1,5 +1,6 @@
 """`ossnet evaluate`: how well predictions agree with labels."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,21 @@ def command(
             "--only-predicted", help="Leave out cases without a prediction, do not refuse (as for a file)."
         ),
     ] = False,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=1,2: labels that are judged as one too, beside the regions of the data set. Repeat for more.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare segmentations with reference labels.
 
     Dice, IoU, HD95, average symmetric surface distance, surface Dice and volume difference, for each class
-    and case, with means and 95 % confidence intervals. Predictions are found by the names of the cases
-    (`CASE.nii.gz` or `CASE_seg.nii.gz`).
+    and case, with means and 95 % confidence intervals; also for regions of several classes that the data set
+    names (nnU-Net) or its field judges (BraTS: whole tumour, tumour core). Predictions are found by the names of
+    the cases (`CASE.nii.gz` or `CASE_seg.nii.gz`).
 
     **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
     """
@@ -42,7 +51,31 @@ def command(
     from ossnet.evaluation.tables import summarise
 
     require_table(out)
+    more = _regions(region or [])
     matched = match(predictions, labels, only_predicted=only_predicted)
+    matched = replace(matched, regions={**matched.regions, **more})
     with progress("Comparing", len(matched.pairs)) as done:
         rows = score(matched, tolerance, done)
     give(rows, summarise(rows), tolerance, out, as_json)
+
+
+def _regions(given: list[str]) -> dict[str, tuple[int, ...]]:
+    """Name → classes, from `NAME=1,2`.
+
+    Raises:
+        SettingsError: It is written otherwise.
+    """
+    from ossnet.errors import SettingsError
+
+    found = {}
+    for text in given:
+        name, _, values = text.partition("=")
+        numbers = {v.strip() for v in values.split(",")}
+        if not name.strip() or len(numbers) < 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+            raise SettingsError(
+                "--region",
+                f"{text!r} is no name with several labels above 0",
+                'Write for example --region "whole tumour=1,2,3"',
+            )
+        found[name.strip()] = tuple(sorted(int(n) for n in numbers))
+    return found

@@ -85,7 +85,8 @@ class Dataset:
         label_names: Class → name, background 0 included; classes are 0 … K-1.
         label_map: Value in the file → class, for the values that differ (BraTS stores class 3 as 4).
         splits: Folds of `splits_final.json`, or None.
-        regions: Names that the data set gives to several labels together; the labels are learnt one by one.
+        regions: Name → classes, for what the data set names of several labels together. The labels are learnt one by
+            one, and judged one by one and together.
         problems: What keeps other cases from being used.
         nonfinite: Whether NaN and infinite voxels of images are refused or replaced (see `read_volume`).
     """
@@ -97,7 +98,7 @@ class Dataset:
     label_names: Mapping[int, str]
     label_map: Mapping[int, int] = field(default_factory=dict)
     splits: tuple[Split, ...] | None = None
-    regions: tuple[str, ...] = ()
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     nonfinite: Nonfinite = "refuse"
 

@@ -18,8 +18,8 @@ class Description:
     label_names: Mapping[int, str] = field(default_factory=dict)
     listed: tuple[tuple[str, tuple[str, ...], str], ...] | None = None
     """(case, image files, label file), relative to the folder, where the description lists them."""
-    regions: tuple[str, ...] = ()
-    """Names that stand for several label values together."""
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name → the label values that it stands for together."""
 
 
 def read_description(root: Path) -> Mapping[str, Any] | None:
@@ -51,7 +51,7 @@ def nnunet(value: Mapping[str, Any], path: Path) -> Description:
             for name, entry in value["dataset"].items()
         )
     labels = value["labels"]
-    regions = tuple(str(name) for name, number in labels.items() if _is_region(number))
+    regions = {str(k): tuple(sorted({int(n) for n in v})) for k, v in labels.items() if _is_region(v)}
     return Description(_channels(value["channel_names"]), _named(labels, path), listed, regions)
 
 

@@ -352,8 +352,8 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
         notes.append(f"{_cases(len(empty))} {_has(len(empty))} an empty label, for example {empty[0]}")
     if dataset.regions:
         notes.append(
-            f"{', '.join(dataset.regions)}: of several labels each, which are learnt one by one; "
-            "join them in the results where a region is wanted"
+            f"{', '.join(dataset.regions)}: of several labels each, which are learnt one by one, and judged together "
+            "as well"
         )
     groups = {c.name: c.group for c in dataset.cases}
     for number, part in enumerate(dataset.splits or ()):

@@ -149,7 +149,7 @@ def _detect(files: Files, description: Mapping[str, Any] | None) -> Layout | Non
 
 
 def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any] | None) -> Dataset:
-    description = Description(layout.channel_names, layout.label_names)
+    description = Description(layout.channel_names, layout.label_names, regions=layout.regions)
     if layout.describe:
         path = root / "dataset.json"
         if value is None:
@@ -177,6 +177,9 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         problems += more
     elif layout.describe:
         names, mapping = consecutive(names)
+    regions = description.regions
+    if layout.describe:
+        regions = {name: tuple(mapping.get(n, n) for n in values) for name, values in regions.items()}
     split_file = root / "splits_final.json"
     return Dataset(
         root=root,
@@ -186,7 +189,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         label_names=names,
         label_map=mapping,
         splits=read_splits(split_file) if split_file.exists() else None,
-        regions=description.regions,
+        regions=regions,
         problems=tuple(problems),
     )
 

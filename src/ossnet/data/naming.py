@@ -48,6 +48,7 @@ class Layout:
     channel_names: tuple[str, ...] = ()
     label_names: Mapping[int, str] = field(default_factory=dict)
     label_map: Mapping[int, int] = field(default_factory=dict)
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     describe: Callable[[Mapping[str, Any], Path], Description] | None = None
 
     def find(self, files: "Files", *, labelled: bool = True) -> "Found":
@@ -159,6 +160,8 @@ class Found:
 
 
 _GLIOMA = {0: "background", 1: "necrotic core", 2: "edema", 3: "enhancing tumour"}
+_TUMOUR = {"whole tumour": (1, 2, 3), "tumour core": (1, 3)}
+"""What BraTS judges beside enhancing tumour."""
 _ENHANCING = {4: 3, 3: 3}
 """Up to 2021 enhancing tumour is 4 in files, since then 3."""
 _FOUR = ("flair", "t1", "t1ce", "t2")
@@ -197,6 +200,7 @@ LAYOUTS = (
         label=(rf"(?:.*/)?(?P<case>[^/]+)_seg{NII}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
+        regions=_TUMOUR,
         label_map=_ENHANCING,
     ),
     Layout(
@@ -206,6 +210,7 @@ LAYOUTS = (
         label=(rf"(?:.*/)?(?P<case>[^/]+)-seg{NII}",),
         channel_names=_FOUR,
         label_names=_GLIOMA,
+        regions=_TUMOUR,
     ),
     Layout(
         name="brats",
@@ -217,6 +222,7 @@ LAYOUTS = (
         label=(rf"(?:.*/)?(?P<case>[^/]+)[_-]seg{NII}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
+        regions=_TUMOUR,
         label_map=_ENHANCING,
     ),
     Layout(

@@ -12,8 +12,8 @@ import numpy as np
 from ossnet.data.cases import joined_name, relabelled, values_in_files
 from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, VolumeError
-from ossnet.evaluation.metrics import compare
-from ossnet.evaluation.tables import Row
+from ossnet.evaluation.metrics import Label, compare
+from ossnet.evaluation.tables import Row, label_order
 from ossnet.files.containers import is_image, stem
 from ossnet.files.nifti import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_place
@@ -43,6 +43,7 @@ class Matched:
         pairs: Sorted by case.
         names: Class → name; empty where nothing names them.
         values: Value in a label file → class, for those that differ.
+        regions: Name → classes, for what is judged as one structure beside its parts.
         as_in_files: Predictions that do not say what made them hold the values of label files, not classes.
     """
 
@@ -50,6 +51,7 @@ class Matched:
     names: dict[int, str] = field(default_factory=dict)
     values: dict[int, int] = field(default_factory=dict)
     as_in_files: bool = True
+    regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def reference(self, pair: Pair) -> LabelMap:
         """The label, as classes.
@@ -141,7 +143,8 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     if dataset is None:
         return Matched(pairs, values=_values_of_undescribed(pairs))
     names, values = dict(dataset.label_names), dict(dataset.label_map)
-    return Matched(pairs, names, values, not values or _hold_file_values(pairs, names, values))
+    as_in_files = not values or _hold_file_values(pairs, names, values)
+    return Matched(pairs, names, values, as_in_files, dataset.regions)
 
 
 def _holds_classes(labels: LabelMap) -> bool:
@@ -240,12 +243,16 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
             "Segment the scan that the label was drawn on, or resample one onto the other",
         )
     names = matched.names or dict(reference.names) or dict(prediction.names)
+    regions = matched.regions
     classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
     if joined := matched.as_one(prediction):
-        names, classes = {1: joined}, [1]
+        names, classes, regions = {1: joined}, [1], {}
         reference = replace(reference, data=(reference.data > 0).astype(np.uint8))
-    scores = compare(prediction.data, reference.data, reference.affine, classes, tolerance_mm)
-    return [Row(pair.case, label, names.get(label, ""), found) for label, found in scores.items()]
+    named: dict[Label, str] = {label: names.get(label, "") for label in classes}
+    for name, parts in regions.items():
+        named[parts] = name
+    scores = compare(prediction.data, reference.data, reference.affine, named, tolerance_mm)
+    return [Row(pair.case, label, name, scores[label]) for label, name in named.items()]
 
 
 def _in_pieces(labels: LabelMap) -> bool:
@@ -269,7 +276,7 @@ def _complete(rows: Sequence[Row]) -> list[Row]:
     return [
         known.get((case, label), Row(case, label, labels[label], absent))
         for case in cases
-        for label in sorted(labels)
+        for label in sorted(labels, key=label_order)
     ]
 
 

@@ -51,6 +51,8 @@ DISTANCE_RULE = (
 
 Outcome = Literal["scored", "absent", "missed", "invented"]
 Box = tuple[slice, slice, slice]
+Label = int | tuple[int, ...]
+"""A class, or the classes of a region that is judged as one."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,9 @@ def compare(
     prediction: Integer[np.ndarray, "X Y Z"],
     reference: Integer[np.ndarray, "X Y Z"],
     affine: Affine,
-    classes: Iterable[int],
+    classes: Iterable[Label],
     tolerance_mm: float | int = 1.0,
-) -> dict[int, Scores]:
+) -> dict[Label, Scores]:
     """Score one label map against another on the same grid.
 
     Args:
@@ -127,7 +129,7 @@ def compare(
         reference: (X, Y, Z) labels taken as true.
         affine: 4×4, voxel index → world mm, of both; any invertible one. With `numpy.eye(4)` distances are
             in voxels.
-        classes: Label values to score, all above 0.
+        classes: Label values to score, all above 0; several of them together for a region.
         tolerance_mm: Of the surface Dice.
 
     Returns:
@@ -145,24 +147,27 @@ def compare(
         )
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise SettingsError("tolerance", f"it is {tolerance_mm} mm", "Give 0 or more millimetres")
-    wanted = list(dict.fromkeys(int(c) for c in classes))
-    if any(c <= 0 for c in wanted):
+    wanted: list[Label] = list(dict.fromkeys(c if isinstance(c, tuple) else int(c) for c in classes))
+    values = sorted({value for label in wanted for value in _values(label)})
+    if any(value <= 0 for value in values):
         raise SettingsError(
-            "classes", f"{min(wanted)} is not a structure", "Give label values above 0; 0 is background"
+            "classes", f"{values[0]} is not a structure", "Give label values above 0; 0 is background"
         )
     linear = np.asarray(affine, dtype=np.float64)[:3, :3]
     if not np.isfinite(linear).all() or np.linalg.det(linear) == 0:
         raise VolumeError("affine", "it is not invertible", "Rewrite the header with a valid sform or qform")
 
-    boxes = _boxes(prediction, wanted), _boxes(reference, wanted)
+    boxes = _boxes(prediction, values), _boxes(reference, values)
     worst = diagonal_mm(prediction.shape, linear)
-    scores = {}
+    scores: dict[Label, Scores] = {}
     for label in wanted:
-        box = _union(boxes[0].get(label), boxes[1].get(label))
+        box: Box | None = None
+        for found, value in product(boxes, _values(label)):
+            box = _union(box, found.get(value))
         if box is None:
             scores[label] = Scores(None, None, None, None, None, 0.0, None, 0.0, 0.0, "absent")
         else:
-            one, other = prediction[box] == label, reference[box] == label
+            one, other = _mask(prediction[box], label), _mask(reference[box], label)
             scores[label] = _compare_masks(one, other, linear, tolerance_mm, worst)
     return scores
 
@@ -311,6 +316,14 @@ def _weighted_percentile(
     # The last sum is the whole by construction, whatever was lost in rounding.
     position = np.searchsorted(reached, percent / 100 * reached[-1])
     return float(distances[order[position]])
+
+
+def _values(label: Label) -> tuple[int, ...]:
+    return label if isinstance(label, tuple) else (label,)
+
+
+def _mask(labels: Integer[np.ndarray, "X Y Z"], label: Label) -> Bool[np.ndarray, "X Y Z"]:
+    return np.isin(labels, label) if isinstance(label, tuple) else np.asarray(labels == label)
 
 
 def _boxes(labels: Integer[np.ndarray, "X Y Z"], wanted: list[int]) -> dict[int, Box]:

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ossnet.errors import DatasetError
-from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Scores
+from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Label, Scores
 
 RESAMPLES = 10_000
 SEED = 0
@@ -32,12 +32,28 @@ METRICS: dict[str, str] = {
 """What is summarised: field of `Scores` → heading."""
 
 
+def label_text(label: Label) -> str:
+    """`3`, or `1+2+3` for a region."""
+    return "+".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
+def label_of(text: str) -> Label:
+    """The inverse of `label_text`."""
+    first, *more = (int(part) for part in text.split("+"))
+    return (first, *more) if more else first
+
+
+def label_order(label: Label) -> tuple[bool, Label]:
+    """Classes first, then regions."""
+    return isinstance(label, tuple), label
+
+
 @dataclass(frozen=True)
 class Row:
-    """Scores of one class of one case."""
+    """Scores of one class or region of one case."""
 
     case: str
-    label: int
+    label: Label
     name: str
     scores: Scores
 
@@ -54,7 +70,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class over all cases; `label` is None for the mean over classes of each case.
+    """One class or region over all cases; `label` is None for the mean over classes of each case.
 
     Attributes:
         cases: Number of cases looked at.
@@ -64,7 +80,7 @@ class ClassSummary:
         estimates: Key of `METRICS` → estimate.
     """
 
-    label: int | None
+    label: Label | None
     name: str
     cases: int
     absent: int
@@ -75,12 +91,12 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """All classes, then (with more than one class) their mean, and the rules that were applied."""
+    """All classes, regions, then (with more than one class) the mean of classes, and the rules that were applied."""
 
     classes: tuple[ClassSummary, ...]
     rules: tuple[str, ...] = (INTERVAL_RULE, EMPTY_RULE, DISTANCE_RULE)
 
-    def of(self, label: int | None) -> ClassSummary:
+    def of(self, label: Label | None) -> ClassSummary:
         """The summary of one class (None: the mean over classes); KeyError when there is none."""
         for entry in self.classes:
             if entry.label == label:
@@ -112,12 +128,13 @@ def summarise(rows: Sequence[Row]) -> Summary:
         rows: Any number of cases and classes, in any order.
 
     Returns:
-        Classes by label, the mean over classes last.
+        Classes by label, then regions, the mean over classes last.
     """
-    labels = sorted({row.label for row in rows})
+    labels = sorted({row.label for row in rows}, key=label_order)
     classes = [_of_class(label, [row for row in rows if row.label == label]) for label in labels]
-    if len(labels) > 1:
-        classes.append(_mean_over_classes(rows))
+    alone = [row for row in rows if not isinstance(row.label, tuple)]
+    if len({row.label for row in alone}) > 1:
+        classes.append(_mean_over_classes(alone))
     return Summary(tuple(classes))
 
 
@@ -132,7 +149,7 @@ def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
     """
     rows: list[Row] = []
     owner: dict[str, str] = {}
-    names: dict[int, str] = {}
+    names: dict[Label, str] = {}
     for where, text in tables.items():
         try:
             found = from_csv(text)
@@ -150,15 +167,15 @@ def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
             if names.setdefault(row.label, row.name) != row.name:
                 raise DatasetError(
                     where,
-                    f"structure {row.label} is {row.name}, and {names[row.label]} in other runs",
+                    f"structure {label_text(row.label)} is {row.name}, and {names[row.label]} in other runs",
                     "Name runs of one data set",
                 )
         rows += found
-    rows.sort(key=lambda row: (row.case, row.label))
+    rows.sort(key=lambda row: (row.case, label_order(row.label)))
     return rows, summarise(rows)
 
 
-def _of_class(label: int, rows: Sequence[Row]) -> ClassSummary:
+def _of_class(label: Label, rows: Sequence[Row]) -> ClassSummary:
     return ClassSummary(
         label,
         rows[0].name,
@@ -217,7 +234,7 @@ def to_screen(summary: Summary, tolerance_mm: float) -> Table:
         unit = f" {tolerance_mm:g} mm" if key == "surface_dice" else ""
         table.add_column(heading.replace("surface Dice", "s. Dice") + unit, justify="right")
     for entry in summary.classes:
-        name = entry.name if entry.label is None else f"{entry.label} {entry.name}".rstrip()
+        name = entry.name if entry.label is None else f"{label_text(entry.label)} {entry.name}".rstrip()
         cells = [_formatted(key, entry.estimates[key]) for key in METRICS]
         table.add_row(name, _counts(entry), *(f"{m}\n[dim]{i}[/]" for m, i in cells))
     return table
@@ -230,13 +247,15 @@ def _counts(entry: ClassSummary) -> str:
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """One line a case and class, header first; an empty cell where a score is not defined."""
+    """One line a case and class or region (label `1+2`), header first; an empty cell where a score is not defined."""
     columns = [f.name for f in fields(Scores)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["case", "label", "name", *columns])
     for row in rows:
-        writer.writerow([row.case, row.label, row.name, *(_cell(getattr(row.scores, c)) for c in columns)])
+        writer.writerow(
+            [row.case, label_text(row.label), row.name, *(_cell(getattr(row.scores, c)) for c in columns)]
+        )
     return out.getvalue()
 
 
@@ -251,7 +270,7 @@ def from_csv(text: str) -> list[Row]:
         values = {f.name: line[f.name] for f in fields(Scores)}
         numbers = {k: float(v) if v else None for k, v in values.items() if k != "outcome"}
         scores = Scores(**numbers, outcome=values["outcome"])  # type: ignore[arg-type]
-        rows.append(Row(line["case"], int(line["label"]), line["name"], scores))
+        rows.append(Row(line["case"], label_of(line["label"]), line["name"], scores))
     return rows
 
 

@@ -184,7 +184,11 @@ def run_demo(
     hippocampi = segment_hippocampi(template.brain)
     hippocampi.labels.save(out / "hippocampi_seg.nii.gz")
 
-    scores = compare(found.data, front.labels, front.affine, NAMES, TOLERANCE_MM)
+    def judged(labels: Integer[np.ndarray, "X Y Z"]) -> dict[int, Scores]:
+        scores = compare(labels, front.labels, front.affine, NAMES, TOLERANCE_MM)
+        return {label: scores[label] for label in NAMES}
+
+    scores = judged(found.data)
     rows = [Row("front", label, NAMES[label], value) for label, value in scores.items()]
     write_text(out / "scores.csv", to_csv(rows))
     write_json(out / "scores.json", to_json(rows, summarise(rows), TOLERANCE_MM))
@@ -197,7 +201,7 @@ def run_demo(
         reference=LabelMap(front.labels, front.affine, names=NAMES),
         scores=scores,
         thresholds=thresholds,
-        threshold_scores=compare(simple, front.labels, front.affine, NAMES, TOLERANCE_MM),
+        threshold_scores=judged(simple),
         losses=recorder.losses,
         validations=recorder.rows,
         surfaces=surfaces,

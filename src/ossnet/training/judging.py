@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ossnet.data.cache import CachedCase
-from ossnet.evaluation.metrics import Scores, compare
-from ossnet.evaluation.tables import Row, Summary, summarise, to_csv, to_json
+from ossnet.evaluation.metrics import Label, Scores, compare
+from ossnet.evaluation.tables import Row, Summary, label_of, label_text, summarise, to_csv, to_json
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_json, write_text
 from ossnet.volume import MARK
@@ -25,10 +25,15 @@ def judge(
 ) -> Summary:
     """Segment whole scans with the best model of a run and compare; a case that is done is not done again.
 
+    Regions that the data set names (`Dataset.regions`) are judged too.
+
     Writes `validation/CASE.nii.gz` in the voxel order of the label files, `validation.csv` and `validation.json`.
     """
     model = Model.load(run)
     classes = max(model.classes, 2)
+    names: dict[Label, str] = {label: model.label_names[label] for label in range(1, classes)}
+    for name, parts in model.metadata.get("regions", {}).items():
+        names[tuple(parts)] = name
     done_file = run / "validation_rows.json"
     stamp = str(model.metadata.get("metrics"))
     done: dict[str, Any] = {"model": stamp, "cases": {}}
@@ -40,11 +45,11 @@ def judge(
     for number, case in enumerate(cases, 1):
         if case.name not in done["cases"]:
             found = model.field(case.volume(), device=device).segment()
-            compared = compare(found.data, case.reference(), case.affine, range(1, classes), tolerance_mm)
+            compared = compare(found.data, case.reference(), case.affine, names, tolerance_mm)
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
             mine.save(run / "validation" / f"{case.name}.nii.gz")
             done["cases"][case.name] = {
-                "scores": {str(k): asdict(v) for k, v in compared.items()},
+                "scores": {label_text(k): asdict(v) for k, v in compared.items()},
                 "evaluated": found.evaluated,
                 "seconds": found.seconds,
             }
@@ -53,7 +58,7 @@ def judge(
             told = ", ".join(f"{value:.3f}" for value in dice) or "undefined"
             say(f"{number}/{len(cases)} {case.name}: Dice {told}")
         for label, scores in done["cases"][case.name]["scores"].items():
-            rows.append(Row(case.name, int(label), model.label_names[int(label)], Scores(**scores)))
+            rows.append(Row(case.name, label_of(label), names[label_of(label)], Scores(**scores)))
     summary = summarise(rows)
     write_text(run / "validation.csv", to_csv(rows))
     write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))

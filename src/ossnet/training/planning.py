@@ -111,7 +111,8 @@ def make_plan(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
     if dataset.regions:
-        reasons.append(f"regions of several labels are learnt label by label: {', '.join(dataset.regions)}")
+        listed = ", ".join(dataset.regions)
+        reasons.append(f"regions of several labels are learnt label by label, and judged as well: {listed}")
 
     intensities = choose_intensities(dataset, train, settings)
     reasons.extend(intensities.reasons)
@@ -157,6 +158,8 @@ def make_plan(
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
+    if dataset.regions and classes > 1:
+        model.metadata["regions"] = {name: list(parts) for name, parts in dataset.regions.items()}
     return TrainingPlan(model, recipe, classes, tuple(reasons))
 
 
