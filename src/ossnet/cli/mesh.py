@@ -1,5 +1,6 @@
 """`ossnet mesh`."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -17,8 +18,30 @@ def command(
             "example: the mean of their probabilities."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Mesh file: .stl, .ply, .obj or .glb.")],
-    structure: Annotated[str, typer.Option(help="Name or label of the structure.")] = "1",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="A .stl, .ply, .obj or .glb file for one structure, or a folder with a file for each."
+        ),
+    ],
+    structure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name or label of a structure; repeat for more. All of the model's when not given.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option("--format", help="Of the files in a folder: stl, ply, obj or glb.")
+    ] = "stl",
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="A label map of the scan with the model's labels, corrected by hand for example: its structures are "
+            "drawn, smooth where the model agrees. The scan is segmented when not given.",
+            show_default=False,
+        ),
+    ] = None,
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -30,33 +53,61 @@ def command(
         typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
     ] = False,
 ) -> None:
-    """Write the surface of a structure, watertight, in world millimetres.
+    """Write the surfaces of structures, watertight, in world millimetres.
 
     **Example:** `ossnet mesh scan.nii.gz --model runs/liver --structure liver --out liver.stl`
+
+    **Example:** `ossnet mesh scan.nii.gz --model runs/heart --out surfaces --format ply`
     """
     from ossnet.errors import SettingsError
     from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
-    from ossnet.files.nifti import read_volume
+    from ossnet.files.nifti import read_labels, read_volume
 
-    if out.suffix.lower().lstrip(".") not in MESH_FORMATS:
-        raise SettingsError("--out", f"{out} is no mesh file", f"End it in .{', .'.join(MESH_FORMATS)}")
-    require_folder(out.parent)
+    endings = f".{', .'.join(MESH_FORMATS)}"
+    single = out.suffix.lower().lstrip(".") in MESH_FORMATS and not out.is_dir()
+    if not single and out.suffix and not out.is_dir():
+        raise SettingsError("--out", f"{out} is neither a mesh file nor a folder", f"End it in {endings}")
+    if kind not in MESH_FORMATS:
+        raise SettingsError("--format", f"{kind!r} is unknown", f"Use one of {', '.join(MESH_FORMATS)}")
     if smooth < 0:
         raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
+    require_folder(out.parent if single else out)
     loaded = Model.load(*model)
-    volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
-    field = loaded.field(volume, device=device, memory=memory)
-    chosen: int | str = int(structure) if structure.isdigit() else structure
-    mesh = field.mesh(chosen, faces=faces, smooth=smooth)
-    if len(mesh.faces) == 0:
+    wanted = [loaded.label_of(given) for given in structure or map(str, loaded.label_names)]
+    if single and len(wanted) > 1:
         raise SettingsError(
-            "structure", f"{structure} was not found in this scan", "Look at `ossnet segment` first"
+            "--out",
+            f"{out.name} is one file, and there are {len(wanted)} structures",
+            "Name a folder, or one structure with --structure",
         )
-    save_mesh(mesh, out)
-    say(
-        f"{loaded.label_names.get(chosen, chosen) if isinstance(chosen, int) else chosen}: "
-        f"{len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, "
-        f"{'watertight' if mesh.is_watertight else 'not watertight'} → {out}"
-    )
+    volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
+    drawn = None if labels is None else read_labels(labels)
+    field = loaded.field(volume, device=device, memory=memory)
+    if drawn is None and len(wanted) > 1:
+        drawn = field.segment()
+    missing = []
+    for label in wanted:
+        name = loaded.label_names[label]
+        mesh = field.mesh(label, faces=faces, smooth=smooth, labels=drawn)
+        if len(mesh.faces) == 0:
+            missing.append(name)
+            continue
+        file = out if single else out / f"{_file_name(name)}.{kind}"
+        save_mesh(mesh, file)
+        say(
+            f"{name}: {len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, "
+            f"{'watertight' if mesh.is_watertight else 'not watertight'} → {file}"
+        )
+    if len(missing) == len(wanted):
+        raise SettingsError(
+            "structure", f"{', '.join(missing)} was not found in this scan", "Look at `ossnet segment` first"
+        )
+    if missing:
+        say(f"not in this scan: {', '.join(missing)}")
+
+
+def _file_name(structure: str) -> str:
+    """left ventricle: left_ventricle."""
+    return re.sub(r"[^\w.-]+", "_", structure).strip("_.") or "structure"

@@ -311,7 +311,7 @@ class Field:
             SettingsError: No such structure, labels that do not lie on the scan, or the extra `mesh` is not installed.
             ResourceError: The grant does not hold the label map and the mesh.
         """
-        label = self._label(structure)
+        label = self.model.label_of(structure)
         # Before the scan is segmented, which may take long.
         check_mesh_options(faces, smooth, **options)
         oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
@@ -336,17 +336,6 @@ class Field:
         if reason := same_place(self.volume.reoriented(own), turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
         return own.undo(turned.data)
-
-    def _label(self, structure: str | int) -> int:
-        names = self.model.label_names
-        for value, name in names.items():
-            if structure == value or (isinstance(structure, str) and structure.lower() == name.lower()):
-                return value
-        raise SettingsError(
-            "structure",
-            f"{structure!r} is none of this model's",
-            f"Choose one of {', '.join(f'{k} ({v})' for k, v in names.items())}",
-        )
 
     # Grids ------------------------------------------------------------------------------------------------------
 

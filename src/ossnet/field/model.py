@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ossnet.data.preparation import Preparation
-from ossnet.errors import ModelError
+from ossnet.errors import ModelError, SettingsError
 from ossnet.files.atomic import atomic_write, write_json, write_text
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
@@ -100,6 +100,21 @@ class Model:
     def channels(self) -> int:
         """Channels of a scan."""
         return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
+
+    def label_of(self, structure: str | int) -> int:
+        """The label of a structure that is given by name or label.
+
+        Raises:
+            SettingsError: The model has no such structure.
+        """
+        for value, name in self.label_names.items():
+            if str(structure).lower() in (str(value), name.lower()):
+                return value
+        raise SettingsError(
+            "structure",
+            f"{structure!r} is none of this model's",
+            f"Choose one of {', '.join(f'{k} ({v})' for k, v in self.label_names.items())}",
+        )
 
     @property
     def piece_gap_mm(self) -> float | None:

@@ -1,0 +1,69 @@
+"""`ossnet mesh`: a file for one structure, a folder for all of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trimesh
+from tests import tiny
+from tests.cli.refusals import files_in, refused, succeeded
+
+import ossnet
+from ossnet.volume import LabelMap
+
+
+@pytest.fixture(scope="module")
+def heart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A scan, and a model of two structures."""
+    root = tmp_path_factory.mktemp("heart")
+    tiny.model("multiscale", 3).save(root / "model")
+    tiny.scan((23, 21, 18), affine=np.diag([-1.0, 1.0, 2.0, 1.0])).save(root / "scan.nii.gz")
+    return root / "scan.nii.gz", root / "model"
+
+
+def mesh(heart: tuple[Path, Path], out: Path, *more: object) -> list[object]:
+    return ["mesh", heart[0], "--model", heart[1], "--out", out, *more]
+
+
+def volume_of(file: Path) -> float:
+    return float(trimesh.load_mesh(file).volume)
+
+
+def test_one_structure_is_a_file(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    said = succeeded(*mesh(heart, tmp_path / "two.ply", "--structure", "part 2"))
+    assert said.startswith("part 2: ")
+    assert "watertight →" in said
+    expected = ossnet.load(heart[1]).field(ossnet.read(heart[0])).mesh(2)
+    assert volume_of(tmp_path / "two.ply") == pytest.approx(float(expected.volume), rel=1e-4)
+
+
+def test_all_structures_are_a_folder(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    succeeded(*mesh(heart, tmp_path / "all", "--format", "obj"))
+    assert {p.name for p in files_in(tmp_path / "all")} == {"part_1.obj", "part_2.obj"}
+    succeeded(*mesh(heart, tmp_path / "one.stl", "--structure", "2"))
+    assert volume_of(tmp_path / "all" / "part_2.obj") == pytest.approx(
+        volume_of(tmp_path / "one.stl"), rel=1e-4
+    )
+
+
+def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    scan = ossnet.read(heart[0])
+    data = np.zeros(scan.shape, np.uint8)
+    data[5:12, 5:12, 5:12] = 2
+    LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
+    said = succeeded(*mesh(heart, tmp_path / "out", "--labels", tmp_path / "drawn.nii.gz"))
+    assert "not in this scan: part 1" in said
+    assert {p.name for p in files_in(tmp_path / "out")} == {"part_2.stl"}
+    assert volume_of(tmp_path / "out" / "part_2.stl") == pytest.approx(2 * 7**3, rel=0.3)
+    only = mesh(heart, tmp_path / "x.stl", "--structure", "1", "--labels", tmp_path / "drawn.nii.gz")
+    assert "part 1 was not found in this scan" in refused(tmp_path, *only)
+
+
+def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "one file, and there are 2 structures" in refused(tmp_path, *mesh(heart, tmp_path / "x.stl"))
+    assert "neither a mesh file nor a folder" in refused(tmp_path, *mesh(heart, tmp_path / "x.vtk"))
+    assert "'off' is unknown" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--format", "off"))
+    assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "liver"))
+    assert "below 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
+    (tmp_path / "file").write_text("")
+    assert "a file, not a folder" in refused(tmp_path, *mesh(heart, tmp_path / "file"))
