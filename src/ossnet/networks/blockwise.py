@@ -477,6 +477,6 @@ class BlockwiseEncoder:
         needed = int(max(self._encoding_bytes(crop) + self.libraries, asked))
         if needed > self.budget:
             raise ResourceError(
-                f"{self.budget / 1e6:.3g} MB of memory are granted, at least {ceil(needed / 1e6)} MB are "
+                f"{self.budget / 1e6:.3g} MB of memory are available, at least {ceil(needed / 1e6)} MB are "
                 "needed for this scan. Grant more."
             )
