@@ -334,9 +334,10 @@ class Trainer:
     # Judging and writing ------------------------------------------------------------------------------------------
 
     def _watched(self) -> Sequence[CachedCase]:
-        """The validation cases judged while training: with a time limit as many as take a twentieth of it.
+        """The validation cases judged while training: with a time limit as many as take a fiftieth of it.
 
-        The first one is timed once; the number then stays, so that the scores of a training can be compared.
+        So there are five validations at least (`_next_validation`). The first case is timed once; the number then
+        stays, so that the scores of a training can be compared.
         """
         minutes = self.settings.schedule.minutes
         if minutes is None:
@@ -345,7 +346,7 @@ class Trainer:
             started = time.monotonic()
             validate(self.model, self.validation[:1], self.settings, self.fabric)
             taken = self._over_processes(time.monotonic() - started)
-            affordable = int(3 * minutes * self.fabric.world_size / max(taken, 1e-3))
+            affordable = int(1.2 * minutes * self.fabric.world_size / max(taken, 1e-3))
             self.state.watched = min(max(affordable, 1), len(self.validation))
         return self.validation[: self.state.watched]
 
