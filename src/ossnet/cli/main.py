@@ -19,7 +19,7 @@ COMMANDS = {
     "segment": "Segment scans with a trained model.",
     "evaluate": "Compare segmentations with reference labels.",
     "pool": "Put the validation scores of several runs together, as of a cross-validation.",
-    "mesh": "Write the surface of a structure.",
+    "mesh": "Write the surfaces of structures.",
     "import-weights": "Turn released OSS-Net weights into a model.",
     "info": "Show what a model is and how it was trained.",
     "demo": "Train, segment and evaluate on a real MRI in a few minutes.",

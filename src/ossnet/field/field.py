@@ -4,6 +4,7 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -38,6 +39,9 @@ from ossnet.volume import (
 
 if TYPE_CHECKING:
     import trimesh
+
+Points = Num[np.ndarray, "N 3"] | Sequence[Sequence[float | int] | Num[np.ndarray, "3"]]
+"""Three numbers a point."""
 
 Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
 
@@ -136,14 +140,12 @@ class Field:
 
     # Asking at points ---------------------------------------------------------------------------------------------
 
-    def logits(
-        self, points: Num[np.ndarray, "N 3"], space: Literal["voxel", "world"] = "voxel"
-    ) -> Float[np.ndarray, "N *K"]:
+    def logits(self, points: Points, space: Literal["voxel", "world"] = "voxel") -> Float[np.ndarray, "N *K"]:
         """Logits at points: (N,) for one structure, (N, K) for K classes including background.
 
         Args:
-            points: Voxel indices of the scan as stored (fractions allowed), or world mm. Outside the scan they count as
-                the nearest point of its border.
+            points: (N, 3), voxel indices of the scan as stored (fractions allowed), or world mm. Outside the scan they
+                count as the nearest point of its border.
             space: What the points are.
 
         Raises:
@@ -157,7 +159,7 @@ class Field:
         return logits.float().cpu().numpy()
 
     def probability(
-        self, points: Num[np.ndarray, "N 3"], space: Literal["voxel", "world"] = "voxel"
+        self, points: Points, space: Literal["voxel", "world"] = "voxel"
     ) -> Float[np.ndarray, "N *K"]:
         """Probabilities at points: (N,) for one structure, (N, K) for K classes including background."""
         return probabilities(self.logits(points, space))
