@@ -37,7 +37,7 @@ def main() -> None:
     for axis, (data, (title, limits)) in zip(axes, DATA.items(), strict=True):
         for name, (colour, places) in CURVES.items():
             files = [RESULTS / f"{place.format(data)}.json" for place in places if data in place.format(data)]
-            record = json.loads([file for file in files if file.exists()][0].read_text())
+            record = json.loads(next(file for file in files if file.exists()).read_text())
             rows = record["curve"]
             axis.plot(
                 [r["seconds"] / 60 for r in rows], [r["dice"] for r in rows], ".-", color=colour, label=name
