@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ossnet.cli.common import print_json, progress, stdout
+from ossnet.cli.options import AsJson, ReplaceNan
 
 if TYPE_CHECKING:
     from ossnet.data.fingerprint import CaseFacts, Fingerprint
@@ -35,12 +36,9 @@ def command(
         int | None,
         typer.Option("--jobs", "-j", min=1, help="Cases read at a time.", show_default="processors"),
     ] = None,
-    replace_nan: Annotated[
-        bool,
-        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
-    ] = False,
+    replace_nan: ReplaceNan = False,
     cases: Annotated[bool, typer.Option("--cases", help="Print a line for each case as well.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look at a data set: what is in it, and what is wrong with it.
 

@@ -6,11 +6,12 @@ import typer
 from rich.markdown import Markdown
 
 from ossnet.cli.common import print_json, stdout
+from ossnet.cli.options import AsJson
 
 
 def command(
     model: Annotated[str, typer.Argument(help="Model or run folder, or the name of a shipped model.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a model is and how it was trained.
 

@@ -7,17 +7,12 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import say
+from ossnet.cli.options import Device, Memory, Models, ReplaceNan
 
 
 def command(
     image: Annotated[list[Path], typer.Argument(help="One scan: a file, or its channels in order.")],
-    model: Annotated[
-        list[str],
-        typer.Option(
-            help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
-            "example: the mean of their probabilities."
-        ),
-    ],
+    model: Models,
     out: Annotated[
         Path,
         typer.Option(
@@ -44,14 +39,9 @@ def command(
     ] = None,
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    memory: Annotated[
-        str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')
-    ] = None,
-    replace_nan: Annotated[
-        bool,
-        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
-    ] = False,
+    device: Device = "auto",
+    memory: Memory = None,
+    replace_nan: ReplaceNan = False,
 ) -> None:
     """Write the surfaces of structures, watertight, in world millimetres.
 

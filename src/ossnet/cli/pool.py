@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ossnet.cli.scores import AsJson, Out, give, require_table
+from ossnet.cli.options import AsJson
+from ossnet.cli.scores import Out, give, require_table
 
 
 def command(

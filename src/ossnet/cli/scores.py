@@ -20,7 +20,6 @@ Out = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
 
 
 def require_table(out: Path | None) -> None:

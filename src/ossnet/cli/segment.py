@@ -6,17 +6,12 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import print_json, progress, say
+from ossnet.cli.options import AsJson, Device, Memory, Models, ReplaceNan
 
 
 def command(
     images: Annotated[list[Path], typer.Argument(help="Scans, or folders of scans in any known layout.")],
-    model: Annotated[
-        list[str],
-        typer.Option(
-            help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
-            "example: the mean of their probabilities."
-        ),
-    ],
+    model: Models,
     out: Annotated[Path | None, typer.Option(help="A .nii.gz file for one scan, otherwise a folder.")] = None,
     channels: Annotated[
         bool, typer.Option("--channels", help="The files given are the channels of one scan, in order.")
@@ -40,19 +35,14 @@ def command(
     smallest_ml: Annotated[
         float, typer.Option(min=0.0, help="Remove components below this volume in ml.")
     ] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    memory: Annotated[
-        str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')
-    ] = None,
+    memory: Memory = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Locations a pass; chosen when not given.")] = None,
-    replace_nan: Annotated[
-        bool,
-        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
-    ] = False,
+    replace_nan: ReplaceNan = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The report on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Segment scans with a trained model.
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from ossnet.cli.common import is_first_process, lines_above, say, stderr, stdout
+from ossnet.cli.options import ReplaceNan
 
 if TYPE_CHECKING:
     from ossnet.training.settings import Settings
@@ -58,10 +59,7 @@ def command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     devices: Annotated[int | None, typer.Option(help="How many processes or GPUs.")] = None,
-    replace_nan: Annotated[
-        bool,
-        typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them."),
-    ] = False,
+    replace_nan: ReplaceNan = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     help_settings: Annotated[
         bool, typer.Option("--help-settings", help="List every setting, with the values of --variant.")

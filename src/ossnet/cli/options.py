@@ -1,0 +1,20 @@
+"""Options that several commands have, declared once."""
+
+from typing import Annotated
+
+import typer
+
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--model",
+        help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
+        "example: the mean of their probabilities.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Memory = Annotated[str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')]
+ReplaceNan = Annotated[
+    bool, typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
