@@ -273,3 +273,15 @@ def test_a_region_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
     found = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), "--region", wrong)
     assert found.code == 2
     assert "no name with several labels" in found.error
+
+
+def test_regions_are_of_values_in_label_files(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "d", named={"background": 0, "front": 2, "back": 7})
+    given = tmp_path / "p"
+    labels(7, 2).save(given / "a.nii.gz")
+    found = evaluate(given, root, "--only-predicted", "--region", "whole=2,7", "--json")
+    (whole,) = [row for row in json.loads(found.out)["cases"] if row["name"] == "whole"]
+    assert (whole["label"], whole["dice"]) == ([1, 2], 1.0)
+    found = evaluate(given, root, "--only-predicted", "--region", "whole=1,2")
+    assert found.code == 2
+    assert "whole has label 1, which the data set does not declare" in found.error

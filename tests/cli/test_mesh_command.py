@@ -1,5 +1,6 @@
 """`ossnet mesh`: a file for one structure, a folder for all of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,14 @@ def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert {p.name for p in files_in(tmp_path / "out")} == {"part_2.stl"}
     assert volume_of(tmp_path / "out" / "part_2.stl") == pytest.approx(2 * 7**3, rel=0.3)
     only = mesh(heart, tmp_path / "x.stl", "--structure", "1", "--labels", tmp_path / "drawn.nii.gz")
-    assert "part 1 was not found in this scan" in refused(tmp_path, *only)
+    assert "part 1 was not found in " in refused(tmp_path, *only)
+
+
+def test_structures_of_like_names_are_files_of_their_own(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    model = replace(ossnet.load(heart[1]), label_names={1: "tumour (core)", 2: "Tumour core"})
+    model.save(tmp_path / "model")
+    succeeded("mesh", heart[0], "--model", tmp_path / "model", "--out", tmp_path / "v1.2")
+    assert {p.name for p in files_in(tmp_path / "v1.2")} == {"tumour_core_1.stl", "Tumour_core_2.stl"}
 
 
 def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
@@ -65,5 +73,8 @@ def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "'off' is unknown" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--format", "off"))
     assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "liver"))
     assert "below 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
+    LabelMap(np.full((23, 21, 18), 7, np.uint8), ossnet.read(heart[0]).affine).save(tmp_path / "seven.nii.gz")
+    foreign = mesh(heart, tmp_path / "x", "--labels", tmp_path / "seven.nii.gz")
+    assert "holds label 7, which the model does not have" in refused(tmp_path, *foreign)
     (tmp_path / "file").write_text("")
     assert "a file, not a folder" in refused(tmp_path, *mesh(heart, tmp_path / "file"))

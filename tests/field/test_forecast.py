@@ -7,6 +7,7 @@ from tests import tiny
 from ossnet.errors import ResourceError
 from ossnet.field.binding import surface_voxels
 from ossnet.field.forecast import forecast, locations_for
+from ossnet.field.memory import LIBRARIES
 from ossnet.field.octree.tree import Octree
 from ossnet.volume import LabelMap
 
@@ -44,6 +45,18 @@ def test_a_grant_is_forecast(family: str) -> None:
     assert forecast(model, (24, 20, 18), np.eye(4), spacing=2.0, dense=True).locations == 12 * 10 * 9
     with pytest.raises(ResourceError, match="at least"):
         forecast(model, (24, 20, 18), np.eye(4), memory="50MB")
+
+
+def test_an_image_that_is_held_is_forecast() -> None:
+    model, shape = tiny.model("multiscale", fit="spacing", spacing=(1.0, 1.0, 1.0)), (150, 160, 170)
+    affine = np.diag([1.0, 1.0, 0.9, 1.0])
+    image, scan = 4 * 150 * 160 * 153, 4 * 150 * 160 * 170
+    tight, free = (forecast(model, shape, affine, memory=m).memory_bytes for m in ("220MB", None))
+    # Read in boxes, or resized at once.
+    assert tight <= 220e6
+    assert free >= scan + image
+    plain = forecast(tiny.model("multiscale"), shape, affine).memory_bytes
+    assert abs(free - max(plain + image, scan + image + LIBRARIES)) < 0.3 * image
 
 
 def test_a_map_of_probabilities_is_forecast() -> None:

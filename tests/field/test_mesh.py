@@ -3,6 +3,7 @@
 import doctest
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import trimesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, special
+from tests import tiny
 
 import ossnet.field.mesh.extract
 import ossnet.field.mesh.isosurface
@@ -246,3 +248,12 @@ def test_the_example_runs() -> None:
     failed, tried = doctest.testmod(ossnet.field.mesh.extract)
     assert tried > 0
     assert failed == 0
+
+
+def test_a_structure_is_given_by_its_label_or_its_name() -> None:
+    # Teeth have numbers for names.
+    model = replace(tiny.model("multiscale", 3), label_names={1: "11", 2: "1"})
+    assert [model.label_of(given) for given in (1, 2, "11", "1", "2")] == [1, 2, 1, 2, 2]
+    for unknown in (11, 0, "0", "molar"):
+        with pytest.raises(SettingsError, match="none of this model's"):
+            model.label_of(unknown)

@@ -13,6 +13,7 @@ import ossnet
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, ResourceError
 from ossnet.field.model import Model
+from ossnet.networks.blockwise import BlockwiseEncoder
 
 SCAN = tiny.scan((30, 22, 14), affine=np.diag([0.8, 1.0, 1.5, 1.0]))
 
@@ -94,6 +95,17 @@ def test_a_grant_is_shared() -> None:
     )
     with pytest.raises(ResourceError, match=r"3 models share the memory that is granted\. Of each share: "):
         together.field(SCAN, device="cpu", memory="100MB").segment()
+
+
+def test_an_image_that_is_shared_is_counted_once() -> None:
+    models = others(1, *[SPACED[1]] * 3)
+    together = replace(models[0], others=tuple(models[1:]))
+    bound = together.field(SCAN, device="cpu", memory="600MB")._bound
+    budgets = {answer.budget for answer in bound.answers if isinstance(answer, BlockwiseEncoder)}
+    image = 4 * 24 * 22 * 21
+    assert (bound.held, budgets) == (image, {(600_000_000 - image) // 3})
+    # U-Nets need it only until their map is made.
+    assert tiny.model("unet3d", 1, **SPACED[1]).field(SCAN, device="cpu", memory="1GB")._bound.held == 0
 
 
 def test_models_of_other_structures_are_refused(tmp_path: Path) -> None:

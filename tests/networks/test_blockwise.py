@@ -151,6 +151,29 @@ def test_memory_is_bounded_by_the_budget() -> None:
         BlockwiseEncoder(network, volume, budget=1 << 20)
 
 
+def test_kept_blocks_give_way_where_a_device_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, volume = trained(), torch.randn(1, 48, 40, 24)
+    locations = random_locations((48, 40, 24))
+    expected = BlockwiseEncoder(network, volume, block=16)(locations)
+    encoder, compute = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder._compute_block
+    most = 0
+
+    def scarce(self: BlockwiseEncoder, block: tuple[int, int, int]) -> Any:
+        nonlocal most
+        if len(self.blocks) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        most = max(most, len(self.blocks))
+        return compute(self, block)
+
+    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", scarce)
+    torch.testing.assert_close(encoder(locations), expected)
+    assert most == 2
+    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", lambda *_: 1 / 0)
+    encoder.blocks.clear()
+    with pytest.raises(ZeroDivisionError):
+        encoder(locations)
+
+
 def test_a_part_of_a_scan_needs_the_budget_of_the_part() -> None:
     network, volume = trained(), torch.randn(1, 4000, 16, 16)
     free = BlockwiseEncoder(network, volume)

@@ -1,6 +1,5 @@
 """`ossnet evaluate`: how well predictions agree with labels."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +32,8 @@ def command(
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=1,2: labels that are judged as one too, beside the regions of the data set. Repeat for more.",
+            help="NAME=1,2: labels, as label files have them, that are judged as one too, beside the regions of the "
+            "data set. Repeat for more.",
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def command(
     require_table(out)
     more = _regions(region or [])
     matched = match(predictions, labels, only_predicted=only_predicted)
-    matched = replace(matched, regions={**matched.regions, **more})
+    matched = matched.with_regions(more)
     with progress("Comparing", len(matched.pairs)) as done:
         rows = score(matched, tolerance, done)
     give(rows, summarise(rows), tolerance, out, as_json)

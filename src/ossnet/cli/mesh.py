@@ -1,6 +1,8 @@
 """`ossnet mesh`."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +51,9 @@ def command(
 
     **Example:** `ossnet mesh scan.nii.gz --model runs/heart --out surfaces --format ply`
     """
-    from ossnet.errors import SettingsError
+    import numpy as np
+
+    from ossnet.errors import SettingsError, VolumeError
     from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
@@ -57,7 +61,7 @@ def command(
 
     endings = f".{', .'.join(MESH_FORMATS)}"
     single = out.suffix.lower().lstrip(".") in MESH_FORMATS and not out.is_dir()
-    if not single and out.suffix and not out.is_dir():
+    if not single and out.suffix.lower() in (".vtk", ".vtp", ".off", ".gltf", ".3mf", ".json", ".gz", ".nii"):
         raise SettingsError("--out", f"{out} is neither a mesh file nor a folder", f"End it in {endings}")
     if kind not in MESH_FORMATS:
         raise SettingsError("--format", f"{kind!r} is unknown", f"Use one of {', '.join(MESH_FORMATS)}")
@@ -65,7 +69,7 @@ def command(
         raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
     require_folder(out.parent if single else out)
     loaded = Model.load(*model)
-    wanted = [loaded.label_of(given) for given in structure or map(str, loaded.label_names)]
+    wanted = list(dict.fromkeys(loaded.label_of(given) for given in structure or loaded.label_names))
     if single and len(wanted) > 1:
         raise SettingsError(
             "--out",
@@ -73,7 +77,16 @@ def command(
             "Name a folder, or one structure with --structure",
         )
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
-    drawn = None if labels is None else read_labels(labels)
+    drawn = None
+    if labels is not None:
+        drawn = read_labels(labels)
+        if unknown := set(np.unique(drawn.data).tolist()) - {0, *loaded.label_names}:
+            raise VolumeError(
+                labels,
+                f"holds label {min(unknown)}, which the model does not have",
+                f"It has {', '.join(f'{k} ({v})' for k, v in loaded.label_names.items())}",
+            )
+    files = _files(out, {label: loaded.label_names[label] for label in wanted}, None if single else kind)
     field = loaded.field(volume, device=device, memory=memory)
     if drawn is None and len(wanted) > 1:
         drawn = field.segment()
@@ -84,7 +97,7 @@ def command(
         if len(mesh.faces) == 0:
             missing.append(name)
             continue
-        file = out if single else out / f"{_file_name(name)}.{kind}"
+        file = files[label]
         save_mesh(mesh, file)
         say(
             f"{name}: {len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, "
@@ -92,12 +105,29 @@ def command(
         )
     if len(missing) == len(wanted):
         raise SettingsError(
-            "structure", f"{', '.join(missing)} was not found in this scan", "Look at `ossnet segment` first"
+            "structure",
+            f"{', '.join(missing)} was not found in {'this scan' if labels is None else labels}",
+            "Look at `ossnet segment` first"
+            if labels is None
+            else "Draw it there, or choose another structure",
         )
     if missing:
         say(f"not in this scan: {', '.join(missing)}")
 
 
-def _file_name(structure: str) -> str:
-    """left ventricle: left_ventricle."""
-    return re.sub(r"[^\w.-]+", "_", structure).strip("_.") or "structure"
+def _files(out: Path, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:
+    """Label → file; in a folder named after the structures (left ventricle: left_ventricle.stl), each another.
+
+    Args:
+        kind: Of files in a folder; None: `out` is the file.
+    """
+    if kind is None:
+        return dict.fromkeys(names, out)
+    plain = {
+        label: re.sub(r"[^\w.-]+", "_", name).strip("_.") or "structure" for label, name in names.items()
+    }
+    alike = Counter(name.casefold() for name in plain.values())
+    return {
+        label: out / f"{name if alike[name.casefold()] == 1 else f'{name}_{label}'}.{kind}"
+        for label, name in plain.items()
+    }

@@ -11,7 +11,7 @@ import numpy as np
 
 from ossnet.data.cases import joined_name, relabelled, values_in_files
 from ossnet.data.layouts import Dataset, consecutive, open_dataset
-from ossnet.errors import DatasetError, VolumeError
+from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order
 from ossnet.files.containers import is_image, stem
@@ -64,6 +64,24 @@ class Matched:
     def prediction(self, pair: Pair) -> LabelMap:
         """The prediction, as classes (errors as for `reference`)."""
         return self._read(pair.prediction, self.values if self.as_in_files else {})
+
+    def with_regions(self, more: Mapping[str, Sequence[int]]) -> "Matched":
+        """Further regions, of values in label files.
+
+        Raises:
+            SettingsError: The data set has no such label.
+        """
+        known = values_in_files(self.names, self.values) - {0}
+        regions = dict(self.regions)
+        for name, values in more.items():
+            if self.names and (unknown := set(values) - known):
+                raise SettingsError(
+                    "region",
+                    f"{name} has label {min(unknown)}, which the data set does not declare",
+                    f"Declared are {', '.join(map(str, sorted(known)))}",
+                )
+            regions[name] = tuple(sorted({self.values.get(value, value) for value in values}))
+        return replace(self, regions=regions)
 
     def as_one(self, prediction: LabelMap) -> str | None:
         """The name of all structures together, where the prediction is of a model that learnt them as one."""
@@ -246,6 +264,8 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
     regions = matched.regions
     classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
     if joined := matched.as_one(prediction):
+        if regions:
+            warnings.warn(f"predictions show {joined} as one: regions are left out", stacklevel=2)
         names, classes, regions = {1: joined}, [1], {}
         reference = replace(reference, data=(reference.data > 0).astype(np.uint8))
     named: dict[Label, str] = {label: names.get(label, "") for label in classes}

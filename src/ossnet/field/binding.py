@@ -10,7 +10,7 @@ import torch
 from ossnet.errors import ResourceError
 from ossnet.field.asking import Ask, asker
 from ossnet.field.engine.answer import Answer, Coverable
-from ossnet.field.engine.prepare import Precision, precision_among, prepare
+from ossnet.field.engine.prepare import Precision, hold_where_it_pays, precision_among, prepare
 from ossnet.field.engine.scan import Scan
 from ossnet.field.grid import Box, Grid, box_shape
 from ossnet.field.memory import LIBRARIES, asking_bytes, require
@@ -35,6 +35,7 @@ class Binding:
         answers: Of each model.
         fit: How the scan lies on the first model's grid.
         held: Bytes of the grant that images take.
+        held_peak: And that they took while they were made.
         encoder_seconds: Wall-clock time of preparing and encoding so far.
 
     Raises:
@@ -54,7 +55,7 @@ class Binding:
         chunk: int | None = None,
     ) -> None:
         self.model, self.grid, self.device, self.grant = model, grid, device, grant
-        self.held = 0
+        self.held = self.held_peak = 0
         started = time.perf_counter()
         models = (model, *model.others)
         scans: list[Scan] = []
@@ -62,6 +63,12 @@ class Binding:
             alike = [s for m, s in zip(models, scans, strict=False) if m.preparation == one.preparation]
             scans.append(alike[0] if alike else scan_for(one))
         self.fit = scans[0].fit
+        beside = self.asking_bytes(grid) + LIBRARIES
+        for one, scan in zip(models, scans, strict=True):
+            left = None if grant is None else grant - self.held
+            if size := hold_where_it_pays(one.network, scan, device, left, beside):
+                self.held_peak = max(self.held_peak, self.held + scan.hold_bytes)
+                self.held += size
         with self._told_of_shares():
             self.answers = [
                 self._bound(one, scan, precision, chunk) for one, scan in zip(models, scans, strict=True)
@@ -80,13 +87,8 @@ class Binding:
     def _bound(self, model: Model, scan: Scan, precision: Precision, chunk: int | None) -> Answer:
         """One model's answer, in its share of the grant."""
         models = 1 + len(self.model.others)
-        grant = None if self.grant is None else self.grant // models
+        grant = None if self.grant is None else (self.grant - self.held) // models
         reserve, libraries = self._share(self.asking_bytes(self.grid)), self._share(LIBRARIES)
-        if scan.held is None and scan.pays_to_hold(self.device, grant, reserve + libraries):
-            scan.hold(self.device)
-            self.held += scan.image_bytes
-            if grant is not None:
-                grant -= scan.image_bytes
         return prepare(
             model.network,
             scan,

@@ -81,7 +81,8 @@ class Field:
         volume: The scan; its channels in the order the model was trained with.
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         memory: Grant for everything above the loaded volume and the model, bytes or as "2GB"; None: no bound.
-        precision: "fp32", "bf16", or "auto": bf16 where the machine computes in it, close calls again in fp32.
+        precision: "fp32", "bf16", or "auto": bf16 where the machine computes in it; the paper's variants answer close
+            calls again in fp32.
         preprocessed: Take the values of the volume as they are (the reference cases).
         chunk: Locations a pass; None chooses.
 

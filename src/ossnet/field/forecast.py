@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ossnet.data.preparation import Fit
 from ossnet.field.binding import Binding, surface_voxels
 from ossnet.field.engine.answer import Answer
 from ossnet.field.engine.scan import Scan
@@ -97,7 +98,10 @@ def forecast(
 
     def stand_in(one: Model) -> Scan:
         fit = one.preparation.fit_for(grid.shape, spacing_of(grid.affine))
-        return Scan(_noise(one.channels, fit.source), fit)
+        # On the network's grid: boxes of it cost what those of an image that is held do, without its memory.
+        scan = Scan(_noise(one.channels, fit.target), Fit.none(fit.target))
+        scan.origin = fit
+        return scan
 
     place = torch.device("cpu")
     if device != "cpu" and torch.cuda.is_available():
@@ -141,7 +145,7 @@ def forecast(
         seconds += blocks + locations * each
         kept_bytes += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
     encoding = bound.held + sum(getattr(answer, "encoding_bytes", 0) for answer in bound.answers)
-    peak = max(kept_bytes + asking, encoding) + LIBRARIES
+    peak = max(kept_bytes + asking, encoding, bound.held_peak) + LIBRARIES
     return Forecast(int(locations), seconds, int(peak), bound.answer.chunk)
 
 

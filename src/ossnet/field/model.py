@@ -107,9 +107,14 @@ class Model:
         Raises:
             SettingsError: The model has no such structure.
         """
-        for value, name in self.label_names.items():
-            if str(structure).lower() in (str(value), name.lower()):
-                return value
+        if isinstance(structure, str):
+            known = {name.lower(): value for value, name in self.label_names.items()}
+            # Names first: teeth are named by numbers that are no labels.
+            found = known.get(structure.lower(), int(structure) if structure.isdigit() else None)
+        else:
+            found = structure
+        if found in self.label_names:
+            return int(found)
         raise SettingsError(
             "structure",
             f"{structure!r} is none of this model's",

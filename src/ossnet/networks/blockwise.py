@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from ossnet.errors import ResourceError, SettingsError
+from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
 from ossnet.networks.boxes import (
     Box,
     Triple,
@@ -346,7 +346,16 @@ class BlockwiseEncoder:
         if block in self.blocks:
             self.blocks.move_to_end(block)
             return self.blocks[block]
-        maps = self._compute_block(block)
+        try:
+            maps = self._compute_block(block)
+        except (MemoryError, RuntimeError) as error:
+            if not (self.blocks and is_out_of_memory(error)):
+                raise
+            maps = None
+        if maps is None:
+            # Outside the handler, which holds the tensors of the attempt. Kept blocks are a convenience.
+            self.blocks.clear()
+            maps = self._compute_block(block)
         self.computed += 1
         size = sum(m.bytes for m in maps)
         self._make_room(size)
@@ -477,6 +486,6 @@ class BlockwiseEncoder:
         needed = int(max(self._encoding_bytes(crop) + self.libraries, asked))
         if needed > self.budget:
             raise ResourceError(
-                f"{self.budget / 1e6:.3g} MB of memory are available, at least {ceil(needed / 1e6)} MB are "
+                f"{self.budget / 1e6:.3g} MB of memory are granted, at least {ceil(needed / 1e6)} MB are "
                 "needed for this scan. Grant more."
             )

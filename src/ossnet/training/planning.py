@@ -111,8 +111,8 @@ def make_plan(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
     if dataset.regions:
-        listed = ", ".join(dataset.regions)
-        reasons.append(f"regions of several labels are learnt label by label, and judged as well: {listed}")
+        how = "learnt as one with all others" if classes == 1 else "learnt label by label, and judged as well"
+        reasons.append(f"regions of several labels are {how}: {', '.join(dataset.regions)}")
 
     intensities = choose_intensities(dataset, train, settings)
     reasons.extend(intensities.reasons)

@@ -19,7 +19,7 @@ from ossnet.field.engine.encoding import SLAB_BYTES, encode, encode_halved, enco
 from ossnet.field.engine.fused import FusedAnswer
 from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.engine.scan import Scan
-from ossnet.field.memory import chunk_for, free_bytes, parse_size, require
+from ossnet.field.memory import chunk_for, parse_size, require
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import exact_float32, fast_bf16
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -65,8 +65,8 @@ def prepare(
         image: (C, *S) float32, normalised and fitted onto the network's grid, or a scan that is read in boxes.
         device: Where the work is done. The default network reads a scan in boxes unless it is held; others hold it
             where it is a GPU.
-        precision: "bf16" computes in bfloat16 and asks again in float32 what is close to a decision; "auto"
-            takes it where the machine computes it fast.
+        precision: "bf16" computes in bfloat16, "auto" takes it where the machine computes it fast. The paper's
+            variants are asked again in float32 where an answer is close to a decision.
         chunk: Locations at once; None chooses by measurement and `memory`.
         memory: Grant for everything above the image: bytes, or "2GB"; None for no limit.
         reserve: Bytes of the grant that others need once locations are asked; the default network is told by
@@ -101,6 +101,30 @@ def prepare(
         engine=engine,
         window=window,
     )
+
+
+def hold_where_it_pays(
+    network: nn.Module, scan: Scan, device: torch.device, grant: int | None, beside: int
+) -> int:
+    """Have the whole image in memory where a network works better with it; bytes that it takes from now on.
+
+    U-Nets need it while they are prepared only, and count it themselves.
+
+    Args:
+        grant: Bytes for everything; None for no limit.
+        beside: Of these, what others need at the same time.
+
+    Raises:
+        ResourceError: The grant does not hold what one of the paper's variants needs on a GPU.
+    """
+    if scan.held is not None or isinstance(network, UNet):
+        return 0
+    if isinstance(network, OSSNet) and device.type != "cpu":
+        require(grant, scan.hold_bytes + beside, "this scan on a GPU")
+    elif not scan.pays_to_hold(device, grant, beside):
+        return 0
+    scan.hold(device)
+    return scan.image_bytes
 
 
 def precision_among(network: nn.Module, precision: Precision, models: int) -> Precision:
@@ -190,13 +214,13 @@ def prepare_multiscale(
     libraries: int = 0,
     **_: Any,
 ) -> Answer:
-    """The default network: maps are made where locations are asked, on a GPU as many as it has room for."""
+    """The default network: maps are made where locations are asked."""
     half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
     return BlockwiseEncoder(
         network,
         scan,
         device=device,
-        budget=free_bytes(device) if memory is None else memory,
+        budget=memory,
         libraries=libraries,
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,

@@ -35,6 +35,8 @@ class Scan:
         self, data: Num[np.ndarray, "C X Y Z"], fit: Fit, preparation: Preparation | None = None
     ) -> None:
         self.data, self.fit = data, fit
+        self.origin = fit
+        """What `hold` starts from; another one where voxels of the network's grid stand in for a scan (`forecast`)."""
         self.shape: tuple[int, int, int, int] = (len(data), *fit.target)
         self.held: Tensor | None = None
         """The whole image, where it is in memory: what `of` was given or `hold` made."""
@@ -81,8 +83,8 @@ class Scan:
     @property
     def hold_bytes(self) -> int:
         """Memory that `hold` takes while it works: the scan as float32, beside it as it is stored, or fitted."""
-        fitted = self.image_bytes if self.fit.source != self.fit.target else 0
-        return 4 * self.data.size + max(self.data.nbytes, fitted)
+        source = 4 * len(self.data) * prod(self.origin.source)
+        return source + max(source, self.image_bytes if self.origin.source != self.origin.target else 0)
 
     def pays_to_hold(self, device: torch.device, grant: int | None, beside: int = 0) -> bool:
         """Whether the whole image is worth its memory, and leaves half of what there is.
@@ -90,13 +92,13 @@ class Scan:
         It is where it is resized, once instead of box by box, and on a GPU, which waits for every box otherwise.
 
         Args:
-            grant: Bytes; None: what the GPU has free.
+            grant: Bytes; None: no limit but what the GPU has free.
             beside: Bytes that others need at the same time.
         """
-        if device.type == "cpu" and not self.fit.resizes:
+        if device.type == "cpu" and not self.origin.resizes:
             return False
-        available = free_bytes(device) if grant is None else grant
-        return available is None or 2 * (self.hold_bytes + beside) <= available
+        available = [size for size in (grant, free_bytes(device)) if size is not None]
+        return not available or 2 * (self.hold_bytes + beside) <= min(available)
 
     def hold(self, device: torch.device | str = "cpu") -> Float[Tensor, "C SX SY SZ"]:
         """The whole image, in memory on a device from now on."""
