@@ -56,7 +56,7 @@ def predictions(root: Path, suffix: str = "") -> Path:
     return root
 
 
-@pytest.mark.parametrize("suffix", ["", "_seg"])
+@pytest.mark.parametrize("suffix", ["", "_seg", "-seg"])
 def test_a_data_set_is_scored_case_by_case_and_class_by_class(tmp_path: Path, suffix: str) -> None:
     result = evaluate(predictions(tmp_path / "p", suffix), dataset(tmp_path / "d"), "--json")
     assert result.code == 0, result.error

@@ -18,7 +18,7 @@ from ossnet.files.containers import is_image, stem
 from ossnet.files.nifti import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_place
 
-SUFFIXES = ("", "_seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")
+SUFFIXES = ("", "_seg", "-seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")
 """What may follow the name of a case in the name of its prediction, in order of preference."""
 
 
@@ -335,7 +335,7 @@ def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:
             found[case] = (rank, file)
     if strangers and found:
         warnings.warn(
-            f"{len(strangers)} files in {given} belong to no case and are left out: {_listed(strangers)}",
+            f"{given} holds files that belong to no case, and are left out: {_listed(strangers)}",
             stacklevel=3,
         )
     return {case: file for case, (_, file) in found.items()}
