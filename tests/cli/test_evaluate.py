@@ -219,7 +219,7 @@ def test_missing_predictions_are_refused_or_left_out_on_request(tmp_path: Path) 
     assert {row["case"] for row in told["cases"]} == {"a", "c"}
 
 
-@pytest.mark.filterwarnings("default:1 files")
+@pytest.mark.filterwarnings("default:.* belong to no case")
 def test_predictions_without_a_label_are_named(tmp_path: Path) -> None:
     given, reference = predictions(tmp_path / "p"), dataset(tmp_path / "d")
     labels(1).save(given / "stranger.nii.gz")
