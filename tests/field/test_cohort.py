@@ -16,8 +16,10 @@ import torch
 from tests import tiny
 
 from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError
-from ossnet.field import cohort
-from ossnet.field.cohort import Job, Options, forecast_all, plan_jobs, segment_all
+from ossnet.field.cohort import run as cohort
+from ossnet.field.cohort.jobs import Job, Options, plan_jobs
+from ossnet.field.cohort.run import forecast_all, segment_all
+from ossnet.field.cohort.sharing import take_gpu
 from ossnet.field.model import Model
 from ossnet.files.nifti import read_labels, read_volume
 from ossnet.files.validate import VolumeWarning
@@ -451,5 +453,5 @@ def test_processes_take_different_gpus(
     found: list[int] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
-    cohort._take_gpu(environment)
+    take_gpu(environment)
     assert found == taken

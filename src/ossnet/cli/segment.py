@@ -53,7 +53,8 @@ def command(
     one file): volumes, times, locations asked, versions.
     """
     from ossnet.errors import SettingsError
-    from ossnet.field.cohort import Options, forecast_all, plan_jobs, segment_all
+    from ossnet.field.cohort.jobs import Options, plan_jobs
+    from ossnet.field.cohort.run import forecast_all, segment_all
     from ossnet.field.model import Model
 
     if out is None and not dry_run:

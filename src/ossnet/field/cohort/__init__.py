@@ -1,0 +1,1 @@
+"""Many scans: each finished file final, several processes sharing the work."""

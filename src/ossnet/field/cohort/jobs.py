@@ -1,0 +1,195 @@
+"""Which files become which: scans paired with targets, and what is in the way."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ossnet.data.layouts import images_in
+from ossnet.errors import DatasetError, SettingsError
+from ossnet.field.provenance import look_of, origin
+from ossnet.files.atomic import clear_unfinished, require_folder
+from ossnet.files.containers import stem
+from ossnet.files.nifti import origin_of
+from ossnet.volume import MARK
+
+# Endings of files that people may hope for; a folder with such a name is a mistake.
+_NO_FOLDERS = {
+    ".gz",
+    ".img",
+    ".hdr",
+    ".mha",
+    ".mhd",
+    ".nrrd",
+    ".npy",
+    ".npz",
+    ".png",
+    ".txt",
+    ".json",
+    ".stl",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How every scan is segmented; see `Field`, `Field.segment` and `without_islands`."""
+
+    strategy: str = "auto"
+    spacing: float | tuple[float, float, float] | None = None
+    region: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
+    probabilities: bool = False
+    largest: bool = False
+    smallest_ml: float = 0.0
+    device: str = "auto"
+    precision: str = "auto"
+    memory: str | None = None
+    chunk: int | None = None
+    replace_nan: bool = False
+    overwrite: bool = False
+
+    def deciding(self) -> dict[str, Any]:
+        """Those that decide which label map comes out; devices and grants do not."""
+        return {
+            "strategy": "octree" if self.strategy == "auto" else self.strategy,
+            "spacing": self.spacing,
+            "region": self.region,
+            "largest": self.largest,
+            "smallest_ml": self.smallest_ml,
+            "replace_nan": self.replace_nan,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan: its files (channels in order) and where its label map goes."""
+
+    name: str
+    files: tuple[Path, ...]
+    target: Path
+
+    @property
+    def probabilities(self) -> Path:
+        """Where probabilities go."""
+        return self.target.with_name(f"{stem(self.target)}_probabilities.nii.gz")
+
+    def results(self, options: Options) -> tuple[Path, ...]:
+        """All that is written."""
+        return (self.target, self.probabilities) if options.probabilities else (self.target,)
+
+    def origins(self, model: str, options: Options) -> tuple[str, ...]:
+        """What results that are finished may say of their making: first what new ones say, then what is as good.
+
+        Args:
+            model: Its fingerprint.
+        """
+        scan, known = look_of(self.files), options.deciding()
+        # Nothing that asking everywhere finds is missed.
+        kinds = [known, known | {"strategy": "dense"}] if known["strategy"] == "octree" else [known]
+        return tuple(origin(model, scan, kind) for kind in kinds)
+
+
+def plan_jobs(
+    images: Sequence[Path],
+    out: Path | None,
+    *,
+    channels_together: bool = False,
+    most_channels: int | None = None,
+) -> list[Job]:
+    """Pair scans with targets.
+
+    Args:
+        images: Files, or folders in any layout.
+        out: A file for one scan, otherwise a folder; None where nothing will be written.
+        channels_together: The files are the channels of one scan.
+        most_channels: Those that the model takes: with more files of one name and four digits these are scans.
+
+    Raises:
+        DatasetError: A path that is not there, or a folder without scans.
+        SettingsError: One file as target for several scans, two scans with the same name, or results that would
+            replace scans or be taken for them.
+    """
+    scans: list[tuple[str, tuple[Path, ...]]] = []
+    if channels_together:
+        scans.append((re.sub(r"_0000$", "", stem(images[0])), tuple(images)))
+    else:
+        for path in images:
+            if path.is_dir():
+                scans += [(case.name, case.images) for case in images_in(path, most_channels)]
+            elif path.exists():
+                scans.append((re.sub(r"_0000$", "", stem(path)), (path,)))
+            else:
+                raise DatasetError(path, "there is no such file or folder", "Check the path")
+    folder = out if out is not None else Path()
+    single = out is not None and out.name.endswith((".nii", ".nii.gz"))
+    if single and len(scans) > 1:
+        raise SettingsError("--out", f"{out} is one file for {len(scans)} scans", "Name a folder")
+    names = [name for name, _ in scans]
+    if len(set(names)) < len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
+    jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
+    if out is not None:
+        if not single and out.suffix.lower() in _NO_FOLDERS and not out.is_dir():
+            raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")
+        if any(path.is_dir() and path.resolve() == out.resolve() for path in images):
+            raise SettingsError(
+                "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
+            )
+        require_folder(out.parent if single else out)
+        _require_other_files(jobs)
+        if not single and folder.resolve() in {file.resolve().parent for job in jobs for file in job.files}:
+            raise SettingsError(
+                "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
+            )
+        if directory := next((job.target for job in jobs if job.target.is_dir()), None):
+            raise SettingsError("--out", f"{directory} is a folder", "Name a file that is not there yet")
+    return jobs
+
+
+def _require_other_files(jobs: Sequence[Job]) -> None:
+    scans = {file.resolve() for job in jobs for file in job.files}
+    for job in jobs:
+        for target in (job.target, job.probabilities):
+            if target.resolve() in scans:
+                raise SettingsError(
+                    "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
+                )
+
+
+def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
+    """Refuse where files are in the way: those that are no results at all, and results of something else."""
+    there = [(job, file, origin_of(file)) for job in jobs for file in job.results(options) if file.is_file()]
+    foreign = [file for _, file, line in there if not line.startswith(MARK)]
+    others = [file for job, file, line in there if line not in origins[job.name]]
+    if foreign:
+        raise SettingsError(
+            "--out",
+            f"{_first(foreign)} and is no result of ossnet",
+            "Name another output, or move it away: it may be a reference",
+        )
+    if others and not options.overwrite:
+        raise SettingsError(
+            "--out",
+            f"{_first(others)}, made by another model, from another scan or with other options",
+            "Name another output, or replace it with --overwrite",
+        )
+
+
+def _first(targets: Sequence[Path]) -> str:
+    more = f" (and {len(targets) - 1} more)" if len(targets) > 1 else ""
+    return f"{targets[0]} is there{more}"
+
+
+def finished(job: Job, options: Options) -> bool:
+    """All that is wanted of a scan is there."""
+    return all(file.is_file() for file in job.results(options))
+
+
+def clear(jobs: Sequence[Job]) -> None:
+    """Remove what killed processes left of these scans' files, and of no others."""
+    for folder in {job.target.parent for job in jobs}:
+        if any(folder.glob(".writing-*")):
+            for job in jobs:
+                clear_unfinished(job.target)
+                clear_unfinished(job.probabilities)

@@ -1,0 +1,237 @@
+"""Scans one after the other: the next one is read and the last one written while one is answered."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
+from ossnet.field.cohort.jobs import Job, Options, clear, finished, require_replaceable
+from ossnet.field.cohort.report import Report, report_file, said_by
+from ossnet.field.cohort.sharing import processes, take_gpu
+from ossnet.field.components import island_bytes, without_islands
+from ossnet.field.field import Field
+from ossnet.field.forecast import forecast
+from ossnet.field.likeness import unlike_training
+from ossnet.field.memory import LIBRARIES, parse_size, require
+from ossnet.field.model import Model
+from ossnet.files.nifti import read_volume
+from ossnet.files.validate import VolumeWarning, read_header
+from ossnet.volume import Volume
+
+
+def segment_all(
+    model: Model,
+    jobs: Sequence[Job],
+    options: Options,
+    *,
+    say: Callable[[str], None] | None = None,
+    done: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Segment scans; what is finished is not done again, a scan that cannot be used does not stop the others.
+
+    The next scan is read and the last one written while the current one is answered. Under torchrun or SLURM each
+    process takes its share. Only the label maps decide what is finished: two processes never write the same one.
+
+    Returns:
+        The report, also written as `report.json` beside the label maps (`NAME.json` for a single file,
+        `report.RANK.json` by each of several processes). It is up to date to about ten seconds, also after an
+        interrupt.
+
+    Raises:
+        InputError: After all others were done, the first scan that could not be segmented.
+        ResourceError: The disk is full; finished scans are kept.
+    """
+    say = say or (lambda text: None)
+    rank, world = processes()
+    share = list(jobs)[rank::world]
+    made_by = model.fingerprint()
+    origins = {job.name: job.origins(made_by, options) for job in share}
+    require_replaceable(share, origins, options)
+    todo = [job for job in share if options.overwrite or not finished(job, options)]
+    clear(todo)
+    if world > 1:
+        if options.device != "cpu":
+            take_gpu()
+        say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
+    if len(todo) < len(share):
+        say(f"{len(share) - len(todo)} of {len(share)} are finished already")
+    report = Report(report_file(jobs, rank, world), model, made_by, options, origins)
+    report.complete([job for job in share if job not in todo])
+    failed: list[OssnetError] = []
+    count = len(share) - len(todo)
+    try:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            # So many label maps may wait for the disk; a grant of memory is for one scan.
+            waiting = 1 if options.memory is None else 0
+            written: list[tuple[Job, dict[str, Any], Future[None]]] = []
+            try:
+                scans = _Reader(todo, reader, options)
+                for index, job in enumerate(todo):
+                    while len(written) > waiting:
+                        report.collect(written.pop(0))
+                    try:
+                        if not options.overwrite and finished(job, options):
+                            say(f"{job.name} was finished by another process")
+                        else:
+                            with _memory_told(job):
+                                made_by = origins[job.name][0]
+                                entry, save = _segment(model, job, scans.take(index), options, made_by)
+                            written.append((job, entry, writer.submit(save)))
+                            say(f"{job.name}: {_told(entry)} → {job.target}")
+                            del save  # and the maps with it, once they are written
+                    except (InputError, ResourceError) as error:
+                        # With its traceback it would keep the scan and its field.
+                        error.__cause__ = error.__context__ = None
+                        failed.append(error.with_traceback(None))
+                        report.refuse(job, error)
+                    count += 1
+                    if done:
+                        done(count)
+            finally:
+                while written:
+                    report.collect(written.pop(0))
+    finally:
+        report.write()
+    if failed:
+        raise _summed_up(failed)
+    return report.content()
+
+
+def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[dict[str, Any]]:
+    """What each scan would take, from its header; with a region it takes less."""
+    out = []
+    for job in jobs:
+        header = read_header(job.files[0])
+        expected = forecast(
+            model,
+            header.shape,
+            header.affine,
+            memory=options.memory,
+            device=options.device,
+            spacing=options.spacing,
+            dense=options.strategy == "dense" or options.probabilities,
+            probabilities=options.probabilities,
+            precision=options.precision,  # type: ignore[arg-type]
+            chunk=options.chunk,
+        )
+        out.append({"scan": job.name, **asdict(expected)})
+    return out
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    """What a user wants to see of a scan, in a line."""
+    volumes = [f"{name} {ml:.2f} ml" for name, ml in entry["volumes_ml"].items()]
+    shown = volumes if len(volumes) <= 4 else [f"{len(volumes)} structures"]
+    return f"{', '.join(shown) or 'no structure'}; {entry['locations']:,} locations, {entry['seconds']:.2f} s"
+
+
+def _segment(
+    model: Model, job: Job, volume: Volume, options: Options, made_by: str
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    started = time.perf_counter()
+    field = Field(
+        model,
+        volume,
+        device=options.device,
+        memory=options.memory,
+        precision=options.precision,  # type: ignore[arg-type]
+        chunk=options.chunk,
+    )
+    if note := unlike_training(model, field.grid):
+        warnings.warn(f"{job.files[0]}: {note}.", VolumeWarning, stacklevel=2)
+    labels = field.segment(
+        strategy=options.strategy,  # type: ignore[arg-type]
+        spacing=options.spacing,
+        region=options.region,
+    )
+    maps = None
+    if options.probabilities:
+        maps = field.probability_map(
+            spacing=options.spacing, region=options.region, beside=labels.data.nbytes
+        )
+    encoder_seconds = field.encoder_seconds
+    del field  # its maps, before islands are looked for
+    if options.largest or options.smallest_ml:
+        if options.memory is not None:
+            held = labels.data.nbytes + (0 if maps is None else maps.data.nbytes)
+            needed = LIBRARIES + held + island_bytes(labels)
+            require(parse_size(options.memory), needed, "looking for islands")
+        labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
+    labels = replace(labels, origin=made_by)
+    maps = maps and replace(maps, origin=made_by)
+    entry = {
+        "files": [str(f) for f in job.files],
+        "options": {k: v for k, v in options.deciding().items() if v not in (None, False, 0.0)},
+        **said_by(job, labels),
+        "strategy": labels.strategy,
+        "locations": labels.evaluated,
+        "encoder_seconds": round(encoder_seconds, 4),
+        "octree_seconds": round(labels.seconds, 4),
+        "seconds": round(time.perf_counter() - started, 4),
+    }
+
+    def save() -> None:
+        if maps is not None:
+            maps.save(job.probabilities)
+        labels.save(job.target)  # last: its presence means finished
+
+    return entry, save
+
+
+@contextmanager
+def _memory_told(job: Job) -> Iterator[None]:
+    """Memory that ran out is a matter of this scan."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"{job.files[0]}: memory ran out. Bound it with --memory, or ask for fewer voxels."
+        ) from error
+
+
+class _Reader:
+    """Reads each scan while the one before is answered; with a grant of memory, which is for one scan, after it."""
+
+    def __init__(self, jobs: Sequence[Job], pool: ThreadPoolExecutor, options: Options) -> None:
+        self._jobs, self._pool, self._options = jobs, pool, options
+        self._ahead: tuple[int, Future[Volume]] | None = None
+
+    def take(self, index: int) -> Volume:
+        """The scan of a job; that of the next one is read from now on.
+
+        Raises:
+            InputError: The files cannot be trusted.
+            ResourceError: Memory does not hold the scan alone.
+        """
+        try:
+            if self._ahead is not None and self._ahead[0] == index:
+                with suppress(ResourceError, MemoryError):
+                    return self._ahead[1].result()
+                # There was no room beside the scan before, which is gone by now.
+                self._ahead = None
+            return self._read(self._jobs[index])
+        finally:
+            following = index + 1
+            self._ahead = None
+            if self._options.memory is None and following < len(self._jobs):
+                self._ahead = following, self._pool.submit(self._read, self._jobs[following])
+
+    def _read(self, job: Job) -> Volume:
+        return read_volume(job.files, nonfinite="replace" if self._options.replace_nan else "refuse")
+
+
+def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
+    """One error for all."""
+    first, more = failed[0], len(failed) - 1
+    if not more:
+        return first
+    if not isinstance(first, InputError):
+        return type(first)(f"{first} {more} more could not be segmented either.")
+    reason = f"{first.reason} ({more} more could not be segmented either)"
+    return type(first)(first.where, reason, first.fix)
