@@ -57,11 +57,12 @@ def command(
     from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
+    from ossnet.files.containers import FILE_ENDINGS
     from ossnet.files.nifti import read_labels, read_volume
 
     endings = f".{', .'.join(MESH_FORMATS)}"
     single = out.suffix.lower().lstrip(".") in MESH_FORMATS and not out.is_dir()
-    if not single and out.suffix.lower() in (".vtk", ".vtp", ".off", ".gltf", ".3mf", ".json", ".gz", ".nii"):
+    if not single and out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
         raise SettingsError("--out", f"{out} is neither a mesh file nor a folder", f"End it in {endings}")
     if kind not in MESH_FORMATS:
         raise SettingsError("--format", f"{kind!r} is unknown", f"Use one of {', '.join(MESH_FORMATS)}")

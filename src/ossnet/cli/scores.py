@@ -30,10 +30,11 @@ def require_table(out: Path | None) -> None:
     """
     from ossnet.errors import SettingsError
     from ossnet.files.atomic import require_folder
+    from ossnet.files.containers import FILE_ENDINGS
 
     if out is None:
         return
-    if out.suffix.lower() in (".txt", ".tsv", ".xlsx", ".md", ".html") and not out.is_dir():
+    if out.suffix.lower() in FILE_ENDINGS - set(TABLES) and not out.is_dir():
         raise SettingsError("--out", f"{out} is neither a folder nor a table", "End it in .csv or .json")
     require_folder(out.parent if out.suffix.lower() in TABLES else out)
 

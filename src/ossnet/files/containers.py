@@ -9,6 +9,13 @@ from pathlib import Path
 
 from ossnet.errors import VolumeError
 
+FILE_ENDINGS = (
+    {".gz", ".nii", ".img", ".hdr", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".png"}
+    | {".txt", ".tsv", ".csv", ".xlsx", ".md", ".html", ".json"}
+    | {".stl", ".ply", ".obj", ".glb", ".gltf", ".vtk", ".vtp", ".off", ".3mf"}
+)
+"""Of files that people may hope for: a folder to be made with such a name is a mistake."""
+
 
 def is_image(path: Path) -> bool:
     """True for file names that `read_header` takes (the `.img` of a pair is not counted)."""

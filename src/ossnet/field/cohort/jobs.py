@@ -10,25 +10,9 @@ from ossnet.data.layouts import images_in
 from ossnet.errors import DatasetError, SettingsError
 from ossnet.field.provenance import look_of, origin
 from ossnet.files.atomic import clear_unfinished, require_folder
-from ossnet.files.containers import stem
+from ossnet.files.containers import FILE_ENDINGS, stem
 from ossnet.files.nifti import origin_of
 from ossnet.volume import MARK
-
-# Endings of files that people may hope for; a folder with such a name is a mistake.
-_NO_FOLDERS = {
-    ".gz",
-    ".img",
-    ".hdr",
-    ".mha",
-    ".mhd",
-    ".nrrd",
-    ".npy",
-    ".npz",
-    ".png",
-    ".txt",
-    ".json",
-    ".stl",
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +114,7 @@ def plan_jobs(
         raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
     jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
     if out is not None:
-        if not single and out.suffix.lower() in _NO_FOLDERS and not out.is_dir():
+        if not single and out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
             raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")
         if any(path.is_dir() and path.resolve() == out.resolve() for path in images):
             raise SettingsError(
