@@ -184,3 +184,17 @@ def test_a_training_starts_from_one_on_other_scans(balls: Path, tmp_path: Path) 
     again = make_plan(dataset, dataset.cases, settings, resumed=tmp_path / "run").model
     assert again.preparation == other.model.preparation
     again.network.load_state_dict(other.model.network.state_dict())
+
+
+def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
+    plain = planned(balls)
+    assert plain.model.mirror == ()
+    mirrored = planned(balls, "augmentation.flip_axes=[2,0,2]")
+    assert mirrored.model.mirror == (0, 2)
+    assert "in use the mean of 4 answers, mirrored and not (augmentation.mirror_in_use)" in mirrored.reasons
+    alone = planned(balls, "augmentation.flip_axes=[0]", "augmentation.mirror_in_use=false")
+    assert alone.model.mirror == ()
+    dataset = open_dataset(balls)
+    settings = make_settings("C", changes=[*SMALL, "augmentation.mirror_in_use=true"])
+    with pytest.raises(SettingsError, match="variant C cannot be asked mirrored"):
+        make_plan(dataset, dataset.cases, settings)

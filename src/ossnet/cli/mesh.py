@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import say
-from ossnet.cli.options import Device, Memory, Models, ReplaceNan
+from ossnet.cli.options import Device, Memory, Mirror, Models, ReplaceNan
 
 
 def command(
@@ -41,6 +41,7 @@ def command(
     ] = None,
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
+    mirror: Mirror = True,
     device: Device = "auto",
     memory: Memory = None,
     replace_nan: ReplaceNan = False,
@@ -69,7 +70,7 @@ def command(
     if smooth < 0:
         raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
     require_folder(out.parent if single else out)
-    loaded = Model.load(*model)
+    loaded = Model.load(*model, mirror=mirror)
     wanted = list(dict.fromkeys(loaded.label_of(given) for given in structure or loaded.label_names))
     if single and len(wanted) > 1:
         raise SettingsError(

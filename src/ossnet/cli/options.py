@@ -12,6 +12,13 @@ Models = Annotated[
         "example: the mean of their probabilities.",
     ),
 ]
+Mirror = Annotated[
+    bool,
+    typer.Option(
+        "--mirror/--no-mirror",
+        help="Ask models that were trained on mirrored scans mirrored as well; without, half the time.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Memory = Annotated[str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')]
 ReplaceNan = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import print_json, progress, say
-from ossnet.cli.options import AsJson, Device, Memory, Models, ReplaceNan
+from ossnet.cli.options import AsJson, Device, Memory, Mirror, Models, ReplaceNan
 
 
 def command(
@@ -35,6 +35,7 @@ def command(
     smallest_ml: Annotated[
         float, typer.Option(min=0.0, help="Remove components below this volume in ml.")
     ] = 0.0,
+    mirror: Mirror = True,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     memory: Memory = None,
@@ -84,7 +85,7 @@ def command(
         replace_nan=replace_nan,
         overwrite=overwrite,
     )
-    loaded = Model.load(*model)
+    loaded = Model.load(*model, mirror=mirror)
     jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
     if dry_run:
         forecasts = forecast_all(loaded, jobs, options)

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, SettingsError
 from ossnet.files.atomic import atomic_write, write_json, write_text
+from ossnet.networks.mirrored import mirrorable, mirrored
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
@@ -57,6 +59,8 @@ class Model:
         metadata: Variant, training settings, metrics, versions, `about` (further lines of the card) and `use`
             (what it is meant for); for people and reports.
         others: Models of the same structures that answer with this one: the mean of their probabilities.
+        mirror: Axes of the network's grid (0, 1, 2) along which it is asked mirrored as well, and the mean answers:
+            twice the work for each. Those that it was trained on mirrored scans along.
     """
 
     network: nn.Module
@@ -65,9 +69,12 @@ class Model:
     channel_names: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     others: tuple["Model", ...] = ()
+    mirror: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
+        if self.mirror and not mirrorable(self.network):
+            raise ModelError(self.variant, "it cannot be asked mirrored", "Leave mirror out")
         for other in self.others:
             if reason := self._unlike(other):
                 raise ModelError(
@@ -90,6 +97,14 @@ class Model:
         return str(
             self.metadata.get("variant") or getattr(self.network.spec, "variant", family_of(self.network))
         )
+
+    @property
+    def answering(self) -> tuple["Model", ...]:
+        """All whose mean answers, each with one network: the model, as often as it is asked mirrored, and `others`."""
+        one = replace(self, others=(), mirror=())
+        mirrors = [axes for n in range(1, len(self.mirror) + 1) for axes in combinations(self.mirror, n)]
+        seen = (replace(one, network=mirrored(self.network, axes)) for axes in mirrors)
+        return (one, *seen, *(model for other in self.others for model in other.answering))
 
     @property
     def classes(self) -> int:
@@ -177,6 +192,7 @@ class Model:
             "preparation": self.preparation.model_dump(mode="json"),
             "labels": {str(k): v for k, v in self.label_names.items()},
             "channels": list(self.channel_names),
+            **({"mirror": list(self.mirror)} if self.mirror else {}),
             **self.metadata,
         }
 
@@ -213,18 +229,20 @@ class Model:
         write_text(folder / "MODEL_CARD.md", self.card())
 
     @classmethod
-    def load(cls, folder: Path | str, *more: Path | str) -> "Model":
+    def load(cls, folder: Path | str, *more: Path | str, mirror: bool = True) -> "Model":
         """Read a model folder, the best model of a run folder, or a model that is shipped, by name.
 
         Args:
             folder: One of these.
             more: Further ones, such as the other folds of a cross-validation: the mean of their probabilities answers.
+            mirror: Ask models mirrored as well that were trained so; False: half the time and memory.
 
         Raises:
             ModelError: Nothing there, files that do not belong together, or models of other structures.
         """
         if more:
-            return replace(cls.load(folder), others=tuple(cls.load(other) for other in more))
+            others = tuple(cls.load(other, mirror=mirror) for other in more)
+            return replace(cls.load(folder, mirror=mirror), others=others)
         folder = model_folder(folder)
         file = folder / "model.json"
         try:
@@ -238,6 +256,7 @@ class Model:
             network.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
             preparation = Preparation.model_validate(description["preparation"])
             names = {int(k): str(v) for k, v in description["labels"].items()}
+            axes = tuple(int(axis) for axis in description.get("mirror", ()))
         except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, ModelError):
                 raise
@@ -247,9 +266,10 @@ class Model:
         except (SafetensorError, RuntimeError, OSError) as error:
             weights = folder / "weights.safetensors"
             raise ModelError(weights, f"it cannot be used ({_first_line(error)})", "Copy it again") from error
-        known = {"format", "family", "network", "preparation", "labels", "channels"}
+        known = {"format", "family", "network", "preparation", "labels", "channels", "mirror"}
         metadata = {k: v for k, v in description.items() if k not in known}
-        return cls(network, preparation, names, tuple(description.get("channels", ())), metadata)
+        channels = tuple(description.get("channels", ()))
+        return cls(network, preparation, names, channels, metadata, mirror=axes if mirror else ())
 
     def card(self) -> str:
         """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""
@@ -267,6 +287,11 @@ class Model:
         if data:
             lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
         lines += _training_lines(self.metadata.get("settings", {}))
+        if self.mirror:
+            axes = ", ".join(map(str, self.mirror))
+            lines += [
+                f"- In use: the mean of {2 ** len(self.mirror)} answers, also mirrored along axes {axes}"
+            ]
         lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
         if scores:
             lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]

@@ -125,6 +125,8 @@ class UNet(nn.Module):
         super().__init__()
         unit, up, whole = _monai()
         self.spec = spec
+        self.mirror: tuple[int, ...] = ()
+        """Axes of the scan along which it is mirrored, and the answer back (`networks.mirrored`)."""
         f, d = spec.filters, spec.dimensions
         if spec.variant == "monai-unet":
             self.whole = whole(d, spec.channels, spec.classes, f, spec.strides, num_res_units=2)
@@ -148,9 +150,19 @@ class UNet(nn.Module):
         Args:
             x: Any size: continued at its border to the next multiple of the strides, and cut back.
         """
+        if flips := self._mirrored_dims():
+            return self._answer(x.flip(flips)).flip(flips)
+        return self._answer(x)
+
+    def _answer(self, x: Tensor) -> Tensor:
         padded, crop = _pad(x, self.spec.multiple)
         run = self.whole if self.spec.variant == "monai-unet" else self._units
         return _cut(run(padded), crop)
+
+    def _mirrored_dims(self) -> list[int]:
+        """Dimensions of the input that `mirror` means; the order of slices does not matter."""
+        axes = [a for a in range(3) if self.spec.dimensions == 3 or a != self.spec.slice_axis]
+        return [dim for dim, axis in enumerate(axes, 2) if axis in self.mirror]
 
     def _units(self, x: Tensor) -> Tensor:
         skips = []

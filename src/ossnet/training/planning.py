@@ -17,6 +17,7 @@ from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
+from ossnet.networks.mirrored import mirrorable
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_stages
 from ossnet.networks.ossnet import OSSNet
@@ -141,6 +142,17 @@ def make_plan(
     if flips and settings.variant != "multiscale":
         axes = ", ".join(map(str, flips))
         reasons.append(f"scans are mirrored along axes {axes} (augmentation.flip_axes=[] where sides differ)")
+    mirror = flips if settings.augmentation.mirror_in_use else ()
+    if mirror and not mirrorable(recipe.network):
+        raise SettingsError(
+            "augmentation.mirror_in_use",
+            f"variant {settings.variant} cannot be asked mirrored",
+            "Leave it out",
+        )
+    if mirror:
+        reasons.append(
+            f"in use the mean of {2 ** len(set(mirror))} answers, mirrored and not (augmentation.mirror_in_use)"
+        )
     if resumed is None and known is not None:
         reasons.append(_start_from(known, recipe.network, str(settings.network.init)))
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
@@ -149,7 +161,7 @@ def make_plan(
         reasons.append(
             f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
         )
-    model = Model(recipe.network, recipe.preparation, names)
+    model = Model(recipe.network, recipe.preparation, names, mirror=tuple(sorted(set(mirror))))
     model.channel_names = tuple(dataset.channel_names)
     model.metadata = {
         "variant": settings.variant,

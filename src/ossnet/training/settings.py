@@ -122,6 +122,11 @@ class AugmentationSettings(_Group):
     flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
         (0, 1), description="axes that may be mirrored, such as [0, 1]; [] for none"
     )
+    mirror_in_use: bool = Field(
+        False,
+        description="default variant and U-Nets: the model is asked mirrored along flip_axes as well, and the mean "
+        "answers",
+    )
     brightness: float = Field(0.15, ge=0, description="largest factor f of x + f * max(x)")
     noise: float = Field(0.15, ge=0, description="standard deviation, in units of the normalised scan")
     spatial: bool = Field(
@@ -264,7 +269,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "schedule": {"kind": "root", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
-        "augmentation": {"flip_axes": ()},
+        "augmentation": {"flip_axes": (), "mirror_in_use": True},
         "validation": _JUDGED,
     },
     # SPEC §3 "Baselines". The paper feeds whole volumes at reduced resolution; patch_shape makes it patches.
@@ -283,7 +288,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "optimiser": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
         "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "loss": {"kind": "dice"},
-        "augmentation": {"flip_axes": ()},
+        "augmentation": {"flip_axes": (), "mirror_in_use": True},
         "validation": _JUDGED,
     },
 }
