@@ -33,7 +33,7 @@ def test_the_default_variant_says_what_it_picked(balls: Path) -> None:
         "mean 0 and deviation 1, since they have no unit",
         "grid: 2 × 1 × 1 mm, the median spacing of the training scans",
         "1 crop a step, 64 locations a crop, half of them near surfaces, of every structure as many; weights",
-        "not mirrored, since left and right may differ",
+        "mirrored along axis 0 (augmentation.flip_axes)",
         "Muon for convolutions",
     ):
         assert text in said
@@ -187,8 +187,9 @@ def test_a_training_starts_from_one_on_other_scans(balls: Path, tmp_path: Path) 
 
 
 def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
-    plain = planned(balls)
+    plain = planned(balls, "augmentation.flip_axes=[]")
     assert plain.model.mirror == ()
+    assert any("not mirrored, since left and right may differ" in reason for reason in plain.reasons)
     mirrored = planned(balls, "augmentation.flip_axes=[2,0,2]")
     assert mirrored.model.mirror == (0, 2)
     assert "in use the mean of 4 answers, mirrored and not (augmentation.mirror_in_use)" in mirrored.reasons
@@ -198,3 +199,22 @@ def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
     settings = make_settings("C", changes=[*SMALL, "augmentation.mirror_in_use=true"])
     with pytest.raises(SettingsError, match="variant C cannot be asked mirrored"):
         make_plan(dataset, dataset.cases, settings)
+
+
+def test_small_scans_are_mirrored_left_to_right(balls: Path) -> None:
+    dataset = open_dataset(balls)
+
+    def picked(names: dict[int, str], *changes: str, variant: str = "multiscale") -> tuple[int, ...]:
+        named = replace(dataset, label_names=names)
+        plan = make_plan(named, named.cases, make_settings(variant, changes=changes))
+        assert plan.recipe.settings.augmentation.flip_axes == plan.model.mirror
+        return plan.model.mirror
+
+    parts, sides = {0: "background", 1: "head", 2: "tail"}, {0: "background", 1: "left lung", 2: "right lung"}
+    assert picked(parts) == (0,)
+    assert picked(sides) == ()
+    assert picked(parts, "data.orientation=file") == ()
+    # As large as an abdomen.
+    assert picked(parts, "data.spacing=0.2,0.2,0.2", "sampling.crop_voxels=4096") == ()
+    pytest.importorskip("monai")
+    assert picked(parts, variant="monai-unet") == (0,)

@@ -376,7 +376,7 @@ def _training_lines(settings: Mapping[str, Any]) -> list[str]:
         return []
     minutes = schedule.get("minutes")
     length = f"{minutes:g} minutes" if minutes else f"{schedule.get('epochs')} epochs"
-    flips = settings.get("augmentation", {}).get("flip_axes", [])
+    flips = settings.get("augmentation", {}).get("flip_axes") or []
     mirrored = f"mirrored along axes {', '.join(map(str, flips))}" if flips else "not mirrored"
     return [
         f"- Training: {length}, {optimiser.get('name')}, batches of {schedule.get('batch_size')}, {mirrored}, "

@@ -47,7 +47,7 @@ def _mirror_weights(network: MultiscaleNetwork, axes: Sequence[int]) -> None:
             module.weight.copy_(module.weight.flip([axis + 2 for axis in axes]))
     spec, decoder = network.spec, network.decoder
     if decoder.patch is not None:
-        taps = decoder.patch.weight.unflatten(1, (spec.channels, *spec.patch))
+        taps = decoder.patch.weight.view(-1, spec.channels, *spec.patch)
         decoder.patch.weight.copy_(taps.flip([axis + 2 for axis in axes]).flatten(1))
     # Offsets and positions are distances from centres: what lies to one side lies to the other.
     sampled = sum(stage.features for stage in spec.stages)

@@ -119,8 +119,10 @@ class AugmentationSettings(_Group):
     """Changes to a training example."""
 
     probability: float = Field(0.5, ge=0, le=1, description="of each kind (SPEC §3)")
-    flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
-        (0, 1), description="axes that may be mirrored, such as [0, 1]; [] for none"
+    flip_axes: tuple[Literal[0, 1, 2], ...] | None = Field(
+        (0, 1),
+        description="axes that may be mirrored, such as [0, 1]; [] for none; none: left to right where scans are small "
+        "and no structure is named by its side",
     )
     mirror_in_use: bool = Field(
         False,
@@ -269,7 +271,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "schedule": {"kind": "root", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
-        "augmentation": {"flip_axes": (), "mirror_in_use": True},
+        "augmentation": {"flip_axes": None, "mirror_in_use": True},
         "validation": _JUDGED,
     },
     # SPEC §3 "Baselines". The paper feeds whole volumes at reduced resolution; patch_shape makes it patches.
@@ -288,7 +290,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "optimiser": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
         "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "loss": {"kind": "dice"},
-        "augmentation": {"flip_axes": (), "mirror_in_use": True},
+        "augmentation": {"flip_axes": None, "mirror_in_use": True},
         "validation": _JUDGED,
     },
 }
