@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ossnet.field.grid import Grid
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_bytes
-from ossnet.files.nifti import read_volume
+from ossnet.files.reading import read_volume
 from ossnet.reports.colours import colour, rgb
 from ossnet.reports.figures import to_png, window
 from ossnet.reports.render import render, surface_of

@@ -49,7 +49,7 @@ def loaded(job: dict[str, Any]) -> tuple[Any, Any, Any]:
     from oracle import Sectors, model_for
 
     from ossnet.field.model import Model
-    from ossnet.files.nifti import read_volume
+    from ossnet.files.reading import read_volume
 
     if job["model"]:
         return Model.load(job["model"]), read_volume(Path(job["image"])), None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ossnet.field.model import Model, import_released
     from ossnet.field.octree.refinement import Refinement, refine
     from ossnet.files.nifti import read_labels
-    from ossnet.files.nifti import read_volume as read
+    from ossnet.files.reading import read_volume as read
     from ossnet.volume import LabelMap, Volume
 
     load = Model.load
@@ -30,7 +30,7 @@ _WHERE = {
     "Volume": "ossnet.volume:Volume",
     "import_released": "ossnet.field.model:import_released",
     "load": "ossnet.field.model:Model.load",
-    "read": "ossnet.files.nifti:read_volume",
+    "read": "ossnet.files.reading:read_volume",
     "read_labels": "ossnet.files.nifti:read_labels",
     "refine": "ossnet.field.octree.refinement:refine",
 }

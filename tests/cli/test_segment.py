@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
 
-from ossnet.files.nifti import read_labels, read_volume
+from ossnet.files.nifti import read_labels
+from ossnet.files.reading import read_volume
 from ossnet.volume import Volume
 
 

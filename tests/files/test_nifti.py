@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, VolumeError
 from ossnet.files import memory, nifti
-from ossnet.files.nifti import read_header, read_labels, read_volume, write_labels, write_volume
+from ossnet.files.nifti import read_header, read_labels, write_labels, write_volume
+from ossnet.files.reading import read_volume
 from ossnet.files.validate import VolumeWarning
 from ossnet.volume import FileHeader, LabelMap, Orientation, Volume, largest_corner_gap, same_place
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ossnet.errors import VolumeError
-from ossnet.files.nifti import read_labels, read_volume
+from ossnet.files.nifti import read_labels
+from ossnet.files.reading import read_volume
 from ossnet.files.validate import VolumeWarning
 from ossnet.volume import LabelMap, Volume, closest_canonical, same_place
 

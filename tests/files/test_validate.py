@@ -11,7 +11,8 @@ import pytest
 from ossnet.errors import VolumeError
 from ossnet.files import memory
 from ossnet.files.containers import stem
-from ossnet.files.nifti import read_header, read_labels, read_volume
+from ossnet.files.nifti import read_header, read_labels
+from ossnet.files.reading import read_volume
 from ossnet.files.validate import VolumeWarning
 
 DATA = np.random.default_rng(0).integers(0, 200, size=(5, 6, 7)).astype(np.int16)

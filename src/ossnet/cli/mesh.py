@@ -13,7 +13,10 @@ from ossnet.cli.options import Device, Memory, Mirror, Models, ReplaceNan
 
 
 def command(
-    image: Annotated[list[Path], typer.Argument(help="One scan: a file, or its channels in order.")],
+    image: Annotated[
+        list[Path],
+        typer.Argument(help="One scan: a file or a folder with a DICOM series, or its channels in order."),
+    ],
     model: Models,
     out: Annotated[
         Path,
@@ -59,7 +62,8 @@ def command(
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
     from ossnet.files.containers import FILE_ENDINGS
-    from ossnet.files.nifti import read_labels, read_volume
+    from ossnet.files.nifti import read_labels
+    from ossnet.files.reading import read_volume
 
     endings = f".{', .'.join(MESH_FORMATS)}"
     single = out.suffix.lower().lstrip(".") in MESH_FORMATS and not out.is_dir()

@@ -10,7 +10,12 @@ from ossnet.cli.options import AsJson, Device, Memory, Mirror, Models, ReplaceNa
 
 
 def command(
-    images: Annotated[list[Path], typer.Argument(help="Scans, or folders of scans in any known layout.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Scans (NIfTI files, or folders with a DICOM series), or folders of scans in any known layout."
+        ),
+    ],
     model: Models,
     out: Annotated[Path | None, typer.Option(help="A .nii.gz file for one scan, otherwise a folder.")] = None,
     channels: Annotated[

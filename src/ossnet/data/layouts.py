@@ -21,6 +21,7 @@ from ossnet.data.naming import LABEL_WORDS, LAYOUTS, Files, Found, Layout, patie
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
+from ossnet.files.dicom import dicom_folders
 from ossnet.files.nifti import Nonfinite, read_header, read_labels
 
 __all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "images_in", "open_dataset"]
@@ -75,7 +76,8 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     """The scans to segment in a folder of any layout, or in a single file; labels are not needed.
 
     A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
-    case has more of them than there can be; otherwise the digits number the cases.
+    case has more of them than there can be; otherwise the digits number the cases. Without NIfTI files each folder
+    of DICOM files is a scan.
 
     Args:
         channels: Most channels of a scan.
@@ -94,6 +96,11 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
         if problems:
             raise DatasetError(problems[0].where, problems[0].reason, problems[0].fix)
         return cases
+    if series := dicom_folders(root):
+        places = [
+            root.name if s == root else s.relative_to(root).as_posix().replace("/", "_") for s in series
+        ]
+        return tuple(Case(name, (folder,)) for name, folder in zip(places, series, strict=True))
     raise DatasetError(root, *files.none())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate
+from ossnet.files.dicom import files_in
 from ossnet.volume import MARK
 
 _BLOCK = 4096
@@ -40,11 +41,13 @@ def look_of(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(file.name.encode())
         with suppress(OSError, VolumeError):
-            for half in dict.fromkeys(locate(file)):
-                size = half.stat().st_size
+            parts = files_in(file) if file.is_dir() else list(dict.fromkeys(locate(file)))
+            places = max(_BLOCKS // max(len(parts), 1), 2)
+            for part in parts:
+                size = part.stat().st_size
                 digest.update(str(size).encode())
-                with half.open("rb") as stream:
-                    for place in range(0, size, max(size // _BLOCKS, _BLOCK)):
+                with part.open("rb") as stream:
+                    for place in range(0, size, max(size // places, _BLOCK)):
                         stream.seek(place)
                         digest.update(stream.read(_BLOCK))
     return digest.hexdigest()

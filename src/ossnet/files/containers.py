@@ -26,7 +26,7 @@ def is_image(path: Path) -> bool:
 def stem(path: Path | str) -> str:
     """File name without its image ending: `a/b.nii.gz` → `b`."""
     name = Path(path).name
-    for ending in (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img"):
+    for ending in (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img", ".dcm"):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -54,8 +54,8 @@ def locate(path: Path) -> tuple[Path, Path]:
             f"Convert it: mnc2nii {name} {name.rsplit('.', 1)[0]}.nii",
         ),
         (".dcm", ".dicom", ".ima"): (
-            "a DICOM file, and only NIfTI is read",
-            "Convert the series, for example: dcm2niix",
+            "named as DICOM, where NIfTI is read",
+            "Convert it, for example with dcm2niix; scans to segment may be folders of DICOM files",
         ),
         (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl"): (
             "not a NIfTI file",

@@ -8,8 +8,7 @@ not scaled. Writing: the scan's own codes, units and version, in one atomic step
 import gzip
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +22,9 @@ from ossnet.files.containers import opened, truncated
 from ossnet.files.memory import check_memory
 from ossnet.files.placement import write_place
 from ossnet.files.validate import DTYPES, HEADERS, Header, VolumeWarning, read_header
-from ossnet.volume import Affine, FileHeader, LabelMap, Volume, largest_corner_gap
+from ossnet.volume import Affine, FileHeader, LabelMap, Volume
 
-__all__ = ["Header", "origin_of", "read_header", "read_labels", "read_volume", "write_labels", "write_volume"]
+__all__ = ["Header", "origin_of", "read_header", "read_image", "read_labels", "write_labels", "write_volume"]
 
 _BLOCK = 1 << 22  # values or bytes handled at a time: large enough to be fast, small beside any volume
 _MOST_EXTENSION = 1 << 20  # bytes of header extension that are looked at for label names
@@ -36,48 +35,12 @@ _LEVEL = 4
 Nonfinite = Literal["refuse", "replace"]
 
 
-def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinite = "refuse") -> Volume:
-    """Read a scan.
-
-    Args:
-        paths: One file with any number of channels (fourth axis), or several single-channel files that lie on
-            each other and become the channels in the order given.
-        nonfinite: NaN and infinite voxels are refused, or replaced by the nearest finite value of their
-            channel (NaN, which most programs write outside of the scan, by the smallest) with a warning.
-
-    Returns:
-        Voxels (C, X, Y, Z) in the integer type of the file where they are not scaled, otherwise float32;
-        float64 only where values are too large for float32. Axes in the order of the file.
-
-    Raises:
-        VolumeError: A file cannot be trusted, or files do not lie on each other.
-        ResourceError: The scan does not fit into memory.
-    """
-    if isinstance(paths, (str, Path)):
-        return _read_one(Path(paths), nonfinite)
-    files = [Path(p) for p in paths]
-    if not files:
-        raise VolumeError("scan", "no files were given", "Name at least one image")
-    if len(files) == 1:
-        return _read_one(files[0], nonfinite)
-    first, *others = headers = [read_header(f) for f in files]
-    for header in headers:
-        if header.channels != 1:
-            raise VolumeError(
-                header.path,
-                f"has {header.channels} channels, but each of several files must hold one",
-                "Give this file alone, or split it",
-            )
-    for header in others:
-        if reason := _apart(first, header):
-            raise VolumeError(
-                header.path,
-                f"does not lie on {first.path.name}: {reason}",
-                "Resample all channels onto one grid",
-            )
-    volumes = [_read_one(f, nonfinite) for f in files]
-    check_memory(first.path, sum(v.data.nbytes for v in volumes))
-    return replace(volumes[0], data=np.concatenate([v.data for v in volumes]))
+def read_image(path: Path | str, *, nonfinite: Nonfinite = "refuse") -> Volume:
+    """Read the scan in one file (see `files.reading.read_volume`)."""
+    header = read_header(path)
+    raw, _ = _voxels(header)
+    data = _finite(_scaled(raw, header), header, nonfinite)
+    return Volume(data=data, affine=header.affine, source=header.path, header=header.file_header)
 
 
 def read_labels(path: Path | str) -> LabelMap:
@@ -149,21 +112,6 @@ def origin_of(path: Path | str) -> str:
         return read_header(path).origin
     except VolumeError:
         return ""
-
-
-def _read_one(path: Path, nonfinite: Nonfinite) -> Volume:
-    header = read_header(path)
-    raw, _ = _voxels(header)
-    data = _finite(_scaled(raw, header), header, nonfinite)
-    return Volume(data=data, affine=header.affine, source=header.path, header=header.file_header)
-
-
-def _apart(one: Header, other: Header) -> str | None:
-    """Why two files do not lie on each other (as `same_place`, before any voxel is read)."""
-    if one.shape != other.shape:
-        return f"the shapes differ: {one.shape} and {other.shape}"
-    gap = largest_corner_gap(one.affine, other.affine, one.shape)
-    return None if gap <= 1e-2 else f"corner voxels lie up to {gap:.3g} mm apart"
 
 
 def _voxels(header: Header) -> tuple[Num[np.ndarray, "C X Y Z"], dict[int, str]]:

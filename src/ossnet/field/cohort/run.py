@@ -18,8 +18,8 @@ from ossnet.field.forecast import forecast
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_volume
-from ossnet.files.validate import VolumeWarning, read_header
+from ossnet.files.reading import look_at, read_volume
+from ossnet.files.validate import VolumeWarning
 from ossnet.volume import Volume
 
 
@@ -105,7 +105,7 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
     """What each scan would take, from its header; with a region it takes less."""
     out = []
     for job in jobs:
-        header = read_header(job.files[0])
+        header = look_at(job.files[0])
         expected = forecast(
             model,
             header.shape,

@@ -1,0 +1,211 @@
+"""DICOM series as scans."""
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ossnet.errors import InputError, VolumeError
+from ossnet.files.reading import look_at, read_volume
+
+pydicom = pytest.importorskip("pydicom")
+
+from pydicom.dataset import Dataset  # noqa: E402
+from pydicom.sequence import Sequence as Items  # noqa: E402
+from pydicom.uid import RLELossless  # noqa: E402
+from tests.files.dicom_writer import multi_frame, slice_of, write  # noqa: E402
+
+VOXELS = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
+"""(Z, Y, X)."""
+
+
+def series(count: int = 6, step: float = 2.0, **changes: Any) -> list[Dataset]:
+    return [slice_of(VOXELS[k], (10, 20, 30 + k * step), **changes) for k in range(count)]
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10_000), st.permutations(range(6)), st.booleans())
+def test_slices_lie_where_they_say(tmp_path: Path, seed: int, order: list[int], tilted: bool) -> None:
+    rng = np.random.default_rng(seed)
+    turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    turn *= np.sign(np.linalg.det(turn))
+    spacing, start = rng.uniform(0.3, 5, 3), rng.uniform(-100, 100, 3)
+    step = turn[:, 2] * spacing[2] + (0.3 * turn[:, 1] if tilted else 0)
+    slices = [
+        slice_of(
+            VOXELS[k],
+            [float(f"{v:.9g}") for v in start + k * step],
+            ImageOrientationPatient=[float(f"{v:.9f}") for v in (*turn[:, 0], *turn[:, 1])],
+            PixelSpacing=[float(f"{spacing[1]:.9g}"), float(f"{spacing[0]:.9g}")],
+        )
+        for k in order
+    ]
+    folder = write(tmp_path / f"{seed}{order}{tilted}", slices)
+    found = read_volume(folder)
+    np.testing.assert_array_equal(found.data[0], VOXELS.transpose(2, 1, 0))
+    lps = np.eye(4)
+    lps[:3] = np.column_stack([turn[:, 0] * spacing[0], turn[:, 1] * spacing[1], step, start])
+    np.testing.assert_allclose(found.affine, np.diag([-1, -1, 1, 1]) @ lps, atol=1e-4)
+    header = look_at(folder)
+    assert (header.shape, header.channels) == (found.shape, 1)
+    np.testing.assert_array_equal(header.affine, found.affine)
+
+
+def test_values_are_rescaled(tmp_path: Path) -> None:
+    stored = (VOXELS + 1000).astype(np.uint16)
+    ct = [
+        slice_of(stored[k], (0, 0, k), RescaleSlope=1, RescaleIntercept=-1000, BitsStored=12, HighBit=11)
+        for k in range(6)
+    ]
+    found = read_volume(write(tmp_path / "ct", ct))
+    assert found.data.dtype == np.int16
+    np.testing.assert_array_equal(found.data[0], VOXELS.transpose(2, 1, 0))
+    # Of a PET every slice has a slope of its own.
+    pet = [slice_of(stored[k], (0, 0, k), RescaleSlope=0.5 + k, RescaleIntercept=0) for k in range(6)]
+    found = read_volume(write(tmp_path / "pet", pet))
+    assert found.data.dtype == np.float32
+    np.testing.assert_allclose(found.data[0, :, :, 2], stored[2].T * 2.5)
+    wide = [slice_of(stored[k], (0, 0, k), RescaleSlope=1, RescaleIntercept=-1000) for k in range(6)]
+    assert read_volume(write(tmp_path / "wide", wide)).data.dtype == np.int32
+
+
+def test_many_slices_in_one_file(tmp_path: Path) -> None:
+    order = [3, 0, 5, 1, 4, 2]
+    positions = np.array([[1.0, 2.0, 4.0 * k] for k in order])
+    write(tmp_path, [multi_frame(VOXELS[order], positions)], names=["all.dcm"])
+    for path in (tmp_path, tmp_path / "all.dcm"):
+        found = read_volume(path)
+        np.testing.assert_array_equal(found.data[0], VOXELS.transpose(2, 1, 0))
+        np.testing.assert_allclose(
+            found.affine, [[-2, 0, 0, -1], [0, -0.5, 0, -2], [0, 0, 4, 0], [0, 0, 0, 1]]
+        )
+
+
+def test_a_single_slice_is_as_thick_as_it_says(tmp_path: Path) -> None:
+    write(tmp_path, [slice_of(VOXELS[0], (0, 0, 0), SliceThickness=7.0)], names=["one.dcm"])
+    assert read_volume(tmp_path / "one.dcm").spacing == (1.0, 1.0, 7.0)
+
+
+def test_compressed_slices(tmp_path: Path) -> None:
+    slices = series()
+    for one in slices:
+        one.compress(RLELossless)
+    np.testing.assert_array_equal(read_volume(write(tmp_path, slices)).data[0], VOXELS.transpose(2, 1, 0))
+
+
+def test_what_is_no_image_may_lie_beside(tmp_path: Path) -> None:
+    write(tmp_path, series())
+    (tmp_path / "README.txt").write_text("no DICOM")
+    (tmp_path / ".hidden").write_text("neither")
+    report = slice_of(VOXELS[0], (0, 0, 0), Modality="SEG")
+    write(tmp_path, [report], names=["seg.dcm"])
+    assert read_volume(tmp_path).shape == (4, 5, 6)
+
+
+def test_several_become_channels(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", series()), write(tmp_path / "two", series())
+    assert read_volume([one, two]).data.shape == (2, 4, 5, 6)
+    moved = write(tmp_path / "moved", series(step=2.5))
+    with pytest.raises(VolumeError, match=r"moved: does not lie on one: corner voxels lie up to 2\.5 mm"):
+        read_volume([one, moved])
+
+
+def bad(case: str) -> list[Dataset]:
+    slices = series()
+    match case:
+        case "missing":
+            del slices[3]
+        case "twice":
+            slices.append(slice_of(VOXELS[0], (10, 20, 34)))
+        case "uneven":
+            slices[2].ImagePositionPatient = [10, 20, 34.6]
+        case "beside":
+            slices[2].ImagePositionPatient = [11, 20, 34]
+        case "other size":
+            slices[2] = slice_of(VOXELS[2][:, :3].copy(), (10, 20, 34))
+        case "other spacing":
+            slices[2].PixelSpacing = [1.0, 1.1]
+        case "turned":
+            slices[2].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+        case "nowhere":
+            del slices[2].ImagePositionPatient
+        case "colours":
+            slices[2].SamplesPerPixel = 3
+        case "no pixels":
+            del slices[2].PixelData
+        case "short":
+            slices[2].PixelData = slices[2].PixelData[:-6]
+    return slices
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("missing", "a slice is missing between IM0838 and IM0757: they lie 4 mm apart, others 2 mm"),
+        ("twice", "lie at the same place"),
+        ("uneven", "its slices do not lie at equal distances: IM0838 is 0.6 mm beside"),
+        ("beside", "its slices do not lie at equal distances: IM0838 is 1 mm beside"),
+        ("other size", "IM0838 has 3 × 5 voxels, unlike IM0000"),
+        ("other spacing", "IM0838 has voxels of 1.1 × 1 mm"),
+        ("turned", "IM0838 has another orientation"),
+        ("nowhere", "IM0838: it does not say where it lies in the patient (ImagePositionPatient)"),
+        ("colours", "IM0838: it holds colours"),
+        ("no pixels", "IM0838: its pixels cannot be read"),
+        ("short", "IM0838: its pixels cannot be read"),
+    ],
+)
+def test_what_is_no_stack_is_refused(tmp_path: Path, case: str, reason: str) -> None:
+    with pytest.raises(VolumeError) as caught:
+        read_volume(write(tmp_path, bad(case)))
+    assert reason in str(caught.value)
+
+
+def test_several_series_are_named(tmp_path: Path) -> None:
+    write(tmp_path, series())
+    write(tmp_path, series(2, SeriesNumber=1, SeriesDescription="scout"), names=["a", "b"])
+    with pytest.raises(VolumeError) as caught:
+        read_volume(tmp_path)
+    assert "it holds 2 series: '3 thin' (6 slices), '1 scout' (2 slices). Move the one" in str(caught.value)
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="this is a folder, not an image"):
+        read_volume(tmp_path)
+    write(tmp_path, [slice_of(VOXELS[0], (0, 0, 0), Modality="RTSTRUCT")])
+    with pytest.raises(VolumeError, match="there are no DICOM images in it"):
+        read_volume(tmp_path)
+
+
+def test_damaged_headers(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x05\0CS\xff\xff")
+    with pytest.raises(VolumeError, match=r"x: it cannot be read as DICOM|there are no DICOM images"):
+        read_volume(tmp_path)
+
+
+def test_without_pydicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, series())
+    whole = builtins.__import__
+
+    def without(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "pydicom":
+            raise ImportError(name)
+        return whole(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r'not installed\. Run pip install "ossnet\[dicom\]"'):
+        read_volume(tmp_path)
+
+
+def test_spacing_that_every_slice_tells_anew(tmp_path: Path) -> None:
+    """Functional groups of a single slice may tell its pixel measures."""
+    volume = multi_frame(VOXELS, np.array([[0.0, 0.0, float(k)] for k in range(6)]))
+    for group in volume.PerFrameFunctionalGroupsSequence:
+        measures = Dataset()
+        measures.PixelSpacing = [1.5, 1.5]
+        group.PixelMeasuresSequence = Items([measures])
+    write(tmp_path, [volume])
+    assert read_volume(tmp_path).spacing == (1.5, 1.5, 1.0)
