@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ossnet.data.cases import tells_side
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.files.nifti import write_labels, write_volume
@@ -493,17 +492,3 @@ class TestShared:
     def test_the_packed_left_atrium_lacks_its_images(self) -> None:
         data = open_dataset(SHARED / "Dataset101_LeftAtrium")
         assert (len(data), len(data.problems), data.problems[0].reason) == (0, 80, "has no image")
-
-
-@pytest.mark.parametrize(
-    "name", ["left_kidney", "Kidney L", "hippocampus-rh", "lungRight", "RIGHT ATRIUM", "ear.lt"]
-)
-def test_names_with_a_side(name: str) -> None:
-    assert tells_side(name)
-
-
-@pytest.mark.parametrize(
-    "name", ["liver", "cleft", "brightness", "label", "Larynx", "anterior", "L1x", "r2d"]
-)
-def test_names_without_a_side(name: str) -> None:
-    assert not tells_side(name)

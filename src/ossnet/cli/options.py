@@ -16,7 +16,8 @@ Mirror = Annotated[
     bool,
     typer.Option(
         "--mirror/--no-mirror",
-        help="Ask models that were trained on mirrored scans mirrored as well; without, half the time.",
+        help="Ask models that were trained on mirrored scans mirrored as well; or once only, in half the time for one "
+        "axis.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

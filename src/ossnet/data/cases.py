@@ -1,6 +1,5 @@
 """A data set: its cases, what their channels and labels mean, and reading them."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,17 +43,6 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None = None
     group: str | None = None
-
-
-_SIDES = re.compile(r"(?<![a-z0-9])(?:left|right|lt|rt|lh|rh|l|r|links|rechts)(?![a-z0-9])")
-
-
-def tells_side(name: str) -> bool:
-    """Whether a structure's name says on which side of the body it lies: left_kidney, Kidney L, hippocampus-rh.
-
-    Words are told apart by other signs than letters and digits, or by capitals.
-    """
-    return bool(_SIDES.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
 
 
 def joined_name(structures: Iterable[str]) -> str:

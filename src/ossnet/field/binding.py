@@ -34,7 +34,7 @@ class Binding:
         answer: Asked on the first model's grid: its own answer, or the mean of all.
         answers: Of each model.
         fit: How the scan lies on the first model's grid.
-        models: How many answer together, mirrored ones counted.
+        count: How many answer together, mirrored ones included.
         held: Bytes of the grant that images take.
         held_peak: And that they took while they were made.
         encoder_seconds: Wall-clock time of preparing and encoding so far.
@@ -59,7 +59,7 @@ class Binding:
         self.held = self.held_peak = 0
         started = time.perf_counter()
         models = model.answering
-        self.models = len(models)
+        self.count = len(models)
         scans: list[Scan] = []
         for one in models:
             alike = [s for m, s in zip(models, scans, strict=False) if m.preparation == one.preparation]
@@ -84,17 +84,17 @@ class Binding:
 
     def _share(self, size: int) -> int:
         """Of bytes that all need together, what one model leaves."""
-        return -(-size // self.models)
+        return -(-size // self.count)
 
     def _bound(self, model: Model, scan: Scan, precision: Precision, chunk: int | None) -> Answer:
         """One model's answer, in its share of the grant."""
-        grant = None if self.grant is None else (self.grant - self.held) // self.models
+        grant = None if self.grant is None else (self.grant - self.held) // self.count
         reserve, libraries = self._share(self.asking_bytes(self.grid)), self._share(LIBRARIES)
         return prepare(
             model.network,
             scan,
             device=self.device,
-            precision=precision_among(model.network, precision, self.models),
+            precision=precision_among(model.network, precision, self.count),
             chunk=chunk,
             memory=grant,
             reserve=reserve,
@@ -108,11 +108,11 @@ class Binding:
         try:
             yield
         except ResourceError as error:
-            if self.models == 1 or self.grant is None:
+            if self.count == 1 or self.grant is None:
                 raise
             asked = "models" if self.model.others else "answers, mirrored and not,"
             raise ResourceError(
-                f"{self.models} {asked} share the memory that is granted. Of each share: {error}"
+                f"{self.count} {asked} share the memory that is granted. Of each share: {error}"
             ) from error
 
     def asker(self, grid: Grid) -> Ask:

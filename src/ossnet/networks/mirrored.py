@@ -1,11 +1,11 @@
 """Networks that answer for a scan what others answer for the mirrored scan, mirrored back.
 
-Nothing of the scan is copied for that: the default network's weights are mirrored instead, so whoever asks, in
-blocks, octrees or on a GPU, does not notice.
+Nothing of the scan is copied for that: the default network's weights are mirrored instead (a few MB), so whoever asks,
+in blocks, octrees or on a GPU, does not notice.
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def mirrorable(network: nn.Module) -> bool:
 
 
 def mirrored(network: nn.Module, axes: Sequence[int]) -> nn.Module:
-    """A copy of a network that sees scans mirrored.
+    """A network with the same weights that sees scans mirrored; U-Nets share them.
 
     The same to rounding where the strides divide the scan along these axes: cells are counted from its low border, or,
     in the mirror, from the high one.
@@ -29,15 +29,16 @@ def mirrored(network: nn.Module, axes: Sequence[int]) -> nn.Module:
         network: For which `mirrorable` holds.
         axes: Of the scan: 0, 1, 2.
     """
-    out = deepcopy(network)
-    if isinstance(out, MultiscaleNetwork):
+    if isinstance(network, MultiscaleNetwork):
+        out = deepcopy(network)
         _mirror_weights(out, axes)
-    elif isinstance(out, UNet):
+        return out
+    if isinstance(network, UNet):
         # Strided 3³ convolutions look from every second voxel on, so mirrored weights would see others.
-        out.mirror = tuple(sorted({*out.mirror} ^ {*axes}))
-    else:
-        raise TypeError(f"{type(network).__name__} cannot be mirrored")
-    return out
+        seeing = copy(network)
+        seeing.mirror = tuple(sorted({*network.mirror} ^ {*axes}))
+        return seeing
+    raise TypeError(f"{type(network).__name__} cannot be mirrored")
 
 
 @torch.no_grad()

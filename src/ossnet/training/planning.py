@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ossnet.data.cases import joined_name, tells_side
+from ossnet.data.cases import joined_name
 from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
-from ossnet.data.preparation import Preparation, Spacing
+from ossnet.data.preparation import Preparation, Spacing, oriented_labels
+from ossnet.data.sides import in_pairs, tells_side
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
@@ -31,6 +32,9 @@ from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, spacing_of
+
+_LOOKED_AT = 20
+"""Cases whose labels say whether structures come in pairs, about."""
 
 FEW_CASES = 48
 """So many training cases are soon known by heart: augmentation grows (`CropSettings.after`)."""
@@ -124,28 +128,24 @@ def make_plan(
         windows=intensities.windows,
     )
     grids = read_grids(train, base)
-    if settings.augmentation.flip_axes is None:
-        settings = _with_flips(settings, grids, tuple(names.values()))
+    settings, reason = _mirroring(dataset, train, settings, base, grids, classes)
+    reasons.append(reason)
     channels = len(dataset.channel_names)
-    reason: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
     recipe: Recipe
     known = _known_network(settings, resumed)
     if settings.variant == "multiscale":
-        recipe, reason = _multiscale(base, grids, channels, classes, settings, known)
+        recipe, more = _multiscale(base, grids, channels, classes, settings, known)
     elif settings.variant in OFFERED:
         preparation, blocks = _fitted(base, grids, settings, reasons)
         network = _oss_net(preparation, blocks, channels, classes, settings)
         recipe = OccupancyRecipe(network, preparation, settings)
-        reason = (f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}",)
+        more = (f"encoder blocks {network.spec.blocks}, low-resolution grid {network.spec.grid}",)
     else:
         recipe = _unet(base, grids, channels, classes, settings, reasons)
         settings = recipe.settings
-    reasons.extend(reason)
-    flips = settings.augmentation.flip_axes or ()
-    if flips and settings.variant != "multiscale":
-        axes = ", ".join(map(str, flips))
-        reasons.append(f"scans are mirrored along axes {axes} (augmentation.flip_axes=[] where sides differ)")
-    mirror = flips if settings.augmentation.mirror_in_use else ()
+    reasons.extend(more)
+    mirror = sorted({*settings.augmentation.flips}) if settings.augmentation.mirror_in_use else []
     if mirror and not mirrorable(recipe.network):
         raise SettingsError(
             "augmentation.mirror_in_use",
@@ -154,7 +154,7 @@ def make_plan(
         )
     if mirror:
         reasons.append(
-            f"in use the mean of {2 ** len(set(mirror))} answers, mirrored and not (augmentation.mirror_in_use)"
+            f"in use the mean of {2 ** len(mirror)} answers, mirrored and not (augmentation.mirror_in_use)"
         )
     if resumed is None and known is not None:
         reasons.append(_start_from(known, recipe.network, str(settings.network.init)))
@@ -164,7 +164,7 @@ def make_plan(
         reasons.append(
             f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
         )
-    model = Model(recipe.network, recipe.preparation, names, mirror=tuple(sorted(set(mirror))))
+    model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
     model.channel_names = tuple(dataset.channel_names)
     model.metadata = {
         "variant": settings.variant,
@@ -178,16 +178,43 @@ def make_plan(
     return TrainingPlan(model, recipe, classes, tuple(reasons))
 
 
-def _with_flips(settings: Settings, grids: Grids, names: Sequence[str]) -> Settings:
-    """Mirrored left to right where that costs a user nothing: in use it takes twice the time.
+def _mirroring(
+    dataset: Dataset, train: Sequence[Case], settings: Settings, base: Preparation, grids: Grids, classes: int
+) -> tuple[Settings, str]:
+    """Which axes are mirrored, and why: left to right where that costs a user nothing.
 
-    Small scans are segmented in an instant anyway. What is named by its side would be found on the other.
+    In use a mirrored model takes twice the time; small scans are segmented in an instant anyway. Of paired organs
+    each would be learnt under both labels.
     """
+    flips = settings.augmentation.flip_axes
+    if flips != "auto":
+        if not flips:
+            return settings, "not mirrored (augmentation.flip_axes)"
+        listed = f"{'axis' if len(flips) == 1 else 'axes'} {', '.join(map(str, flips))}"
+        return settings, f"mirrored along {listed} (augmentation.flip_axes=[] where sides differ)"
+    axes: tuple[int, ...] = ()
     shape = grids.median_shape_at(settings.data.spacing or grids.median_spacing)
-    small = prod(shape) <= SMALL_SCAN and settings.data.orientation == "canonical"
-    axes = (0,) if small and not any(tells_side(name) for name in names) else ()
+    named = [name for number, name in dataset.label_names.items() if number and tells_side(name)]
+    if prod(shape) > SMALL_SCAN or settings.data.orientation != "canonical":
+        reason = "not mirrored: in use that takes twice the time (augmentation.flip_axes)"
+    elif named:
+        reason = f"not mirrored: {named[0]} tells a side (augmentation.flip_axes)"
+    elif classes > 1 and _in_pairs(dataset, train, base):
+        reason = "not mirrored: structures change places in the mirror (augmentation.flip_axes)"
+    else:
+        axes = (0,)
+        reason = (
+            "mirrored left to right: scans are small, and structures keep their places in the mirror "
+            "(augmentation.flip_axes=[] where sides differ)"
+        )
     changed = settings.augmentation.model_copy(update={"flip_axes": axes})
-    return settings.model_copy(update={"augmentation": changed})
+    return settings.model_copy(update={"augmentation": changed}), reason
+
+
+def _in_pairs(dataset: Dataset, train: Sequence[Case], base: Preparation) -> bool:
+    """Whether in any of some cases structures change places in the mirror."""
+    some = (dataset.labels(case) for case in train[:: max(1, len(train) // _LOOKED_AT)])
+    return any(in_pairs(oriented_labels(labels, base.orient(labels.affine))) for labels in some)
 
 
 def _known_network(settings: Settings, resumed: Path | None) -> nn.Module | None:
@@ -314,7 +341,7 @@ def _multiscale(
 
 def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     """What the default network is fed and moved by, for the user."""
-    sampling, flips = settings.sampling, settings.augmentation.flip_axes or ()
+    sampling = settings.sampling
     near = sampling.near_borders
     balance = ", of every structure as many" if classes > 1 and near else ""
     weights = "; weights make them count as the voxels do" if sampling.importance and near else ""
@@ -324,18 +351,13 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     deformed += ", intensities changed" if changed else ", intensities as scanned"
     if settings.augmentation.grows and (changed or settings.augmentation.spatial):
         deformed += ", more after 20 passes through the cases and twice as much after 80"
-    mirrored = (
-        f"mirrored along {'axes' if len(flips) > 1 else 'axis'} {', '.join(map(str, flips))} (augmentation.flip_axes)"
-        if flips
-        else "not mirrored, since left and right may differ (augmentation.flip_axes)"
-    )
     optimiser = settings.optimiser
     position = ("where a location lies in its scan is told to the network, as set",)
     return (
         *(position if settings.network.position else ()),
         f"{settings.schedule.batch_size} crop{'s' * (settings.schedule.batch_size > 1)} a step, "
         f"{sampling.locations} locations a crop, {share} of them near surfaces{balance}{weights}",
-        f"crops {deformed}; {mirrored}",
+        f"crops {deformed}",
         f"optimiser {optimiser.name}"
         + (": Muon for convolutions, AdamW for the rest" if optimiser.name == "muon" else ""),
     )

@@ -17,6 +17,7 @@ from ossnet.data.preparation import as_float
 from ossnet.data.sampling import labels_at, sample_locations
 from ossnet.field.engine.prepare import prepare
 from ossnet.field.model import Model
+from ossnet.field.together import MeanAnswer
 from ossnet.networks.variants import OFFERED
 from ossnet.training.checkpoint import mean
 from ossnet.training.losses import sampled_scores
@@ -97,9 +98,11 @@ def validate(
         case = cases[index]
         image = as_float(case.image, fabric.device)
         image = case.fit.volume(model.preparation.normalise_(image, case.statistics))
-        answer = prepare(
-            model.network, image, device=fabric.device, precision=precision, **model.engine_options()
-        )
+        answers = [
+            prepare(one.network, image, device=fabric.device, precision=precision, **model.engine_options())
+            for one in model.answering
+        ]
+        answer = MeanAnswer(answers, [np.eye(4)] * len(answers)) if len(answers) > 1 else answers[0]
         asked = validation_questions(case, settings, model.classes)
         logits = answer(asked.locations.to(fabric.device)).cpu()
         empty = settings.validation.empty_score

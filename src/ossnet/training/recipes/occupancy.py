@@ -67,7 +67,7 @@ class OccupancyRecipe(Recipe):
             rng,
             spec.channels,
             augmentation.probability,
-            augmentation.flip_axes or (),
+            augmentation.flips,
             augmentation.brightness,
             augmentation.noise,
         )
