@@ -73,6 +73,31 @@ def test_series_as_channels(study: Path) -> None:
     assert read_labels(out).data.shape == (14, 12, 10)
 
 
+def test_results_do_not_lie_among_slices(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    series, model = study / "series" / "t1", study.parent / "model"
+    message = refused(study, "segment", series, "--model", model, "--out", series / "seg.nii.gz")
+    assert "seg.nii.gz would lie among the slices" in message
+    # What another program left there is no scan, and a stray file makes no other scan of it.
+    monkeypatch.chdir(series)
+    succeeded("segment", ".", "--model", model, "--out", study.parent / "out")
+    write_volume(read_volume(series), series / "converted.nii.gz")
+    (series / "Thumbs.db").write_text("")
+    told = succeeded("segment", series, "--model", model, "--out", study.parent / "out")
+    assert "1 of 1 are finished already" in told
+    assert [f.name for f in (study.parent / "out").glob("*.nii.gz")] == ["t1.nii.gz"]
+
+
+def test_a_cd_is_a_study(study: Path) -> None:
+    """With an index, reports, and folders below folders."""
+    report = slice_of(np.zeros((2, 2), np.int16), (0, 0, 0), Modality="SR")
+    write(study, [report], names=["DICOMDIR"])
+    write(study / "series" / "report", [report], names=["1"])
+    deep = study / "a" / "b" / "c" / "d"
+    deep.mkdir(parents=True)
+    (study / "series" / "t1").rename(deep / "t1")
+    assert [case.name for case in images_in(study)] == ["a_b_c_d_t1", "series_flair"]
+
+
 def test_refusals(study: Path) -> None:
     series, model = study / "series" / "t1", study.parent / "model"
     message = refused(study, "segment", series, "--model", model, "--out", series)

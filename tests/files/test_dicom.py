@@ -1,6 +1,8 @@
 """DICOM series as scans."""
 
 import builtins
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ossnet.errors import InputError, VolumeError
+from ossnet.errors import InputError, OssnetError, VolumeError
 from ossnet.files.reading import look_at, read_volume
 
 pydicom = pytest.importorskip("pydicom")
@@ -69,8 +71,12 @@ def test_values_are_rescaled(tmp_path: Path) -> None:
     found = read_volume(write(tmp_path / "pet", pet))
     assert found.data.dtype == np.float32
     np.testing.assert_allclose(found.data[0, :, :, 2], stored[2].T * 2.5)
-    wide = [slice_of(stored[k], (0, 0, k), RescaleSlope=1, RescaleIntercept=-1000) for k in range(6)]
-    assert read_volume(write(tmp_path / "wide", wide)).data.dtype == np.int32
+    wide = [slice_of(stored[k], (0, 0, k), RescaleSlope=1, RescaleIntercept=-70_000) for k in range(6)]
+    found = read_volume(write(tmp_path / "wide", wide))
+    assert found.data.dtype == np.int32
+    np.testing.assert_array_equal(found.data[0], VOXELS.transpose(2, 1, 0).astype(int) - 69_000)
+    mask = [slice_of((stored[k] > 900).astype(np.uint16), (0, 0, k)) for k in range(6)]
+    assert read_volume(write(tmp_path / "mask", mask)).data.dtype == np.uint8
 
 
 def test_many_slices_in_one_file(tmp_path: Path) -> None:
@@ -132,9 +138,21 @@ def bad(case: str) -> list[Dataset]:
         case "turned":
             slices[2].ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
         case "nowhere":
-            del slices[2].ImagePositionPatient
+            del slices[5].ImagePositionPatient
         case "colours":
-            slices[2].SamplesPerPixel = 3
+            slices[5].SamplesPerPixel = 3
+        case "palette":
+            slices[5].PhotometricInterpretation = "PALETTE COLOR"
+        case "mosaic":
+            slices[2].ImageType = ["ORIGINAL", "PRIMARY", "MOSAIC"]
+        case "frames":
+            slices[2].NumberOfFrames = 6
+        case "not finite":
+            slices[2].RescaleIntercept = float("nan")
+        case "flat":
+            slices[2].PixelSpacing = [0.0, 1.0]
+        case "no columns":
+            del slices[2].Columns
         case "no pixels":
             del slices[2].PixelData
         case "short":
@@ -152,8 +170,14 @@ def bad(case: str) -> list[Dataset]:
         ("other size", "IM0838 has 3 × 5 voxels, unlike IM0000"),
         ("other spacing", "IM0838 has voxels of 1.1 × 1 mm"),
         ("turned", "IM0838 has another orientation"),
-        ("nowhere", "IM0838: it does not say where it lies in the patient (ImagePositionPatient)"),
-        ("colours", "IM0838: it holds colours"),
+        ("nowhere", "IM0595: it does not say where it lies in the patient (ImagePositionPatient)"),
+        ("colours", "IM0595: it holds colours"),
+        ("palette", "IM0595: it holds colours"),
+        ("mosaic", "IM0838: its slices are tiles of one picture (mosaic)"),
+        ("frames", "IM0838: it holds 6 pictures and says of 0 where they lie"),
+        ("not finite", "IM0838: its RescaleIntercept is nan"),
+        ("flat", "IM0838: its voxel sizes or directions have no meaning"),
+        ("no columns", "IM0838: its header cannot be read"),
         ("no pixels", "IM0838: its pixels cannot be read"),
         ("short", "IM0838: its pixels cannot be read"),
     ],
@@ -169,7 +193,7 @@ def test_several_series_are_named(tmp_path: Path) -> None:
     write(tmp_path, series(2, SeriesNumber=1, SeriesDescription="scout"), names=["a", "b"])
     with pytest.raises(VolumeError) as caught:
         read_volume(tmp_path)
-    assert "it holds 2 series: '3 thin' (6 slices), '1 scout' (2 slices). Move the one" in str(caught.value)
+    assert "it holds 2 series: '3 thin' (6 files), '1 scout' (2 files). Move the one" in str(caught.value)
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -180,10 +204,46 @@ def test_folders_without_images(tmp_path: Path) -> None:
         read_volume(tmp_path)
 
 
-def test_damaged_headers(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"\0" * 128 + b"DICM" + b"\x08\0\x05\0CS\xff\xff")
-    with pytest.raises(VolumeError, match=r"x: it cannot be read as DICOM|there are no DICOM images"):
+@pytest.mark.parametrize("damage", ["emptied", "without mark"])
+def test_slices_that_were_cut_off_are_noticed_at_the_ends(tmp_path: Path, damage: str) -> None:
+    write(tmp_path, series(), names=[f"{k}.dcm" for k in range(6)])
+    last = tmp_path / "5.dcm"
+    last.write_bytes(b"" if damage == "emptied" else last.read_bytes()[132:])
+    with pytest.raises(VolumeError, match=r"5\.dcm: it is damaged: DICOM's mark is not in it"):
         read_volume(tmp_path)
+
+
+def test_a_slice_is_not_taken_for_its_series(tmp_path: Path) -> None:
+    write(tmp_path, series())
+    with pytest.raises(
+        VolumeError, match=f"IM0000: it is one slice of a series. Name its folder: {tmp_path}"
+    ):
+        read_volume(tmp_path / "IM0000")
+
+
+def test_positions_that_were_rounded(tmp_path: Path) -> None:
+    rounded = [slice_of(VOXELS[k], (0, 0, round(0.75 * k, 1))) for k in range(6)]
+    assert read_volume(write(tmp_path, rounded)).spacing[2] == pytest.approx(0.76)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damage_of_any_kind_is_told(tmp_path: Path, data: st.DataObject) -> None:
+    """Bytes that changed, and files that end early: a message, or a scan."""
+    folder = write(tmp_path / "whole", series(3), uid="1.2.3")
+    name = data.draw(st.sampled_from(sorted(f.name for f in folder.iterdir())))
+    content = bytearray((folder / name).read_bytes())
+    # The last 40 bytes are voxels.
+    places = data.draw(st.lists(st.integers(128, len(content) - 41), max_size=3))
+    for place in places:
+        content[place] = data.draw(st.integers(0, 255))
+    kept = data.draw(st.sampled_from([len(content), data.draw(st.integers(0, len(content)))]))
+    broken = write(tmp_path / "broken", series(3), uid="1.2.3")
+    (broken / name).write_bytes(content[:kept])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(OssnetError):
+            assert np.isfinite(read_volume(broken).data).all()
 
 
 def test_without_pydicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

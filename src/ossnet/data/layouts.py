@@ -6,6 +6,7 @@ lists scans to segment.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from ossnet.data.naming import LABEL_WORDS, LAYOUTS, Files, Found, Layout, patie
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
-from ossnet.files.dicom import dicom_folders
+from ossnet.files.dicom import dicom_folders, holds_scan
 from ossnet.files.nifti import Nonfinite, read_header, read_labels
 
 __all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "images_in", "open_dataset"]
@@ -76,8 +77,8 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     """The scans to segment in a folder of any layout, or in a single file; labels are not needed.
 
     A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
-    case has more of them than there can be; otherwise the digits number the cases. Without NIfTI files each folder
-    of DICOM files is a scan.
+    case has more of them than there can be; otherwise the digits number the cases. A folder of DICOM files is a scan;
+    without NIfTI files each such folder below the given one is.
 
     Args:
         channels: Most channels of a scan.
@@ -90,6 +91,10 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
         return (Case(stem(root), (root,), group=patient_of(stem(root))),)
     if not root.is_dir():
         raise DatasetError(root, "there is no such file or folder", "Check the path")
+    root = Path(os.path.abspath(root))  # "." has no name
+    if holds_scan(root):
+        # Whatever NIfTI files lie beside its slices were made from them.
+        return (Case(root.name, (root,)),)
     files = Files(root)
     for found in _unlabelled(root, files, channels):
         cases, problems = _cases(found, None, need_labels=False)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate
-from ossnet.files.dicom import files_in
+from ossnet.files.dicom import marked_in
 from ossnet.volume import MARK
 
 _BLOCK = 4096
@@ -39,9 +40,9 @@ def look_of(files: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode())
+        digest.update(Path(os.path.abspath(file)).name.encode())
         with suppress(OSError, VolumeError):
-            parts = files_in(file) if file.is_dir() else list(dict.fromkeys(locate(file)))
+            parts = marked_in(file) if file.is_dir() else list(dict.fromkeys(locate(file)))
             places = max(_BLOCKS // max(len(parts), 1), 2)
             for part in parts:
                 size = part.stat().st_size

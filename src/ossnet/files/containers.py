@@ -54,8 +54,8 @@ def locate(path: Path) -> tuple[Path, Path]:
             f"Convert it: mnc2nii {name} {name.rsplit('.', 1)[0]}.nii",
         ),
         (".dcm", ".dicom", ".ima"): (
-            "named as DICOM, where NIfTI is read",
-            "Convert it, for example with dcm2niix; scans to segment may be folders of DICOM files",
+            "named as DICOM, and no scan that can be read",
+            "Convert it with dcm2niix",
         ),
         (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl"): (
             "not a NIfTI file",

@@ -8,25 +8,26 @@ Letters: X columns, Y rows, Z slices.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Num
 
-from ossnet.errors import InputError, VolumeError
+from ossnet.errors import InputError, OssnetError, VolumeError
 from ossnet.files.memory import check_memory
 from ossnet.volume import Affine, Shape, Volume
 
-_NO_IMAGES = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "FID"}
+_NO_SCANS = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "FID"}
 """Modalities of what lies beside scans."""
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-_APART, _TURNED = 0.02, 1e-3
-"""How far slices may lie from an even stack, in distances between slices; and how far directions may differ."""
+_APART, _APART_MM, _TURNED = 0.02, 0.1, 1e-3
+"""How far slices may lie from an even stack, in distances between them and in mm; and how far directions may differ."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,6 @@ class Frame:
         spacing: mm between voxels along X and Y.
         thickness: mm, where it is told.
         slope, intercept: Stored value · slope + intercept = value.
-        least, most: Stored values that the type allows.
     """
 
     file: Path
@@ -52,8 +52,6 @@ class Frame:
     thickness: float | None
     slope: float
     intercept: float
-    least: int
-    most: int
 
     @property
     def normal(self) -> Float[np.ndarray, " 3"]:
@@ -80,31 +78,27 @@ class Stack:
         """Voxels along X, Y, Z."""
         return (*self.frames[0].shape, len(self.frames))
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The smallest integer type that holds all values, or float32."""
-        if not all(frame.whole for frame in self.frames):
-            return np.dtype(np.float32)
-        low = min(int(f.least + f.intercept) for f in self.frames)
-        high = max(int(f.most + f.intercept) for f in self.frames)
-        for kind in (np.uint8, np.int16, np.uint16):
-            if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
-                return np.dtype(kind)
-        return np.dtype(np.int32)
-
 
 def is_dicom(path: Path) -> bool:
     """Whether a file is DICOM, or a folder holds such files."""
-    if path.is_dir():
-        return any(_has_mark(file) for file in files_in(path))
-    return path.is_file() and _has_mark(path)
+    return bool(marked_in(path, 1)) if path.is_dir() else path.is_file() and _has_mark(path)
 
 
-def dicom_folders(root: Path, depth: int = 4) -> list[Path]:
-    """Folders that hold DICOM files: the given one, and those some folders below it."""
+def marked_in(folder: Path, most: int | None = None) -> list[Path]:
+    """DICOM files of a folder, sorted; at most so many."""
+    return list(islice((file for file in _files_in(folder) if _has_mark(file)), most))
+
+
+def holds_scan(folder: Path) -> bool:
+    """Whether some DICOM file in a folder is a slice, or may be one."""
+    return any(_may_be_scan(file) for file in marked_in(folder))
+
+
+def dicom_folders(root: Path, depth: int = 6) -> list[Path]:
+    """Folders that hold scans as DICOM files: the given one, and those some folders below it."""
     below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if depth else []
     return [
-        *([root] if is_dicom(root) else []),
+        *([root] if holds_scan(root) else []),
         *(found for p in below for found in dicom_folders(p, depth - 1)),
     ]
 
@@ -113,34 +107,40 @@ def read_stack(path: Path) -> Stack:
     """Look at the headers of a series.
 
     Args:
-        path: A folder with the files of one series (others that hold no images may lie beside them), or one file.
+        path: A folder with the files of one series, or a file with all of its slices. What is no scan (reports,
+            segmentations, screenshots) may lie beside it.
 
     Raises:
-        VolumeError: Several series, colours, slices that are no even stack, or attributes that are missing.
+        VolumeError: Several series, slices that are no even stack, attributes that are missing or damaged.
     """
-    frames: dict[str, list[Frame]] = {}
-    names: dict[str, str] = {}
-    for file in files_in(path) if path.is_dir() else [path]:
-        if path.is_dir() and not _has_mark(file):
-            continue
+    series: dict[str, list[tuple[Path, Any]]] = {}
+    beside: list[tuple[Path, Any]] = []
+    for file in _whole_files(path) if path.is_dir() else [path]:
         header = _header(file)
-        if "Rows" not in header or str(header.get("Modality", "")) in _NO_IMAGES:
-            continue
-        uid = str(header.get("SeriesInstanceUID", ""))
-        number = header.get("SeriesNumber")
-        told = [str(part) for part in (number, header.get("SeriesDescription")) if part not in (None, "")]
-        names.setdefault(uid, " ".join(told) or uid)
-        frames.setdefault(uid, []).extend(_frames(file, header))
-    if not frames:
-        raise VolumeError(path, "there are no DICOM images in it", "Name a folder with the slices of a scan")
-    if len(frames) > 1:
-        listed = ", ".join(f"{names[uid]!r} ({len(found)} slices)" for uid, found in frames.items())
+        if _is_scan(header):
+            series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
+        else:
+            beside.append((file, header))
+    # A slice that lacks something is no other picture.
+    strange = [
+        (file, header) for file, header in beside if str(header.get("SeriesInstanceUID", "")) in series
+    ]
+    if strange or not series:
+        raise _no_scan(path, *(strange or beside)[0])
+    if len(series) > 1:
+        listed = ", ".join(f"{_name(found[0][1])!r} ({len(found)} files)" for found in series.values())
         raise VolumeError(
             path,
-            f"it holds {len(frames)} series: {listed}",
-            "Move the one that is meant into a folder of its own",
+            f"it holds {len(series)} series: {listed}",
+            "Move the one that is meant into a folder of its own, or convert it with dcm2niix",
         )
-    return _stacked(path, next(iter(frames.values())))
+    ((uid, found),) = series.items()
+    frames = [frame for file, header in found for frame in _frames(file, header)]
+    if path.is_file() and len(frames) == 1:
+        for other in marked_in(path.parent):
+            if not other.samefile(path) and str(_header(other).get("SeriesInstanceUID", "")) == uid:
+                raise VolumeError(path, "it is one slice of a series", f"Name its folder: {path.parent}")
+    return _stacked(path, frames)
 
 
 def read_series(path: Path) -> Volume:
@@ -151,7 +151,7 @@ def read_series(path: Path) -> Volume:
 
     Returns:
         Voxels (1, X, Y, Z): rows run along X, columns along Y, slices in the order of the normal. In the smallest
-        integer type where values are whole numbers, otherwise float32.
+        integer type that holds them where values are whole numbers, otherwise float32.
 
     Raises:
         VolumeError: As `read_stack`; or pixels that are damaged, or compressed in a way that cannot be read.
@@ -159,8 +159,10 @@ def read_series(path: Path) -> Volume:
     """
     stack = read_stack(path)
     x, y, z = stack.shape
-    check_memory(path, x * y * z * stack.dtype.itemsize)
-    data = np.empty((1, z, y, x), stack.dtype)
+    whole = all(frame.whole for frame in stack.frames)
+    check_memory(path, x * y * z * (2 if whole else 4))
+    data = np.empty((1, z, y, x), np.uint8 if whole else np.float32)
+    low = high = 0
     places: dict[Path, list[int]] = {}
     for place, frame in enumerate(stack.frames):
         places.setdefault(frame.file, []).append(place)
@@ -168,19 +170,41 @@ def read_series(path: Path) -> Volume:
         stored = _decoded(file)
         for place in inside:
             frame = stack.frames[place]
-            data[0, place] = _valued(stored if stored.ndim == 2 else stored[frame.index], frame)
+            values = _valued(stored if stored.ndim == 2 else stored[frame.index], frame)
+            if whole:
+                low, high = min(low, int(values.min())), max(high, int(values.max()))
+                data = data.astype(_holding(low, high), copy=False)
+            data[0, place] = values
     return Volume(data=data.transpose(0, 3, 2, 1), affine=stack.affine, source=path)
 
 
-def files_in(folder: Path) -> list[Path]:
-    """Files that are not hidden, sorted."""
-    return sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+def _holding(low: int, high: int) -> np.dtype[Any]:
+    """The smallest integer type for values in this range."""
+    kinds = (np.uint8, np.int16, np.uint16, np.int32, np.int64)
+    return np.dtype(next(k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    return (f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith("."))
 
 
 def _has_mark(file: Path) -> bool:
     with suppress(OSError), file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
     return False
+
+
+def _whole_files(folder: Path) -> list[Path]:
+    """DICOM files of a folder.
+
+    Raises:
+        VolumeError: Some are cut off: at an end of the stack nothing else would tell that a slice is missing.
+    """
+    for file in _files_in(folder):
+        named = file.suffix.lower() in (".dcm", ".dicom", ".ima") or file.stat().st_size == 0
+        if named and not _has_mark(file):
+            raise VolumeError(file, "it is damaged: DICOM's mark is not in it", "Copy or export it again")
+    return marked_in(folder)
 
 
 def _pydicom() -> Any:
@@ -194,66 +218,126 @@ def _pydicom() -> Any:
     return pydicom
 
 
+@contextmanager
+def _damage_told(file: Path, what: str) -> Iterator[None]:
+    """What a damaged file makes of itself in pydicom, whose errors have no common base: one message."""
+    try:
+        yield
+    except (OssnetError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise VolumeError(file, f"{what} cannot be read ({reason[:200]})", "Export it again") from error
+
+
 def _header(file: Path) -> Any:
     pydicom = _pydicom()
-    try:
+    with _damage_told(file, "its header"):
         return pydicom.dcmread(file, stop_before_pixels=True)
-    except (pydicom.errors.InvalidDicomError, OSError, ValueError, KeyError, EOFError) as error:
-        raise VolumeError(file, f"it cannot be read as DICOM ({error})", "Export it again") from error
 
 
-def _frames(file: Path, header: Any) -> Iterator[Frame]:
+def _name(header: Any) -> str:
+    """Of a series, for people."""
+    told = [header.get(key) for key in ("SeriesNumber", "SeriesDescription")]
+    return " ".join(str(part) for part in told if part not in (None, "")) or str(header.get("Modality", ""))
+
+
+def _is_scan(header: Any) -> bool:
+    """Grey values with a place, not a report, a picture or a contour."""
+    placed = "ImagePositionPatient" in header or "PerFrameFunctionalGroupsSequence" in header
+    return (
+        placed and "Rows" in header and not _is_coloured(header) and header.get("Modality") not in _NO_SCANS
+    )
+
+
+def _may_be_scan(file: Path) -> bool:
+    """As `_is_scan`; of a damaged file more is said when it is read."""
+    try:
+        return _is_scan(_header(file))
+    except VolumeError:
+        return True
+
+
+def _is_coloured(header: Any) -> bool:
+    return (
+        header.get("SamplesPerPixel") not in (None, 1)
+        or header.get("PhotometricInterpretation") == "PALETTE COLOR"
+    )
+
+
+def _no_scan(path: Path, file: Path, header: Any) -> VolumeError:
+    """Why there is none, from one of the files that are there instead."""
+    if "Rows" not in header or header.get("Modality") in _NO_SCANS:
+        return VolumeError(path, "there are no DICOM images in it", "Name a folder with the slices of a scan")
+    if _is_coloured(header):
+        return VolumeError(file, "it holds colours", "Use the scan itself, not a picture of it")
+    return VolumeError(
+        file,
+        "it does not say where it lies in the patient (ImagePositionPatient)",
+        "Export the original series: pictures and projections have no place",
+    )
+
+
+def _frames(file: Path, header: Any) -> list[Frame]:
     """The slices of a file: one, or as many as a multi-frame file has."""
-    if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise VolumeError(file, "it holds colours", "Use the scan itself, not a picture of it")
-    bits, signed = int(header.get("BitsStored", 16)), bool(int(header.get("PixelRepresentation", 0)))
-    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    several = list(header.get("PerFrameFunctionalGroupsSequence", []))
-    shared = list(header.get("SharedFunctionalGroupsSequence", []))
-    for index, group in enumerate(several or [header]):
-        places = [group, *shared, header]
-        try:
-            position = _find(places, "PlanePositionSequence", "ImagePositionPatient")
-            orientation = _find(places, "PlaneOrientationSequence", "ImageOrientationPatient")
-            rows_mm, columns_mm = (float(v) for v in _find(places, "PixelMeasuresSequence", "PixelSpacing"))
-        except (KeyError, TypeError, ValueError) as error:
+    with _damage_told(file, "its header"):
+        if "MOSAIC" in (header.get("ImageType") or ()):
+            raise VolumeError(
+                file, "its slices are tiles of one picture (mosaic)", "Convert it with dcm2niix"
+            )
+        several = list(header.get("PerFrameFunctionalGroupsSequence") or ())
+        count = int(header.get("NumberOfFrames") or 1)
+        if count != max(len(several), 1):
             raise VolumeError(
                 file,
-                f"it does not say where it lies in the patient ({error.args[0]})",
-                "Export the original series: pictures and projections have no place",
-            ) from error
-        thickness = _find(places, "PixelMeasuresSequence", "SliceThickness", None)
-        slope = _find(places, "PixelValueTransformationSequence", "RescaleSlope", 1)
-        intercept = _find(places, "PixelValueTransformationSequence", "RescaleIntercept", 0)
-        along = np.array([float(v) for v in orientation]).reshape(2, 3)
-        yield Frame(
-            file,
-            index,
-            (int(header.Columns), int(header.Rows)),
-            np.array([float(v) for v in position]),
-            along / np.linalg.norm(along, axis=1, keepdims=True),
-            (columns_mm, rows_mm),
-            float(thickness) if thickness else None,
-            float(slope if slope is not None else 1),
-            float(intercept if intercept is not None else 0),
-            least,
-            most,
-        )
+                f"it holds {count} pictures and says of {len(several)} where they lie",
+                "Convert it with dcm2niix",
+            )
+        shared = list(header.get("SharedFunctionalGroupsSequence") or ())
+        return [
+            _frame(file, n, header, [group, *shared, header]) for n, group in enumerate(several or [header])
+        ]
 
 
-_REQUIRED = object()
+def _frame(file: Path, index: int, header: Any, places: Sequence[Any]) -> Frame:
+    position = _numbers(file, places, "PlanePositionSequence", "ImagePositionPatient", 3)
+    along = _numbers(file, places, "PlaneOrientationSequence", "ImageOrientationPatient", 6).reshape(2, 3)
+    rows_mm, columns_mm = _numbers(file, places, "PixelMeasuresSequence", "PixelSpacing", 2)
+    lengths = np.linalg.norm(along, axis=1, keepdims=True)
+    if min(rows_mm, columns_mm) <= 0 or np.abs(lengths - 1).max() > 0.1 or abs(along[0] @ along[1]) > 0.01:
+        raise VolumeError(file, "its voxel sizes or directions have no meaning", "Export it again")
+    thickness = 0.0
+    with suppress(VolumeError, ValueError):  # only a single slice needs it
+        thickness = float(_numbers(file, places, "PixelMeasuresSequence", "SliceThickness", 1)[0])
+    transformation = "PixelValueTransformationSequence"
+    return Frame(
+        file,
+        index,
+        (int(header.Columns), int(header.Rows)),
+        position,
+        along / lengths,
+        (float(columns_mm), float(rows_mm)),
+        thickness if thickness > 0 else None,
+        float(_numbers(file, places, transformation, "RescaleSlope", 1, "1")[0]),
+        float(_numbers(file, places, transformation, "RescaleIntercept", 1, "0")[0]),
+    )
 
 
-def _find(places: Sequence[Any], group: str, name: str, default: Any = _REQUIRED) -> Any:
-    """An attribute of a slice, wherever it stands: in its own functional group, a shared one, or the header."""
-    for place in places:
-        inner = place.get(group)
-        for holder in (*(inner or ()), place):
-            if (value := holder.get(name)) not in (None, ""):
-                return value
-    if default is _REQUIRED:
-        raise KeyError(name)
-    return default
+def _numbers(
+    file: Path, places: Sequence[Any], group: str, name: str, count: int, default: str | None = None
+) -> Float[np.ndarray, " N"]:
+    """An attribute of a slice, wherever it stands: in its own functional group, a shared one, or the header.
+
+    Raises:
+        VolumeError: It is missing and has no default, or is not so many finite numbers.
+    """
+    holders = [holder for place in places for holder in (*(place.get(group) or ()), place)]
+    found = next((v for h in holders if (v := h.get(name)) not in (None, "")), default)
+    values = np.array([] if found is None else found, np.float64).reshape(-1)
+    if values.shape != (count,) or not np.isfinite(values).all():
+        told = "missing" if found is None else f"{found!s:.60}"
+        raise VolumeError(file, f"its {name} is {told}", "Export the original series")
+    return values
 
 
 def _stacked(path: Path, frames: Sequence[Frame]) -> Stack:
@@ -295,12 +379,12 @@ def _stacked(path: Path, frames: Sequence[Frame]) -> Stack:
         step = (positions[-1] - positions[0]) / (len(ordered) - 1)
         even = positions[0] + np.arange(len(ordered))[:, None] * step
         off = np.linalg.norm(positions - even, axis=1)
-        if off.max() > max(_APART * np.linalg.norm(step), 0.01):
+        if off.max() > max(_APART * np.linalg.norm(step), _APART_MM):
             raise VolumeError(
                 path,
                 f"its slices do not lie at equal distances: {ordered[int(off.argmax())].file.name} is "
                 f"{off.max():.2g} mm beside an even stack",
-                "Resample it to even slices, for example with dcm2niix",
+                "Resample it to even slices",
             )
     affine = np.eye(4)
     affine[:3, 0] = first.along[0] * first.spacing[0]
@@ -320,21 +404,11 @@ def _odd(path: Path, first: Frame, other: Frame, what: str) -> VolumeError:
 def _decoded(file: Path) -> Num[np.ndarray, "*frames Y X"]:
     """Stored values of all slices of a file."""
     pydicom = _pydicom()
-    try:
-        return np.asarray(pydicom.dcmread(file).pixel_array)
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        OSError,
-        EOFError,
-    ) as error:
-        reason = " ".join(str(error).split())
-        raise VolumeError(
-            file, f"its pixels cannot be read ({reason[:200]})", "Export it again, uncompressed if need be"
-        ) from error
+    with _damage_told(file, "its pixels"):
+        stored = np.asarray(pydicom.dcmread(file).pixel_array)
+    if stored.dtype.kind not in "iu":
+        raise VolumeError(file, f"its voxels are stored as {stored.dtype}", "Convert it with dcm2niix")
+    return stored
 
 
 def _valued(stored: Num[np.ndarray, "Y X"], frame: Frame) -> Num[np.ndarray, "Y X"]:

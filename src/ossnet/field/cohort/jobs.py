@@ -126,9 +126,16 @@ def plan_jobs(
             raise SettingsError(
                 "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
             )
+        if inside := next((job for job in jobs if job.target.parent.resolve() in _folders(job)), None):
+            raise SettingsError("--out", f"{inside.target} would lie among the slices", "Name another folder")
         if directory := next((job.target for job in jobs if job.target.is_dir()), None):
             raise SettingsError("--out", f"{directory} is a folder", "Name a file that is not there yet")
     return jobs
+
+
+def _folders(job: Job) -> set[Path]:
+    """Those that are a scan."""
+    return {file.resolve() for file in job.files if file.is_dir()}
 
 
 def _require_other_files(jobs: Sequence[Job]) -> None:
