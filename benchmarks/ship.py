@@ -59,6 +59,7 @@ def main() -> None:
     given = parser.parse_args()
     model = Model.load(given.run)
     folder = SHIPPED / given.name
+    model.metadata.pop("whole_scans", None)  # of weights that are not rounded
     model.metadata |= {"about": ABOUT[given.name], "use": USE[given.name]}
     model.save(folder, half=True)
     shipped = Model.load(folder)

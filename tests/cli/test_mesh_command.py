@@ -40,9 +40,9 @@ def test_one_structure_is_a_file(heart: tuple[Path, Path], tmp_path: Path) -> No
 
 def test_all_structures_are_a_folder(heart: tuple[Path, Path], tmp_path: Path) -> None:
     succeeded(*mesh(heart, tmp_path / "all", "--format", "obj"))
-    assert {p.name for p in files_in(tmp_path / "all")} == {"part_1.obj", "part_2.obj"}
+    assert {p.name for p in files_in(tmp_path / "all")} == {"scan_part_1.obj", "scan_part_2.obj"}
     succeeded(*mesh(heart, tmp_path / "one.stl", "--structure", "2"))
-    assert volume_of(tmp_path / "all" / "part_2.obj") == pytest.approx(
+    assert volume_of(tmp_path / "all" / "scan_part_2.obj") == pytest.approx(
         volume_of(tmp_path / "one.stl"), rel=1e-4
     )
 
@@ -54,8 +54,8 @@ def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
     said = succeeded(*mesh(heart, tmp_path / "out", "--labels", tmp_path / "drawn.nii.gz"))
     assert "not in this scan: part 1" in said
-    assert {p.name for p in files_in(tmp_path / "out")} == {"part_2.stl"}
-    assert volume_of(tmp_path / "out" / "part_2.stl") == pytest.approx(2 * 7**3, rel=0.3)
+    assert {p.name for p in files_in(tmp_path / "out")} == {"scan_part_2.stl"}
+    assert volume_of(tmp_path / "out" / "scan_part_2.stl") == pytest.approx(2 * 7**3, rel=0.3)
     only = mesh(heart, tmp_path / "x.stl", "--structure", "1", "--labels", tmp_path / "drawn.nii.gz")
     assert "part 1 was not found in " in refused(tmp_path, *only)
 
@@ -64,7 +64,18 @@ def test_structures_of_like_names_are_files_of_their_own(heart: tuple[Path, Path
     model = replace(ossnet.load(heart[1]), label_names={1: "tumour (core)", 2: "Tumour core"})
     model.save(tmp_path / "model")
     succeeded("mesh", heart[0], "--model", tmp_path / "model", "--out", tmp_path / "v1.2")
-    assert {p.name for p in files_in(tmp_path / "v1.2")} == {"tumour_core_1.stl", "Tumour_core_2.stl"}
+    assert {p.name for p in files_in(tmp_path / "v1.2")} == {
+        "scan_tumour_core_1.stl",
+        "scan_Tumour_core_2.stl",
+    }
+
+
+def test_files_that_are_there_stay(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "x.stl").write_text("mine")
+    one = mesh(heart, tmp_path / "x.stl", "--structure", "1")
+    assert "x.stl is there. Name another output, or replace it with --overwrite" in refused(tmp_path, *one)
+    succeeded(*one, "--overwrite")
+    assert volume_of(tmp_path / "x.stl") > 0
 
 
 def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:

@@ -141,7 +141,15 @@ def test_dry_run(scan: Path, model: Path, tmp_path: Path) -> None:
     forecasts = json.loads(succeeded("segment", scan, "--model", model, "--dry-run", "--json"))
     assert forecasts[0]["scan"] == "ball_00"
     assert forecasts[0]["memory_bytes"] > 0
-    assert not files_in(tmp_path)
+    shutil.copy(scan, tmp_path / "a.nii.gz")
+    shutil.copy(scan, tmp_path / "b.nii.gz")
+    before = files_in(tmp_path)
+    told = succeeded("segment", tmp_path, "--model", model, "--dry-run")
+    assert told.splitlines()[-1].startswith("all 2: about ")
+    two = ("--channels", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+    message = refused(tmp_path, "segment", *two, "--model", model, "--dry-run")
+    assert "it has 2 channel(s), the model takes 1" in message
+    assert files_in(tmp_path) == before
 
 
 def many(scan: Path, folder: Path) -> Path:

@@ -87,6 +87,14 @@ def test_results_do_not_lie_among_slices(study: Path, monkeypatch: pytest.Monkey
     assert [f.name for f in (study.parent / "out").glob("*.nii.gz")] == ["t1.nii.gz"]
 
 
+def test_results_beside_series_are_no_scans(study: Path) -> None:
+    model = study.parent / "model"
+    succeeded("segment", study / "series" / "t1", "--model", model, "--out", study / "t1_seg.nii.gz")
+    assert [case.name for case in images_in(study)] == ["series_flair", "series_t1"]
+    write_volume(read_volume(study / "series" / "t1"), study / "other.nii.gz")
+    assert [case.name for case in images_in(study)] == ["other", "series_flair", "series_t1"]
+
+
 def test_a_cd_is_a_study(study: Path) -> None:
     """With an index, reports, and folders below folders."""
     report = slice_of(np.zeros((2, 2), np.int16), (0, 0, 0), Modality="SR")

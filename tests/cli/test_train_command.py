@@ -10,6 +10,7 @@ import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
 from tests.training.conftest import SMALL
 
+import ossnet
 from ossnet.cli.train import Watcher
 from ossnet.training.loop import State
 from ossnet.volume import LabelMap, Volume
@@ -51,6 +52,8 @@ def data(balls: Path, tmp_path: Path) -> Path:
         (["--set", "data.spacing=nan,1,1"], "data.spacing"),
         (["--set", "data.shape=0,8,8"], "data.shape"),
         (["--set", "augmentation.flip_axes=[7]"], "augmentation.flip_axes"),
+        (["--fold", "x"], "data.fold: 'x' is none of its values. Its meaning: number of the fold"),
+        (["--set", "optimiser.learning_rate=1"], "Perhaps optimiser.lr is meant"),
         (["--set", "data.fold=9"], "there is no fold 9"),
         (["--set", "data.fold=paper"], "no split"),
         (["--set", "data.layout=lits"], "no cases of the layout lits"),
@@ -228,12 +231,43 @@ def test_how_long_it_takes_is_said_early(
     assert ("schedule.batch_size=1" in told) == (batch_size > 1)
 
 
+def test_the_data_set_stays_apart(balls: Path, tmp_path: Path) -> None:
+    for folder in (balls, balls / "imagesTr", balls / "labelsTr"):
+        assert "the data set lies in it" in refused(balls, *train(balls, folder), notes=True)
+
+
+def test_cases_that_another_model_has_seen_are_told(balls: Path, tmp_path: Path) -> None:
+    succeeded(*train(balls, tmp_path / "first", "--fold", "0"))
+    told = succeeded(*train(balls, tmp_path / "same", "--fold", "0", "--init", tmp_path / "first"))
+    assert "beware" not in told
+    told = succeeded(*train(balls, tmp_path / "other", "--fold", "1", "--init", tmp_path / "first" / "model"))
+    assert "beware: 2 of 2 cases left out were trained on by" in told
+    assert "beware: 2 of 2" in (tmp_path / "other" / "plan.txt").read_text()
+    # A model alone does not know its cases.
+    (tmp_path / "first" / "model").rename(tmp_path / "model")
+    told = succeeded(*train(balls, tmp_path / "third", "--fold", "1", "--init", tmp_path / "model"))
+    assert "was trained on cases of a data set of this name" in told
+
+
+def test_a_card_has_the_scores_of_whole_scans(balls: Path, tmp_path: Path) -> None:
+    succeeded(*train(balls, tmp_path / "run", "--set", "validation.dense=true"))
+    told = succeeded("info", tmp_path / "run")
+    assert "core, whole scans of" in told
+    assert "Fingerprint, as reports name it: " in told
+    known = ossnet.load(tmp_path / "run")
+    assert known.fingerprint() in told.replace("\n", "")
+    assert "shell; core" in repr(known).replace(", ", "; ")
+
+
 def test_interrupted(balls: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = started(*train(balls, run, "--set", "schedule.epochs=1000"))
     code, said = interrupted(process, (run / "log.csv").exists)
     assert code == 130, said
-    assert said.splitlines()[-1] == "interrupted; what was finished is kept"
+    assert said.splitlines()[-2:] == [
+        f"go on with: ossnet train --resume --out {run}",
+        "interrupted; what was finished is kept",
+    ]
     assert "Traceback" not in said
     assert (run / "state.safetensors").exists()
     assert not [p for p in files_in(run) if p.name.startswith(".writing-")]

@@ -137,11 +137,11 @@ def test_notes(tmp_path: Path) -> None:
         "oblique or sheared (up to 17°, c)",
         "voxel sizes differ",
         "1 case has an empty label, for example a",
-        "names gone",
         "3 cases: too few for five folds",
     ):
         assert note in text
-    assert found.problems == ()
+    (problem,) = found.problems
+    assert "gone is not in the data set (1 such names)" in problem.reason
 
 
 def test_thick_slices_and_files_of_no_case_are_told(tmp_path: Path) -> None:

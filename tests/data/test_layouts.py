@@ -329,6 +329,17 @@ def test_undeclared_values_are_no_classes(tmp_path: Path) -> None:
         data.labels(data.cases[0])
 
 
+def test_images_and_labels_that_are_swapped(tmp_path: Path) -> None:
+    """Of integers: grey values may be labels as far as their type goes."""
+    grey = np.random.default_rng(0).integers(0, 200, (6, 6, 6)).astype(np.uint8)
+    mask = (grey > 100).astype(np.uint8)
+    write_volume(Volume(mask[None], np.eye(4)), tmp_path / "images" / "a.nii.gz")
+    write_labels(LabelMap(grey, np.eye(4)), tmp_path / "labels" / "a.nii.gz")
+    (problem,) = open_dataset(tmp_path).problems
+    assert "values" in problem.reason
+    assert problem.fix == "Are images and labels swapped?"
+
+
 def test_values_of_any_size_become_classes(tmp_path: Path) -> None:
     """Without a table as long as the largest value."""
     image(tmp_path / "images" / "a.nii.gz")

@@ -21,6 +21,8 @@ def command(
 
     loaded = Model.load(model)
     if as_json:
-        print_json(loaded.description())
+        print_json(loaded.description() | {"fingerprint": loaded.fingerprint()})
     else:
-        stdout().print(Markdown(loaded.card()))
+        stdout().print(
+            Markdown(f"{loaded.card()}\nFingerprint, as reports name it: `{loaded.fingerprint()}`")
+        )

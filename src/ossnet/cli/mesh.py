@@ -21,7 +21,7 @@ def command(
     out: Annotated[
         Path,
         typer.Option(
-            help="A .stl, .ply, .obj or .glb file for one structure, or a folder with a file for each."
+            help="A .stl, .ply, .obj or .glb file for one structure, or a folder for SCAN_STRUCTURE.stl of each."
         ),
     ],
     structure: Annotated[
@@ -44,6 +44,7 @@ def command(
     ] = None,
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     mirror: Mirror = True,
     device: Device = "auto",
     memory: Memory = None,
@@ -61,7 +62,7 @@ def command(
     from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
-    from ossnet.files.containers import FILE_ENDINGS
+    from ossnet.files.containers import FILE_ENDINGS, scan_name
     from ossnet.files.nifti import read_labels
     from ossnet.files.reading import read_volume
 
@@ -82,6 +83,14 @@ def command(
             f"{out.name} is one file, and there are {len(wanted)} structures",
             "Name a folder, or one structure with --structure",
         )
+    single_kind = None if single else kind
+    files = _files(
+        out, scan_name(image[0]), {label: loaded.label_names[label] for label in wanted}, single_kind
+    )
+    if not overwrite and (there := [file for file in files.values() if file.exists()]):
+        raise SettingsError(
+            "--out", f"{there[0]} is there", "Name another output, or replace it with --overwrite"
+        )
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     drawn = None
     if labels is not None:
@@ -92,7 +101,6 @@ def command(
                 f"holds label {min(unknown)}, which the model does not have",
                 f"It has {', '.join(f'{k} ({v})' for k, v in loaded.label_names.items())}",
             )
-    files = _files(out, {label: loaded.label_names[label] for label in wanted}, None if single else kind)
     field = loaded.field(volume, device=device, memory=memory)
     if drawn is None and len(wanted) > 1:
         drawn = field.segment()
@@ -121,8 +129,8 @@ def command(
         say(f"not in this scan: {', '.join(missing)}")
 
 
-def _files(out: Path, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:
-    """Label → file; in a folder named after the structures (left ventricle: left_ventricle.stl), each another.
+def _files(out: Path, scan: str, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:
+    """Label → file; in a folder named after scan and structure (scan_left_ventricle.stl), each another.
 
     Args:
         kind: Of files in a folder; None: `out` is the file.
@@ -134,6 +142,6 @@ def _files(out: Path, names: Mapping[int, str], kind: str | None) -> dict[int, P
     }
     alike = Counter(name.casefold() for name in plain.values())
     return {
-        label: out / f"{name if alike[name.casefold()] == 1 else f'{name}_{label}'}.{kind}"
+        label: out / f"{scan}_{name if alike[name.casefold()] == 1 else f'{name}_{label}'}.{kind}"
         for label, name in plain.items()
     }

@@ -65,8 +65,9 @@ def command(
 
     if out is None and not dry_run:
         raise SettingsError("segment", "--out is needed", "Name a file or a folder for the label maps")
-    if strategy not in ("auto", "octree", "dense", "original", "released", "paper"):
-        raise SettingsError("--strategy", f"{strategy!r} is unknown", "See `ossnet segment --help`")
+    strategies = ("auto", "octree", "dense", "original", "released", "paper")
+    if strategy not in strategies:
+        raise SettingsError("--strategy", f"{strategy!r} is unknown", f"Use one of {', '.join(strategies)}")
     if precision not in ("auto", "fp32", "bf16"):
         raise SettingsError("--precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
     if region is not None:
@@ -102,6 +103,9 @@ def command(
                 f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan"
                 + (" without --region" if region else "")
             )
+        if len(forecasts) > 1 and not as_json:
+            seconds, most = sum(f["seconds"] for f in forecasts), max(f["memory_bytes"] for f in forecasts)
+            say(f"all {len(forecasts)}: about {seconds:.0f} s, at most {most / 1e9:.2f} GB at a time")
         return
     with progress("Segmenting", len(jobs)) as done:
         report = segment_all(loaded, jobs, options, say=say, done=done)

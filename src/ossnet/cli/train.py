@@ -84,6 +84,7 @@ def command(
         return
     if out is None or (data is None and not resume):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
+    from ossnet.training.loop import STATE
     from ossnet.training.train import data_of, settings_of, train
 
     chosen = list(changes or ())
@@ -109,8 +110,13 @@ def command(
             settings = settings.model_copy(update={"runtime": runtime})
     else:
         settings = make_settings(variant, preset, config, chosen)
-    with Watcher(settings.schedule.batch_size if settings.schedule.minutes else 1) as watcher:
-        train(data or data_of(out), out, settings, resume=resume, listener=watcher, say=say)
+    try:
+        with Watcher(settings.schedule.batch_size if settings.schedule.minutes else 1) as watcher:
+            train(data or data_of(out), out, settings, resume=resume, listener=watcher, say=say)
+    except KeyboardInterrupt:
+        if is_first_process() and (out / STATE).exists():
+            say(f"go on with: ossnet train --resume --out {out}")
+        raise
     if is_first_process():
         say(f"finished: {out}")
 

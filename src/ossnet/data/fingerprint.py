@@ -20,7 +20,7 @@ from jaxtyping import Bool, Integer
 from ossnet.data.cases import Case, Dataset, Problem
 from ossnet.data.grey_values import Intensities, intensities
 from ossnet.data.naming import Files
-from ossnet.data.splits import shared_patients
+from ossnet.data.splits import require_fitting, shared_patients
 from ossnet.errors import InputError
 from ossnet.files.memory import available_memory
 from ossnet.files.validate import VolumeWarning, read_header
@@ -165,6 +165,11 @@ def fingerprint(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     facts.sort(key=lambda f: f.name)
+    if not dataset.problems:  # a case that is incomplete is told of already
+        try:
+            require_fitting(dataset.splits or (), dataset.names, dataset.root)
+        except InputError as error:
+            problems.append(Problem.of(error))
     return Fingerprint(
         dataset=dataset,
         cases=tuple(facts),
@@ -359,10 +364,6 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
     for number, part in enumerate(dataset.splits or ()):
         if both := shared_patients(part, groups):
             notes.append(f"fold {number} has {both[0]} on both sides: validation will look better than it is")
-        if missing := sorted({*part.train, *part.validation} - set(groups)):
-            notes.append(
-                f"fold {number} of splits_final.json names {missing[0]}, which is not a complete case here"
-            )
     if strangers := _strangers(dataset):
         notes.append(
             f"{len(strangers)} NIfTI file{'' if len(strangers) == 1 else 's'} in the folder belong"
@@ -370,9 +371,7 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
             "name the folder of one data set if they should"
         )
     if len(facts) < 5:
-        notes.append(
-            f"{_cases(len(facts))}: too few for five folds; train on all of them with --set data.fold=all"
-        )
+        notes.append(f"{_cases(len(facts))}: too few for five folds; train on all of them with --fold all")
     return notes
 
 

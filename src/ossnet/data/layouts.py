@@ -23,9 +23,14 @@ from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
 from ossnet.files.dicom import dicom_folders, holds_scan
-from ossnet.files.nifti import Nonfinite, read_header, read_labels
+from ossnet.files.nifti import Nonfinite, origin_of, read_header, read_image, read_labels
+from ossnet.volume import MARK
 
 __all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "images_in", "open_dataset"]
+
+
+_MANY = 30
+"""Structures; with more of them it is asked whether labels are images."""
 
 
 def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonfinite = "refuse") -> Dataset:
@@ -77,8 +82,8 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     """The scans to segment in a folder of any layout, or in a single file; labels are not needed.
 
     A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
-    case has more of them than there can be; otherwise the digits number the cases. A folder of DICOM files is a scan;
-    without NIfTI files each such folder below the given one is.
+    case has more of them than there can be; otherwise the digits number the cases. A folder of DICOM files is a scan,
+    and so is each such folder below the given one; results of ours beside them are none.
 
     Args:
         channels: Most channels of a scan.
@@ -96,16 +101,16 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
         # Whatever NIfTI files lie beside its slices were made from them.
         return (Case(root.name, (root,)),)
     files = Files(root)
+    series = tuple(Case("_".join(s.relative_to(root).parts), (s,)) for s in dicom_folders(root))
     for found in _unlabelled(root, files, channels):
         cases, problems = _cases(found, None, need_labels=False)
         if problems:
             raise DatasetError(problems[0].where, problems[0].reason, problems[0].fix)
-        return cases
-    if series := dicom_folders(root):
-        places = [
-            root.name if s == root else s.relative_to(root).as_posix().replace("/", "_") for s in series
-        ]
-        return tuple(Case(name, (folder,)) for name, folder in zip(places, series, strict=True))
+        if series:  # which have no folder of their own for results
+            cases = tuple(c for c in cases if not any(origin_of(f).startswith(MARK) for f in c.images))
+        return (*cases, *series)
+    if series:
+        return series
     raise DatasetError(root, *files.none())
 
 
@@ -324,15 +329,23 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
 
     with ThreadPoolExecutor() as pool:
         found = set().union(*(v for v in pool.map(values, cases) if v))
-    if len(found) > 256:
+    if len(found) > _MANY and (len(found) > 256 or _shows_fewer(cases[0], len(found))):
         example = str(cases[0].label)
         return (
             {0: "background"},
             {},
-            [Problem(example, f"label files hold {len(found)} values", "Are they images? Give label maps")],
+            [Problem(example, f"label files hold {len(found)} values", "Are images and labels swapped?")],
         )
     names = {v: "background" if v == 0 else f"label {v}" for v in found}
     return (*consecutive(names), [])
+
+
+def _shows_fewer(case: Case, values: int) -> bool:
+    """Whether an image has fewer values than label files have."""
+    try:
+        return len(np.unique(read_image(case.images[0]).data)) < values
+    except OssnetError:
+        return False
 
 
 def _channel_names(cases: Sequence[Case]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ names, shuffled k-fold, seed 12345), with all cases of a patient on one side.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -54,7 +54,7 @@ def folds(
         raise DatasetError(
             "data set",
             f"{len(patients)} patient{'' if len(patients) == 1 else 's'} cannot make {k} folds",
-            "Add cases, or train on all of them with --set data.fold=all",
+            "Add cases, or train on all of them with --fold all",
         )
     order = _shuffled(len(patients), seed)
     return tuple(_divide(patient, {patients[i] for i in part}) for part in np.array_split(order, k))
@@ -81,7 +81,7 @@ def split(dataset: "Dataset", fold: int | Literal["paper", "all"] = 0, k: int = 
     if fold == "paper":
         return _paper(dataset, groups, seed)
     if dataset.splits is not None:
-        _check(dataset.splits, names, dataset.root)
+        require_fitting(dataset.splits, names, dataset.root)
     splits = dataset.splits if dataset.splits is not None else folds(names, k, seed, groups)
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise SettingsError(
@@ -154,13 +154,17 @@ def _paper(dataset: "Dataset", groups: Mapping[str, str | None], seed: int) -> S
         raise DatasetError(
             dataset.root,
             f"the paper's split takes {train} + {validation} cases, here: {len(groups)}",
-            "Use --set data.fold=0 for a fold of your cases, or data.fold=all to train on all of them",
+            "Use --fold 0 for a fold of your cases, or --fold all to train on all of them",
         )
     return Split(tuple(sorted(taken[0])), tuple(sorted(taken[1])))
 
 
-def _check(splits: Sequence[Split], names: Sequence[str], root: Path) -> None:
-    """Refuse a split file that does not fit the cases."""
+def require_fitting(splits: Sequence[Split], names: Iterable[str], root: Path) -> None:
+    """Refuse a split file that does not fit the cases.
+
+    Raises:
+        DatasetError: A case that is not there, or on both sides.
+    """
     known = set(names)
     for number, part in enumerate(splits):
         where = f"{root / 'splits_final.json'}, fold {number}"

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer, Num
 
-from ossnet.errors import SettingsError, VolumeError
+from ossnet.errors import SettingsError
 from ossnet.field.asking import ask_at, probabilities
 from ossnet.field.binding import Binding
+from ossnet.field.engine.prepare import Precision
 from ossnet.field.engine.scan import Scan
 from ossnet.field.everywhere import slabs
 from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
@@ -99,7 +100,7 @@ class Field:
         *,
         device: str | torch.device = "auto",
         memory: str | int | None = None,
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        precision: Precision = "auto",
         preprocessed: bool = False,
         chunk: int | None = None,
     ) -> None:
@@ -107,13 +108,9 @@ class Field:
             raise SettingsError(
                 "volume", f"it is a {type(volume).__name__}", "Read the scan: ossnet.read(path)"
             )
-        if volume.channels != model.channels:
-            names = f" ({', '.join(model.channel_names)})" if model.channel_names else ""
-            raise VolumeError(
-                volume.source or "scan",
-                f"it has {volume.channels} channel(s), the model takes {model.channels}{names}",
-                "Give one file with all channels, or one file a channel, in the order of the training",
-            )
+        if precision not in get_args(Precision):
+            raise SettingsError("precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
+        model.require_channels(volume.channels, volume.source or "scan")
         self.model, self.volume = model, volume
         self._orientation: Orientation = model.preparation.orient(volume.affine)
         oriented = volume.reoriented(self._orientation)
@@ -128,6 +125,11 @@ class Field:
             precision=precision,
             chunk=chunk,
         )
+
+    def __repr__(self) -> str:
+        """In a line."""
+        size = " × ".join(map(str, self.volume.shape))
+        return f"<Field of {self.model!r} on {self.volume.source or 'a scan'}, {size} voxels, {self.device}>"
 
     @property
     def device(self) -> torch.device:
@@ -332,8 +334,12 @@ class Field:
             **options,
         )
 
-    def _as_stored(self, labels: LabelMap) -> Integer[np.ndarray, "X Y Z"]:
+    def _as_stored(self, labels: Any) -> Integer[np.ndarray, "X Y Z"]:
         """Labels that lie on the scan, in its voxel order whatever theirs is."""
+        if not isinstance(labels, LabelMap):
+            raise SettingsError(
+                "labels", f"it is a {type(labels).__name__}", "Read it: ossnet.read_labels(path)"
+            )
         own = closest_canonical(self.volume.affine)
         turned = labels.reoriented(closest_canonical(labels.affine))
         if reason := same_place(self.volume.reoriented(own), turned):
@@ -394,6 +400,8 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
     return device

@@ -89,6 +89,8 @@ def check_box(box: Box, shape: Shape) -> Box:
     Raises:
         SettingsError: It is empty or leaves the grid.
     """
+    if np.shape(box) != (2, 3):
+        raise SettingsError("region", f"{box} is not two corners", "Write ((x0, y0, z0), (x1, y1, z1))")
     (x0, y0, z0), (x1, y1, z1) = box
     for low, high, size in zip((x0, y0, z0), (x1, y1, z1), shape, strict=True):
         if not 0 <= low < high <= size:

@@ -40,6 +40,8 @@ def parse_size(size: str | int | float) -> int:
     text = str(size).strip()
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)(i?)([bB]?)", text)
     number = float(match[1]) if match else 0.0
+    if match and isinstance(size, str) and not match[2] and 0 < number < 1e6:
+        raise SettingsError("memory", f"{text} bytes hold nothing", f'Write for example "{text}GB"')
     if match is None or number <= 0 or (match[3] and not match[2]):
         raise SettingsError(
             "memory", f"{size!r} is not an amount of memory", 'Write for example "2GB" or "800MB"'

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ossnet.data.preparation import Preparation
-from ossnet.errors import ModelError, SettingsError
+from ossnet.errors import ModelError, SettingsError, VolumeError
 from ossnet.files.atomic import atomic_write, write_json, write_text
 from ossnet.networks.mirrored import mirrorable, mirrored
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
     return out
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A network with everything that using it takes.
 
@@ -70,6 +70,13 @@ class Model:
     metadata: dict[str, Any] = field(default_factory=dict)
     others: tuple["Model", ...] = ()
     mirror: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        """In a line; the network's modules are in `network`."""
+        parts = [", ".join(self.label_names.values()), self.metadata.get("data", {}).get("name")]
+        parts += [f"mirrored along {list(self.mirror)}" if self.mirror else None]
+        parts += [f"with {len(self.others)} more" if self.others else None]
+        return f"<Model {self.variant}: {'; '.join(part for part in parts if part)}>"
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -115,6 +122,20 @@ class Model:
     def channels(self) -> int:
         """Channels of a scan."""
         return int(self.network.spec.channels)  # type: ignore[union-attr, arg-type]
+
+    def require_channels(self, count: int, where: Path | str) -> None:
+        """Refuse a scan that the model cannot read.
+
+        Raises:
+            VolumeError: It has more channels, or fewer.
+        """
+        if count != self.channels:
+            names = f" ({', '.join(self.channel_names)})" if self.channel_names else ""
+            raise VolumeError(
+                where,
+                f"it has {count} channel(s), the model takes {self.channels}{names}",
+                "Give one file with all channels, or one file a channel, in the order of the training",
+            )
 
     def label_of(self, structure: str | int) -> int:
         """The label of a structure that is given by name or label.
@@ -181,6 +202,8 @@ class Model:
         """
         from ossnet.field.forecast import forecast
 
+        if not isinstance(volume, Volume):
+            raise SettingsError("volume", f"it is a {type(volume).__name__}", "Read it: ossnet.read(path)")
         return forecast(self, volume.shape, volume.affine, **options)
 
     def description(self) -> dict[str, Any]:
@@ -225,8 +248,12 @@ class Model:
             weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
         with atomic_write(folder / "weights.safetensors") as temporary:
             save_file(weights, temporary, {"format": "pt"})
-        write_json(folder / "model.json", self.description())
-        write_text(folder / "MODEL_CARD.md", self.card())
+        self.describe(folder)
+
+    def describe(self, folder: Path | str) -> None:
+        """Write what is not weights: the description and the card."""
+        write_json(Path(folder) / "model.json", self.description())
+        write_text(Path(folder) / "MODEL_CARD.md", self.card())
 
     @classmethod
     def load(cls, folder: Path | str, *more: Path | str, mirror: bool = True) -> "Model":
@@ -241,9 +268,17 @@ class Model:
         Raises:
             ModelError: Nothing there, files that do not belong together, or models of other structures.
         """
+        if not isinstance(folder, (str, Path)):
+            raise ModelError(
+                "model", f"it is a {type(folder).__name__}", "Give folders one by one: load(*folders)"
+            )
         if more:
+            first = cls.load(folder, mirror=mirror)
             others = tuple(cls.load(other, mirror=mirror) for other in more)
-            return replace(cls.load(folder, mirror=mirror), others=others)
+            for place, other in zip(more, others, strict=True):
+                if reason := first._unlike(other):
+                    raise ModelError(place, f"it cannot answer with {folder}: {reason}", "Leave it out")
+            return replace(first, others=others)
         folder = model_folder(folder)
         file = folder / "model.json"
         try:
@@ -279,7 +314,7 @@ class Model:
     def card(self) -> str:
         """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""
         data = self.metadata.get("data", {})
-        scores = self.metadata.get("metrics", {})
+        scores = {**self.metadata.get("whole_scans", {}), **self.metadata.get("metrics", {})}
         parameters = sum(p.numel() for p in self.network.parameters())
         lines = [
             f"# {data.get('name', 'Segmentation')} model, variant {self.variant}",
@@ -297,6 +332,8 @@ class Model:
             lines += [
                 f"- In use: the mean of {2 ** len(self.mirror)} answers, also mirrored along axes {axes}"
             ]
+        else:
+            lines += ["- In use: asked once"]
         lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
         if scores:
             lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]

@@ -1,6 +1,7 @@
 """Image files as files: their names, their halves, opening them plain or packed."""
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ def stem(path: Path | str) -> str:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
+
+
+def scan_name(path: Path | str) -> str:
+    """Name of a scan after its first file or folder: `a/b_0000.nii.gz` → `b`."""
+    return stem(os.path.abspath(path)).removesuffix("_0000")  # "." has no name of its own
 
 
 def locate(path: Path) -> tuple[Path, Path]:

@@ -10,10 +10,22 @@ import torch
 
 from ossnet.data.cache import CachedCase
 from ossnet.evaluation.metrics import Label, Scores, compare
-from ossnet.evaluation.tables import Row, Summary, label_of, label_text, summarise, to_csv, to_json
-from ossnet.field.model import Model
+from ossnet.evaluation.tables import (
+    Row,
+    Summary,
+    format_estimate,
+    label_of,
+    label_text,
+    summarise,
+    to_csv,
+    to_json,
+)
+from ossnet.field.model import Model, model_folder
 from ossnet.files.atomic import write_json, write_text
 from ossnet.volume import MARK
+
+_SHOWN = ("dice", "hd95_mm", "assd_mm")
+"""In the model's card."""
 
 
 def judge(
@@ -27,7 +39,8 @@ def judge(
 
     Regions that the data set names (`Dataset.regions`) are judged too.
 
-    Writes `validation/CASE.nii.gz` in the voxel order of the label files, `validation.csv` and `validation.json`.
+    Writes `validation/CASE.nii.gz` in the voxel order of the label files, `validation.csv` and `validation.json`, and
+    the scores into the model's card.
     """
     model = Model.load(run)
     classes = max(model.classes, 2)
@@ -60,6 +73,13 @@ def judge(
         for label, scores in done["cases"][case.name]["scores"].items():
             rows.append(Row(case.name, label_of(label), names[label_of(label)], Scores(**scores)))
     summary = summarise(rows)
+    model.metadata["whole_scans"] = {
+        f"{entry.name}, whole scans of {len(cases)} cases left out": {
+            key.replace("_", " "): format_estimate(key, entry.estimates[key]) for key in _SHOWN
+        }
+        for entry in summary.classes
+    }
+    model.describe(model_folder(run))
     write_text(run / "validation.csv", to_csv(rows))
     write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
     return summary

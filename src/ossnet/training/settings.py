@@ -30,7 +30,8 @@ class DataSettings(_Group):
     layout: str | None = Field(None, description="name of the data set's layout; found out when not given")
     fold: int | Literal["all", "paper"] = Field(
         0,
-        description="fold of the cross-validation (splits_final.json or 5 folds), all cases, or the paper's split",
+        description="number of the fold that is left out (of splits_final.json, or 0 to 4); all: none is; paper: the "
+        "paper's split",
     )
     target: Literal["classes", "foreground"] = Field(
         "classes", description="every structure of the data set, or any label above 0 as one structure"
@@ -265,6 +266,9 @@ class Settings(_Group):
 
 Changes = Mapping[str, Any]
 
+_ALSO = {"learning_rate": "lr", "batch": "batch_size", "patch_size": "patch_shape", "mirror": "flip_axes"}
+"""Names that settings have elsewhere."""
+
 _SET = "--set "
 """How messages name single changes."""
 
@@ -427,11 +431,26 @@ def parse_settings(tree: Mapping[str, Any], where: str = "settings") -> Settings
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(
-            f"{where}: {key}", f"{first['input']!r}: {first['msg']}", "See `ossnet train --help-settings`"
-        ) from None
+        raise _readable(error, tree, where) from None
+
+
+def _readable(error: ValidationError, tree: Mapping[str, Any], where: str) -> SettingsError:
+    """The first wrong setting: its own name and value, without the ways in which pydantic tried to read it."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][:2]]
+    name, value = ".".join(path), first["input"]
+    field: Any = Settings.model_fields.get(path[0])
+    if len(path) == 2 and field is not None and isinstance(tree.get(path[0]), Mapping):
+        field, value = field.annotation.model_fields.get(path[1]), tree[path[0]].get(path[1])
+    # Beyond the setting's own name: members of a union as words, places in a tuple as numbers.
+    union = any(isinstance(part, str) for part in first["loc"][2:])
+    reason = f"{value!r} is none of its values" if union else f"{value!r}: {first['msg']}"
+    meaning = _meaning(field) if field is not None else ""
+    return SettingsError(
+        f"{where}: {name}",
+        reason,
+        f"Its meaning: {meaning}" if meaning else "See `ossnet train --help-settings`",
+    )
 
 
 def canonical_variant(name: str) -> str:
@@ -517,9 +536,8 @@ def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str
     for key, value in values.items():
         if key not in group.model_fields:
             every = [name for name, _, _ in describe_settings()]
-            near = difflib.get_close_matches(prefix + key, every, 1, 0.5) or [
-                name for name in every if name.split(".")[-1] == key
-            ]
+            near = [name for name in every if name.split(".")[-1] == _ALSO.get(key, key)]
+            near = near or difflib.get_close_matches(prefix + key, every, 1, 0.5)
             fix = f"Perhaps {near[0]} is meant" if near else "See `ossnet train --help-settings`"
             raise SettingsError(where, f"the setting {prefix + key} is unknown", fix)
         inner = getattr(Settings(), key) if group is Settings else None

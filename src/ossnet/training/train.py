@@ -13,11 +13,12 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
-from ossnet.data.layouts import Case, open_dataset
+from ossnet.data.layouts import Case, Dataset, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
 from ossnet.data.splits import split
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
+from ossnet.field.model import Model
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
@@ -109,6 +110,7 @@ def _train(
     nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
+    _require_apart(out, dataset)
     parts = split(dataset, settings.data.fold)
     if not parts.train:
         raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
@@ -116,7 +118,8 @@ def _train(
     validation_cases = [dataset[name] for name in parts.validation]
     plan = make_plan(dataset, train_cases, settings, resumed=out if resume else None)
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
-    for reason in plan.reasons:
+    reasons = [*plan.reasons, *known_already(settings, dataset.root.name, parts.validation)]
+    for reason in reasons:
         say(reason)
     say(_computes_on(fabric))
     used = {"data": str(data.resolve()), "train": list(parts.train), "val": list(parts.validation)}
@@ -159,7 +162,7 @@ def _train(
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
             write_json(out / "splits.json", used)
-            write_text(out / "plan.txt", "\n".join(plan.reasons) + "\n")
+            write_text(out / "plan.txt", "\n".join(reasons) + "\n")
             write_json(out / "settings.json", settings.model_dump(mode="json"))
         if remark := learnt_early(trainer.run(resume)):
             say(remark)
@@ -167,6 +170,43 @@ def _train(
         # Mapped files stay readable until they are closed.
         _remove_cache(mapped)
     return validation
+
+
+def _require_apart(out: Path, dataset: Dataset) -> None:
+    """Refuse a run folder in which the data set would find pictures and label maps.
+
+    Raises:
+        SettingsError: So.
+    """
+    files = [path for case in dataset.cases for path in (*case.images, case.label) if path is not None]
+    if out.resolve() in {dataset.root.resolve(), *(path.parent.resolve() for path in files)}:
+        raise SettingsError(out, "the data set lies in it", "Name another folder for the run")
+
+
+def known_already(settings: Settings, name: str, validation: Sequence[str]) -> tuple[str, ...]:
+    """What to say where the model that a training starts from has seen cases that are left out here.
+
+    Args:
+        name: Of the data set.
+        validation: Names of the cases left out.
+    """
+    source = settings.network.init
+    if source is None or not validation:
+        return ()
+    for folder in (Path(source), Path(source).parent):
+        if (folder / "splits.json").is_file():
+            used = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+            if Path(used.get("data", "")).name != name:
+                return ()
+            seen = len({*used["train"]} & {*validation})
+            told = f"{seen} of {len(validation)} cases left out were trained on by {source}"
+            return (f"beware: {told}, so their scores will look better than they are",) if seen else ()
+    if Model.load(source).metadata.get("data", {}).get("name") == name:
+        told = f"{source} was trained on cases of a data set of this name"
+        return (
+            f"beware: {told}: if cases left out are among them, their scores will look better than they are",
+        )
+    return ()
 
 
 def _surface_mm2(case: CachedCase) -> float:

@@ -1,6 +1,5 @@
 """Which files become which: scans paired with targets, and what is in the way."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from ossnet.data.layouts import images_in
 from ossnet.errors import DatasetError, SettingsError
 from ossnet.field.provenance import look_of, origin
 from ossnet.files.atomic import clear_unfinished, require_folder
-from ossnet.files.containers import FILE_ENDINGS, stem
+from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
 from ossnet.files.nifti import origin_of
 from ossnet.volume import MARK
 
@@ -95,13 +94,13 @@ def plan_jobs(
     """
     scans: list[tuple[str, tuple[Path, ...]]] = []
     if channels_together:
-        scans.append((re.sub(r"_0000$", "", stem(images[0])), tuple(images)))
+        scans.append((scan_name(images[0]), tuple(images)))
     else:
         for path in images:
             if path.is_dir():
                 scans += [(case.name, case.images) for case in images_in(path, most_channels)]
             elif path.exists():
-                scans.append((re.sub(r"_0000$", "", stem(path)), (path,)))
+                scans.append((scan_name(path), (path,)))
             else:
                 raise DatasetError(path, "there is no such file or folder", "Check the path")
     folder = out if out is not None else Path()

@@ -79,7 +79,10 @@ class Report:
         return {
             "model": {
                 "variant": self.model.variant,
+                "data": self.model.metadata.get("data", {}).get("name"),
                 "labels": self.model.label_names,
+                "mirror": list(self.model.mirror),
+                "others": len(self.model.others),
                 "fingerprint": self.fingerprint,
             },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},

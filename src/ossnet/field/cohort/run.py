@@ -105,7 +105,9 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
     """What each scan would take, from its header; with a region it takes less."""
     out = []
     for job in jobs:
-        header = look_at(job.files[0])
+        headers = [look_at(file) for file in job.files]
+        header = headers[0]
+        model.require_channels(sum(one.channels for one in headers), header.path)
         expected = forecast(
             model,
             header.shape,
