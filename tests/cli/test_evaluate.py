@@ -285,3 +285,12 @@ def test_regions_are_of_values_in_label_files(tmp_path: Path) -> None:
     found = evaluate(given, root, "--only-predicted", "--region", "whole=1,2")
     assert found.code == 2
     assert "whole has label 1, which the data set does not declare" in found.error
+
+
+def test_a_region_of_labels_that_no_file_holds_is_told(tmp_path: Path) -> None:
+    labels(1, 2).save(tmp_path / "one.nii.gz")
+    labels(1, 2).save(tmp_path / "two.nii.gz")
+    for region, told in (("whole=1,2", False), ("whole=1,9", True)):
+        found = evaluate(tmp_path / "one.nii.gz", tmp_path / "two.nii.gz", "--region", region)
+        assert found.code == 0
+        assert ("region whole: no file holds label 9" in found.error) == told

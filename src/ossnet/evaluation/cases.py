@@ -249,7 +249,13 @@ def score(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return _complete([row for found in rows for row in found])
+    out = _complete([row for found in rows for row in found])
+    if not matched.names:  # nothing declares labels: those that were met are known now
+        met = {row.label for row in out}
+        for name, parts in matched.regions.items():
+            if unknown := set(parts) - met:
+                warnings.warn(f"region {name}: no file holds label {min(unknown)}", stacklevel=2)
+    return out
 
 
 def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
