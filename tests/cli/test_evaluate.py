@@ -287,6 +287,7 @@ def test_regions_are_of_values_in_label_files(tmp_path: Path) -> None:
     assert "whole has label 1, which the data set does not declare" in found.error
 
 
+@pytest.mark.filterwarnings("default:.*no file holds")
 def test_a_region_of_labels_that_no_file_holds_is_told(tmp_path: Path) -> None:
     labels(1, 2).save(tmp_path / "one.nii.gz")
     labels(1, 2).save(tmp_path / "two.nii.gz")
