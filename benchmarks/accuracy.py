@@ -29,8 +29,7 @@ _CROPS = (
     "optimiser.ema=0.995",
     "schedule.batch_size=1",
     "loss.kind=dice",
-    "augmentation.flip_axes=auto",
-    "augmentation.mirror_in_use=true",
+    "augmentation.flip_axes=[]",
 )
 RIVALS: dict[str, tuple[str, Sequence[str]]] = {
     "default": ("multiscale", ()),

@@ -34,7 +34,7 @@ def test_the_default_variant_says_what_it_picked(balls: Path) -> None:
         "mean 0 and deviation 1, since they have no unit",
         "grid: 2 × 1 × 1 mm, the median spacing of the training scans",
         "1 crop a step, 64 locations a crop, half of them near surfaces, of every structure as many; weights",
-        "mirrored left to right: scans are small, and structures keep their places in the mirror",
+        "not mirrored, since left and right may differ",
         "Muon for convolutions",
     ):
         assert text in said
@@ -188,9 +188,7 @@ def test_a_training_starts_from_one_on_other_scans(balls: Path, tmp_path: Path) 
 
 
 def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
-    plain = planned(balls, "augmentation.flip_axes=[]")
-    assert plain.model.mirror == ()
-    assert any("not mirrored (augmentation.flip_axes)" in reason for reason in plain.reasons)
+    assert planned(balls).model.mirror == ()
     mirrored = planned(balls, "augmentation.flip_axes=[2,0,2]")
     assert mirrored.model.mirror == (0, 2)
     assert "in use the mean of 4 answers, mirrored and not (augmentation.mirror_in_use)" in mirrored.reasons
@@ -200,37 +198,3 @@ def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
     settings = make_settings("C", changes=[*SMALL, "augmentation.mirror_in_use=true"])
     with pytest.raises(SettingsError, match="variant C cannot be asked mirrored"):
         make_plan(dataset, dataset.cases, settings)
-
-
-def test_small_scans_are_mirrored_left_to_right(balls: Path) -> None:
-    dataset = open_dataset(balls)
-
-    def picked(names: dict[int, str], *changes: str, variant: str = "multiscale") -> tuple[int, ...]:
-        named = replace(dataset, label_names=names)
-        plan = make_plan(named, named.cases, make_settings(variant, changes=changes))
-        assert plan.recipe.settings.augmentation.flips == plan.model.mirror
-        reasons.append(next(reason for reason in plan.reasons if "mirrored" in reason))
-        return plan.model.mirror
-
-    reasons: list[str] = []
-
-    parts, sides = {0: "background", 1: "head", 2: "tail"}, {0: "background", 1: "left lung", 2: "right lung"}
-    assert picked(parts) == (0,)
-    assert picked(sides) == ()
-    assert picked(parts, "data.orientation=file") == ()
-    # As large as an abdomen.
-    assert picked(parts, "data.spacing=0.2,0.2,0.2", "sampling.crop_voxels=4096") == ()
-    pytest.importorskip("monai")
-    assert picked(parts, variant="monai-unet") == (0,)
-    with mock.patch("ossnet.training.planning.in_pairs", return_value=True):
-        assert picked(parts) == ()
-        assert picked(parts, "data.target=foreground") == (0,)
-    told = [reason.partition(" (")[0].partition(": ")[2] for reason in reasons]
-    time, small = (
-        "in use that takes twice the time",
-        "scans are small, and structures keep their places in the mirror",
-    )
-    assert told == [
-        *(small, "left lung tells a side", time, time),
-        *(small, "structures change places in the mirror", small),
-    ]

@@ -106,7 +106,7 @@ def test_the_values_of_a_variant_are_shown() -> None:
     default = {key: value for key, value, _ in describe_settings("multiscale")}
     paper = {key: value for key, value, _ in describe_settings("C")}
     assert (default["optimiser.name"], paper["optimiser.name"]) == ("muon", "lookahead_radam")
-    assert (default["augmentation.flip_axes"], paper["augmentation.flip_axes"]) == ("auto", "[0, 1]")
+    assert (default["augmentation.flip_axes"], paper["augmentation.flip_axes"]) == ("[]", "[0, 1]")
     words = {key: meaning for key, _, meaning in describe_settings()}["optimiser.name"]
     assert words == "one of lookahead_radam, adamw, muon"
     shown = [f"{key}={value}" for key, value in default.items() if "." in key]

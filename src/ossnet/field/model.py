@@ -418,7 +418,7 @@ def _training_lines(settings: Mapping[str, Any]) -> list[str]:
         return []
     minutes = schedule.get("minutes")
     length = f"{minutes:g} minutes" if minutes else f"{schedule.get('epochs')} epochs"
-    flips = settings.get("augmentation", {}).get("flip_axes") or []
+    flips = settings.get("augmentation", {}).get("flip_axes", [])
     mirrored = f"mirrored along axes {', '.join(map(str, flips))}" if flips else "not mirrored"
     return [
         f"- Training: {length}, {optimiser.get('name')}, batches of {schedule.get('batch_size')}, {mirrored}, "

@@ -5,7 +5,6 @@ Every choice that the user did not make is named with its reason.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +13,13 @@ from torch import nn
 from ossnet.data.cases import joined_name
 from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
-from ossnet.data.preparation import Preparation, Spacing, oriented_labels
-from ossnet.data.sides import in_pairs, tells_side
+from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
 from ossnet.files.validate import read_header
 from ossnet.networks.mirrored import mirrorable
 from ossnet.networks.multiscale import MultiscaleNetwork
-from ossnet.networks.multiscale_plan import CROP_VOXELS, SMALL_SCAN, plan, plan_crop, plan_stages
+from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_stages
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import FILTERS, UNet, UNetSpec
 from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
@@ -32,9 +30,6 @@ from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, spacing_of
-
-_LOOKED_AT = 20
-"""Cases whose labels say whether structures come in pairs, about."""
 
 FEW_CASES = 48
 """So many training cases are soon known by heart: augmentation grows (`CropSettings.after`)."""
@@ -128,8 +123,7 @@ def make_plan(
         windows=intensities.windows,
     )
     grids = read_grids(train, base)
-    settings, reason = _mirroring(dataset, train, settings, base, grids, classes)
-    reasons.append(reason)
+    reasons.append(_mirroring(settings))
     channels = len(dataset.channel_names)
     more: tuple[str, ...] = ()
     recipe: Recipe
@@ -145,7 +139,7 @@ def make_plan(
         recipe = _unet(base, grids, channels, classes, settings, reasons)
         settings = recipe.settings
     reasons.extend(more)
-    mirror = sorted({*settings.augmentation.flips}) if settings.augmentation.mirror_in_use else []
+    mirror = sorted({*settings.augmentation.flip_axes}) if settings.augmentation.mirror_in_use else []
     if mirror and not mirrorable(recipe.network):
         raise SettingsError(
             "augmentation.mirror_in_use",
@@ -178,43 +172,13 @@ def make_plan(
     return TrainingPlan(model, recipe, classes, tuple(reasons))
 
 
-def _mirroring(
-    dataset: Dataset, train: Sequence[Case], settings: Settings, base: Preparation, grids: Grids, classes: int
-) -> tuple[Settings, str]:
-    """Which axes are mirrored, and why: left to right where that costs a user nothing.
-
-    In use a mirrored model takes twice the time; small scans are segmented in an instant anyway. Of paired organs
-    each would be learnt under both labels.
-    """
+def _mirroring(settings: Settings) -> str:
+    """Which axes are mirrored, for the user."""
     flips = settings.augmentation.flip_axes
-    if flips != "auto":
-        if not flips:
-            return settings, "not mirrored (augmentation.flip_axes)"
-        listed = f"{'axis' if len(flips) == 1 else 'axes'} {', '.join(map(str, flips))}"
-        return settings, f"mirrored along {listed} (augmentation.flip_axes=[] where sides differ)"
-    axes: tuple[int, ...] = ()
-    shape = grids.median_shape_at(settings.data.spacing or grids.median_spacing)
-    named = [name for number, name in dataset.label_names.items() if number and tells_side(name)]
-    if prod(shape) > SMALL_SCAN or settings.data.orientation != "canonical":
-        reason = "not mirrored: in use that takes twice the time (augmentation.flip_axes)"
-    elif named:
-        reason = f"not mirrored: {named[0]} tells a side (augmentation.flip_axes)"
-    elif classes > 1 and _in_pairs(dataset, train, base):
-        reason = "not mirrored: structures change places in the mirror (augmentation.flip_axes)"
-    else:
-        axes = (0,)
-        reason = (
-            "mirrored left to right: scans are small, and structures keep their places in the mirror "
-            "(augmentation.flip_axes=[] where sides differ)"
-        )
-    changed = settings.augmentation.model_copy(update={"flip_axes": axes})
-    return settings.model_copy(update={"augmentation": changed}), reason
-
-
-def _in_pairs(dataset: Dataset, train: Sequence[Case], base: Preparation) -> bool:
-    """Whether in any of some cases structures change places in the mirror."""
-    some = (dataset.labels(case) for case in train[:: max(1, len(train) // _LOOKED_AT)])
-    return any(in_pairs(oriented_labels(labels, base.orient(labels.affine))) for labels in some)
+    if not flips:
+        return "not mirrored, since left and right may differ (augmentation.flip_axes)"
+    listed = f"{'axis' if len(flips) == 1 else 'axes'} {', '.join(map(str, flips))}"
+    return f"mirrored along {listed} (augmentation.flip_axes=[] where sides differ)"
 
 
 def _known_network(settings: Settings, resumed: Path | None) -> nn.Module | None:

@@ -120,10 +120,8 @@ class AugmentationSettings(_Group):
     """Changes to a training example."""
 
     probability: float = Field(0.5, ge=0, le=1, description="of each kind (SPEC §3)")
-    flip_axes: tuple[Literal[0, 1, 2], ...] | Literal["auto"] = Field(
-        (0, 1),
-        description="axes that may be mirrored, such as [0, 1]; []: no mirroring; auto: left to right where scans are "
-        "small and structures do not come in pairs",
+    flip_axes: tuple[Literal[0, 1, 2], ...] = Field(
+        (0, 1), description="axes that may be mirrored, such as [0, 1]; [] for none"
     )
     mirror_in_use: bool = Field(
         False,
@@ -146,11 +144,6 @@ class AugmentationSettings(_Group):
         description="default variant and U-Nets on patches: from 20 to 80 passes through the cases it becomes about "
         "twice as strong; none: where there are 48 or fewer",
     )
-
-    @property
-    def flips(self) -> tuple[int, ...]:
-        """Axes that are mirrored; a plan has decided what "auto" means (`training.planning`)."""
-        return () if self.flip_axes == "auto" else self.flip_axes
 
 
 class OptimiserSettings(_Group):
@@ -280,7 +273,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "schedule": {"kind": "root", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "sampling": {"strategy": "border", "locations": 4096},
         "loss": {"kind": "dice", "aux": 0.3},
-        "augmentation": {"flip_axes": "auto", "mirror_in_use": True},
+        "augmentation": {"flip_axes": (), "mirror_in_use": True},
         "validation": _JUDGED,
     },
     # SPEC §3 "Baselines". The paper feeds whole volumes at reduced resolution; patch_shape makes it patches.
@@ -299,7 +292,7 @@ VARIANT_RECIPES: dict[str, Changes] = {
         "optimiser": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01, "clip_norm": 5.0, "ema": 0.995},
         "schedule": {"kind": "cosine", "batch_size": 1, "minutes": 60.0, "epochs": 1000},
         "loss": {"kind": "dice"},
-        "augmentation": {"flip_axes": "auto", "mirror_in_use": True},
+        "augmentation": {"flip_axes": (), "mirror_in_use": True},
         "validation": _JUDGED,
     },
 }

@@ -24,7 +24,7 @@ from ossnet.volume import Shape, flipped
 
 def _plan(case: CachedCase, rng: np.random.Generator, settings: Settings) -> Augmentation:
     chosen = settings.augmentation
-    return draw(rng, len(case.image), chosen.probability, chosen.flips, chosen.brightness, chosen.noise)
+    return draw(rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise)
 
 
 class _DenseRecipe(Recipe):

@@ -78,7 +78,7 @@ def crop_settings(
         locations=sampling.locations,
         strides=strides,
         near_surface=sampling.near_borders,
-        flips=augmentation.flips,
+        flips=augmentation.flip_axes,
         intensity=augmentation.intensity,
         grows=bool(augmentation.grows),
         importance=sampling.importance,

@@ -67,7 +67,7 @@ class OccupancyRecipe(Recipe):
             rng,
             spec.channels,
             augmentation.probability,
-            augmentation.flips,
+            augmentation.flip_axes,
             augmentation.brightness,
             augmentation.noise,
         )
