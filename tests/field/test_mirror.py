@@ -58,7 +58,7 @@ def test_it_is_kept_with_the_model_and_can_be_left(tmp_path: Path) -> None:
     model = replace(tiny.model("multiscale"), mirror=(0,))
     model.save(tmp_path / "m")
     assert json.loads((tmp_path / "m" / "model.json").read_text())["mirror"] == [0]
-    assert "mean of 2 answers, also mirrored along axes 0" in (tmp_path / "m" / "MODEL_CARD.md").read_text()
+    assert "mean of 2 answers, also mirrored along axis 0" in (tmp_path / "m" / "MODEL_CARD.md").read_text()
     found, plain = Model.load(tmp_path / "m"), Model.load(tmp_path / "m", mirror=False)
     assert (found.mirror, plain.mirror) == ((0,), ())
     assert "mirror" not in found.metadata

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
@@ -328,10 +328,8 @@ class Model:
             lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
         lines += _training_lines(self.metadata.get("settings", {}))
         if self.mirror:
-            axes = ", ".join(map(str, self.mirror))
-            lines += [
-                f"- In use: the mean of {2 ** len(self.mirror)} answers, also mirrored along axes {axes}"
-            ]
+            count, axes = 2 ** len(self.mirror), _axes(self.mirror)
+            lines += [f"- In use: the mean of {count} answers, also mirrored along {axes}"]
         else:
             lines += ["- In use: asked once"]
         lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
@@ -419,11 +417,15 @@ def _training_lines(settings: Mapping[str, Any]) -> list[str]:
     minutes = schedule.get("minutes")
     length = f"{minutes:g} minutes" if minutes else f"{schedule.get('epochs')} epochs"
     flips = settings.get("augmentation", {}).get("flip_axes", [])
-    mirrored = f"mirrored along axes {', '.join(map(str, flips))}" if flips else "not mirrored"
+    mirrored = f"mirrored along {_axes(flips)}" if flips else "not mirrored"
     return [
         f"- Training: {length}, {optimiser.get('name')}, batches of {schedule.get('batch_size')}, {mirrored}, "
         f"fold {settings.get('data', {}).get('fold')}, seed {settings.get('seed')}; all settings in model.json"
     ]
+
+
+def _axes(axes: Sequence[int]) -> str:
+    return f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))}"
 
 
 def _number(value: Any) -> str:
