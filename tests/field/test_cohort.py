@@ -71,7 +71,10 @@ def test_a_folder(model: Model, scans: Path, tmp_path: Path) -> None:
     assert written["scans"] == report["scans"]
     assert written["model"] == {
         "variant": "multiscale",
+        "data": None,
         "labels": {"1": "part 1"},
+        "mirror": [],
+        "others": 0,
         "fingerprint": model.fingerprint(),
     }
     assert set(written["versions"]) >= {"ossnet", "torch", "python"}

@@ -136,7 +136,7 @@ def test_interrupted_together(balls: Path, tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         _, messages = process.communicate(timeout=60)
     assert process.returncode == 130, messages
-    assert messages.count("interrupted") == 1
+    assert messages.count("interrupted; ") == 1
     assert "Traceback" not in messages
     steps = len(losses(tmp_path / "out"))
     assert steps >= 2
