@@ -62,7 +62,8 @@ def _image(stored: np.ndarray, kind: str) -> Dataset:
     out = Dataset()
     out.file_meta = FileMetaDataset()
     out.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    out.SOPClassUID, out.SOPInstanceUID = kind, generate_uid()
+    # Alike for alike voxels: hypothesis wants the same files again.
+    out.SOPClassUID, out.SOPInstanceUID = kind, generate_uid(entropy_srcs=[stored.tobytes().hex()])
     out.Modality, out.SeriesNumber, out.SeriesDescription = "CT", 3, "thin"
     out.Rows, out.Columns = stored.shape[-2:]
     out.SamplesPerPixel, out.PhotometricInterpretation = 1, "MONOCHROME2"
