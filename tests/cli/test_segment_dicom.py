@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -93,6 +94,15 @@ def test_results_beside_series_are_no_scans(study: Path) -> None:
     assert [case.name for case in images_in(study)] == ["series_flair", "series_t1"]
     write_volume(read_volume(study / "series" / "t1"), study / "other.nii.gz")
     assert [case.name for case in images_in(study)] == ["other", "series_flair", "series_t1"]
+
+
+def test_nifti_files_beside_series_need_no_pydicom(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_volume(read_volume(study / "series" / "t1"), study / "other.nii.gz")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    out = study.parent / "out"
+    message = refused(study, "segment", study, "--model", study.parent / "model", "--out", out, notes=True)
+    assert "not installed" in message
+    assert [f.name for f in out.glob("*.nii.gz")] == ["other.nii.gz"]
 
 
 def test_a_cd_is_a_study(study: Path) -> None:

@@ -251,10 +251,10 @@ def _is_scan(header: Any) -> bool:
 
 
 def _may_be_scan(file: Path) -> bool:
-    """As `_is_scan`; of a damaged file more is said when it is read."""
+    """As `_is_scan`; where a file is damaged, or pydicom is not installed, more is said when it is read."""
     try:
         return _is_scan(_header(file))
-    except VolumeError:
+    except InputError:
         return True
 
 
