@@ -10,7 +10,7 @@ from math import ceil, prod
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ossnet.networks.boxes import (
     Box,
@@ -58,7 +58,9 @@ class CoarseEncoder:
         trunk: list[Tensor] = []
         for i in range(first, len(spec.stages)):
             x = self._entered(i, trunk[-1] if trunk else None)
-            trunk.append(self._refined(i, x))
+            for block in self.network.stage(i).trunk:
+                x = self._refined(i, block, x)
+            trunk.append(x)
             del x
         maps: list[MapPart] = []
         above: Tensor | None = None
@@ -95,19 +97,18 @@ class CoarseEncoder:
         widest = max(spec.stages[j].width * prod(ratio(spec, j, i)) for j in range(i + 1))
         return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest)
 
-    def _refined(self, i: int, x: Tensor) -> Tensor:
-        """End of the trunk of stage i."""
-        stage, span = self.network.spec.stages[i], self._span(i)
-        if not stage.trunk:
-            return x
+    def _refined(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        """A residual block of the trunk of stage i further.
 
-        def blocks(box: Box) -> Tensor:
-            out: Tensor = self.network.stage(i).trunk(cut(x, box, span[0]))
+        One by one: tiles of all blocks at once have halos that are computed two or three times over in large scans.
+        """
+        span, width = self._span(i), self.network.spec.stages[i].width
+
+        def refine(box: Box) -> Tensor:
+            out: Tensor = block(cut(x, box, span[0]))
             return out
 
-        return self._tiled(
-            blocks, span, stage.width, reach_of(self.network.spec, i, stage.trunk), 4 * stage.width
-        )
+        return self._tiled(refine, span, width, reach_of(self.network.spec, i, 1), 4 * width)
 
     def _mapped(self, i: int, x: Tensor, above: Tensor | None) -> Tensor:
         """Map of stage i."""
