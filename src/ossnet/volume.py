@@ -5,7 +5,7 @@ Voxel centres lie at integer indices; world coordinates are millimetres, RAS+ as
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ MARK = "ossnet"
 
 # Not typing.Self: the checks that tests add to each function do not know it outside of a checked class.
 _P = TypeVar("_P", bound="_Placed")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Orientation:
     axes: tuple[int, int, int] = (0, 1, 2)
     flips: tuple[bool, bool, bool] = (False, False, False)
 
-    @property
-    def is_identity(self) -> bool:
-        """True when nothing moves."""
-        return self == Orientation()
+    def moved(self, values: Sequence[Number]) -> tuple[Number, Number, Number]:
+        """One value a stored axis, such as a shape or a spacing, in the order of the new axes."""
+        x, y, z = (values[axis] for axis in self.axes)
+        return x, y, z
 
     def apply(self, array: np.ndarray) -> np.ndarray:
         """Reorder the last three axes of `array` (..., X, Y, Z); a view, no copy."""
@@ -234,6 +235,11 @@ class LabelMap(_Placed):
                 self.source or "label map", f"its data has {np.ndim(self.data)} axes", "Give (x, y, z)"
             )
         super().__post_init__()
+
+    @property
+    def holds_classes(self) -> bool:
+        """Whether it is a result of ours, which holds classes whatever values label files have."""
+        return self.origin.startswith(MARK)
 
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""

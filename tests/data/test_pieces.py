@@ -6,6 +6,7 @@ from scipy.ndimage import label
 from tests import tiny
 
 from ossnet.data.pieces import Piece, pieces_of, small_extent
+from ossnet.errors import ResourceError
 from ossnet.field.memory import affords_lattice
 from ossnet.field.octree.strides import strides_within
 
@@ -74,7 +75,7 @@ def test_a_grant_that_does_not_hold_the_lattice() -> None:
     model = tiny.model("multiscale")
     model.metadata["piece_mm"] = 3.9
     scan = tiny.scan((25, 20, 18), affine=np.diag([0.5, 0.5, 0.5, 1.0]))
-    assert affords_lattice(None, scan.shape, (2, 2, 2))
+    assert affords_lattice(None, (16, 16, 16))
     free = model.forecast(scan, memory="200MB")
     assert free.locations < scan.data.size
     with mock.patch("ossnet.field.memory._SITE_BYTES", 100_000):
@@ -82,6 +83,20 @@ def test_a_grant_that_does_not_hold_the_lattice() -> None:
         found = model.field(scan, memory="200MB").segment()
     assert found.strategy == "dense"
     assert found.evaluated == scan.data.size
+
+
+def test_a_region_needs_the_lattice_of_the_region() -> None:
+    model = tiny.model("multiscale")
+    model.metadata["piece_mm"] = 3.9
+    scan = tiny.scan((60, 60, 60), affine=np.diag([0.5, 0.5, 0.5, 1.0]))
+    region = ((24, 24, 24), (40, 40, 40))
+    whole = model.field(scan).segment(strategy="octree")
+    with mock.patch("ossnet.field.memory._SITE_BYTES", 50_000):
+        field = model.field(scan, memory="800MB")
+        with pytest.raises(ResourceError, match="at least"):
+            field.segment(strategy="octree")
+        part = field.segment(strategy="octree", region=region)
+    assert (part.data == whole.data[24:40, 24:40, 24:40]).all()
 
 
 def test_strides_within_a_distance() -> None:

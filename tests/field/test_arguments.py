@@ -19,6 +19,7 @@ CASES = {
     "field.segment(region=(0, 0, 0, 5, 5, 5))": "Write ((x0, y0, z0), (x1, y1, z1))",
     "field.mesh(1, labels='seg.nii.gz')": "it is a str. Read it: ossnet.read_labels(path)",
     "print(model, field, end='') or ossnet.load('nowhere')": "there is no such folder",
+    "field.segment(region=((0, 0, 0), (9, 9, 9)), batch=0)": "batch: is 0",
     "field.segment(strategy='dense', spacings=2)": "there is no option spacings. Perhaps spacing is meant",
     "field.segment(spacing=(1, 2))": "(1, 2) is not one value an axis",
     "field.segment(shape=10)": "10 is not one value an axis",

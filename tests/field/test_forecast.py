@@ -47,6 +47,17 @@ def test_a_grant_is_forecast(family: str) -> None:
         forecast(model, (24, 20, 18), np.eye(4), memory="50MB")
 
 
+def test_voxel_sizes_are_those_of_the_axes_in_the_file() -> None:
+    """Stored superior, anterior, right."""
+    affine = np.array(
+        [[0.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    )
+    model, scan = tiny.model("multiscale"), tiny.scan((5, 20, 7), affine=affine)
+    found = model.field(scan).segment(spacing=(8.0, 1.0, 1.0), strategy="dense")
+    asked = forecast(model, scan.shape, affine, spacing=(8.0, 1.0, 1.0), dense=True)
+    assert asked.locations == found.evaluated == found.data.size
+
+
 def test_an_image_that_is_held_is_forecast() -> None:
     model, shape = tiny.model("multiscale", fit="spacing", spacing=(1.0, 1.0, 1.0)), (150, 160, 170)
     affine = np.diag([1.0, 1.0, 0.9, 1.0])

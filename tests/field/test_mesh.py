@@ -118,6 +118,28 @@ def test_noise_in_any_orientation_is_closed_and_encloses_the_mask(seed: int, lab
     assert mesh.volume == pytest.approx((labels == label).sum() * ml, rel=0.15)
 
 
+@pytest.mark.parametrize("kind", ["all alike", "few sizes", "wild"])
+def test_surfaces_are_closed_whatever_the_values(kind: str) -> None:
+    """Also where those on both sides are equally far from the decision, or differ by orders of magnitude."""
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        shape = (9, 9, 9) if kind != "wild" else (6, 40, 6)
+        labels = (rng.random(shape) < 0.1 + 0.02 * seed).astype(np.uint8)
+        size = {
+            "all alike": np.ones(shape),
+            "few sizes": rng.choice([0.25, 0.5, 1.0], shape),
+            "wild": 10 ** rng.uniform(-4, 4, shape),
+        }[kind]
+        values = np.where(labels, size, -size)
+
+        def field(points: np.ndarray, values: np.ndarray = values) -> np.ndarray:
+            found: np.ndarray = values[tuple(np.rint(points).astype(int).T)]
+            return found
+
+        mesh = extract_mesh(field, shape, np.eye(4), labels=labels, refine_steps=0)
+        assert mesh.is_watertight
+
+
 @pytest.mark.parametrize("slab", [2**22, 3000])
 def test_slabs_join_without_a_seam(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = extract_mesh(torus, SHAPE, np.eye(4))

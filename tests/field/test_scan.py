@@ -203,3 +203,13 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setenv("FORCE_COLOR", "1")
     tiny.model("multiscale").field(tiny.scan(), device="cpu").segment(progress=True)
     assert "Locations" in capsys.readouterr().err
+
+
+def test_points_outside_count_as_the_border_of_the_scan() -> None:
+    """Not as what it is padded with."""
+    field = tiny.model("C").field(tiny.scan((24, 20, 18)), precision="fp32")
+    outside = [[-3.0, 10.0, 9.0], [12.0, 30.0, 17.5], [40.0, -9.0, 50.0]]
+    border = [[-0.5, 10.0, 9.0], [12.0, 19.5, 17.5], [23.5, -0.5, 17.5]]
+    np.testing.assert_array_equal(field.logits(outside), field.logits(border))
+    world = np.array(outside) @ field.volume.affine[:3, :3].T + field.volume.affine[:3, 3]
+    np.testing.assert_allclose(field.logits(world, "world"), field.logits(border), atol=1e-5)

@@ -261,6 +261,52 @@ def test_what_is_covered_grows_with_the_questions() -> None:
     assert bool((part.coarse[:49] < 0).all())
 
 
+def test_what_lies_between_far_questions_is_encoded_where_that_pays() -> None:
+    network, volume = trained(), torch.randn(1, 2000, 16, 16)
+    answer, whole = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder(network, volume, block=16)
+    whole.cover()
+    near, far = (random_locations((20, 16, 16)) + torch.tensor([x, 0.0, 0.0]) for x in (100.0, 1400.0))
+    covered = []
+    for _ in range(8):
+        for here in (near, far):
+            assert torch.allclose(answer(here), whole(here), atol=1e-5)
+            covered.append(answer.core[1][0] - answer.core[0][0])
+    # Each alone at first; going to and fro for as long as all between would have taken ends it.
+    assert covered[0] < 100 > covered[1]
+    assert covered[-1] > 1200
+    encoded = answer._encoded
+    answer(near)
+    assert answer._encoded == encoded
+
+
+def test_far_regions_need_the_budget_of_one() -> None:
+    network, volume = trained(), torch.randn(1, 2000, 16, 16)
+    free = BlockwiseEncoder(network, volume)
+    free.cover()
+    held = sum(m.bytes for m in free._coarse)
+    budget = (16 << 20) + 256 * free.bytes_per_location + held // 4
+    answer = BlockwiseEncoder(network, volume, chunk=256, budget=budget)
+    for x in (100.0, 1800.0) * 12:
+        here = random_locations((20, 16, 16)) + torch.tensor([x, 0.0, 0.0])
+        assert torch.allclose(answer(here), free(here), atol=1e-5)
+        assert answer.fixed_bytes <= held // 4 + (1 << 20)
+    # A prediction is that of its box, wherever others have asked meanwhile.
+    found = answer.prediction(((100, 0, 0), (120, 16, 16)))
+    assert found is not None
+    assert free.coarse is not None
+    assert torch.allclose(found[13:15], free.coarse[13:15], atol=1e-5)
+
+
+def test_nothing_is_kept_for_places_that_are_asked_once() -> None:
+    network, volume = trained(), torch.randn(1, 96, 96, 32)
+    locations = random_locations((96, 96, 32), 2000)
+    kept, once = (BlockwiseEncoder(network, volume, block=16, chunk=512, keep=k) for k in (True, False))
+    assert torch.equal(kept(locations), once(locations))
+    # Questions come block by block, so no block is computed twice for them.
+    assert kept.computed == once.computed == len(kept.blocks) > 10
+    assert len(once.blocks) == 1
+
+
 def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:
     answer = BlockwiseEncoder(trained(), torch.randn(1, 20, 20, 10))
     outside = torch.tensor([[-5.0, 3.0, 40.0]])

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ossnet.errors import ResourceError
 from ossnet.field.asking import Ask, asker
@@ -153,6 +154,10 @@ class Binding:
             started = time.perf_counter()
             self.answer.cover(box)
             self.encoder_seconds += time.perf_counter() - started
+
+    def prediction(self, box: Box | None) -> Tensor | None:
+        """What predicts the octree's first lattice in a box (as for `cover`), if the network has it."""
+        return self.answer.prediction(box) if isinstance(self.answer, Coverable) else self.answer.coarse
 
 
 def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
+from ossnet.errors import SettingsError
 from ossnet.field.asking import Ask
 from ossnet.field.grid import Box, box_shape
 from ossnet.field.memory import question_locations
 from ossnet.field.octree.lattice import Triple, Window, lattice_size
+from ossnet.field.octree.tree import NOT_A_NUMBER
 from ossnet.field.progress import Report
 from ossnet.volume import Shape
 
@@ -55,6 +57,9 @@ def label_everywhere(
 
     Args:
         classes: Including background.
+
+    Raises:
+        SettingsError: An answer is not a number.
     """
     low, high = region or ((0, 0, 0), shape)
     size = box_shape((low, high))
@@ -62,6 +67,8 @@ def label_everywhere(
     done, total = 0, int(np.prod(size))
     for box, voxels in slabs(shape, region, question_locations(classes)):
         logits = ask(voxels)
+        if logits.isnan().any():
+            raise SettingsError(*NOT_A_NUMBER)
         labels = (logits > 0) if logits.ndim == 1 else logits.argmax(dim=1)
         part = tuple(slice(a - o, b - o) for a, b, o in zip(*box, low, strict=True))
         out[part] = labels.cpu().numpy().reshape(box_shape(box))

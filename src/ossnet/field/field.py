@@ -36,6 +36,7 @@ from ossnet.volume import (
     Volume,
     closest_canonical,
     same_place,
+    transform,
 )
 
 if TYPE_CHECKING:
@@ -155,9 +156,10 @@ class Field:
             SettingsError: Points that are not (N, 3) finite numbers, or another space.
         """
         points = _checked(points, space)
-        to_fitted = self._bound.fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
         if space == "world":
-            to_fitted = to_fitted @ np.linalg.inv(self.volume.affine)
+            points = transform(points, np.linalg.inv(self.volume.affine))
+        points = points.clip(-0.5, np.array(self.volume.shape) - 0.5)
+        to_fitted = self._bound.fit.matrix() @ np.linalg.inv(self._orientation.matrix(self.volume.shape))
         logits = ask_at(self._bound.answer, points, to_fitted)
         return logits.float().cpu().numpy()
 
@@ -321,7 +323,8 @@ class Field:
         check_mesh_options(faces, smooth, **options)
         oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
         if self._bound.grant is not None:
-            self._bound.make_room(oriented.nbytes + mesh_bytes(oriented, label), "this mesh")
+            size = mesh_bytes(oriented, label, options.get("min_voxels", 0))
+            self._bound.make_room(oriented.nbytes + size, "this mesh")
         return extract_mesh(
             self._bound.asker(self.grid),
             self.grid.shape,
@@ -411,7 +414,7 @@ def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
     """Per-axis values of the stored grid in the oriented axes."""
     if np.shape(values) != (3,):
         raise SettingsError(name, f"{values!r} is not one value an axis", "Give three")
-    return tuple(values[a] for a in orientation.axes)
+    return orientation.moved(values)
 
 
 def _stored_affine(grid: Grid, orientation: Orientation, stored_shape: Shape) -> Affine:

@@ -94,6 +94,8 @@ def forecast(
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
+    if spacing is not None and not isinstance(spacing, int | float):
+        spacing = orientation.moved(spacing)
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
 
     def stand_in(one: Model) -> Scan:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
+from torch import Tensor
 
 from ossnet.errors import SettingsError
 from ossnet.field.asking import ask_at
@@ -16,7 +17,7 @@ from ossnet.field.engine.answer import Coverable
 from ossnet.field.everywhere import label_everywhere, label_lattice
 from ossnet.field.grid import Box, Grid, box_shape
 from ossnet.field.memory import affords_lattice, lattice_bytes, question_locations
-from ossnet.field.octree.lattice import Triple, Window
+from ossnet.field.octree.lattice import Triple, Window, lattice_size
 from ossnet.field.octree.refinement import ask as ask_all
 from ossnet.field.octree.refinement import path_from, refine
 from ossnet.field.octree.released_stages import ReleasedStages
@@ -65,6 +66,9 @@ class Labelling:
         self.classes = max(bound.model.classes, 2)
         gap = bound.model.piece_gap_mm
         self.stride = None if gap is None else strides_within(gap, spacing_of(grid.affine))
+        able = isinstance(bound.answer, Coverable) and "start" not in options
+        self._local = region if able else None
+        """The region, where only what it depends on is encoded and looked at."""
         self.strategy = self._resolved(strategy)
         self._lattice: Triple | None = None
         if self.strategy == "octree" and not {"start", "path"} & options.keys():
@@ -79,14 +83,20 @@ class Labelling:
             return "dense"
         if self.stride is None:
             return "octree"
-        affordable = affords_lattice(self.bound.grant, self.grid.shape, self.stride)
+        affordable = affords_lattice(self.bound.grant, lattice_size(self.grid.shape, self.stride))
         return "octree" if self.stride != (1, 1, 1) and affordable else "dense"
 
     @property
     def bytes(self) -> int:
         """What it takes beside the answer."""
-        lattice = 0 if self._lattice is None else lattice_bytes(self.grid.shape, self._lattice)
-        return self.bound.asking_bytes(self.grid, self.region) + lattice
+        asking = self.bound.asking_bytes(self.grid, self.region)
+        if self._lattice is None:
+            return asking
+        asked = None
+        if self._local is not None:
+            window = _first_sites(self.grid, self._local, path_from(self._lattice))[1]
+            asked = box_shape((window.low, window.high))
+        return asking + lattice_bytes(lattice_size(self.grid.shape, self._lattice), asked)
 
     def prepare(self) -> None:
         """Leave memory to it, and encode what it will ask about.
@@ -114,13 +124,14 @@ class Labelling:
         ask, shape, region = self.bound.asker(self.grid), self.grid.shape, self.region
         start, looked = options.pop("start", None), 0
         predicted = start is None
-        local = region is not None and predicted and isinstance(self.bound.answer, Coverable)
+        local = self._local if predicted else None
         if predicted:
-            start, looked = self._start(region if local else None, options, progress)
+            options.pop("segmentation", None)  # for start="predict"
+            start, looked = self._start(local, options, progress)
         if looked:
             options["doubt"] = None  # the lattice was asked: there is none
         batch = options.pop("batch", question_locations(self.classes))
-        if start is None or not local:
+        if start is None or local is None:
             found = refine(
                 ask,
                 shape,
@@ -157,19 +168,18 @@ class Labelling:
             sites = None if region is None else _first_sites(self.grid, region, options["path"])[1]
             ask = self.bound.asker(self.grid)
             return label_lattice(ask, self.grid.shape, self.stride, sites, self.classes, progress)
-        return (self._prediction() if self._prediction_pays() else None), 0
+        path = options.get("path", "auto")
+        coarse = self.bound.prediction(
+            None if region is None else needed(self.bound, self.grid, region, path)
+        )
+        if coarse is None or not self._prediction_pays(coarse):
+            return None, 0
+        coarse = coarse.detach().cpu()
+        return np.asarray(coarse.float().numpy() if coarse.is_floating_point() else coarse.numpy()), 0
 
-    def _prediction(self) -> np.ndarray:
-        """The answer's coarse logits, or labels."""
-        assert self.bound.answer.coarse is not None
-        coarse = self.bound.answer.coarse.detach().cpu()
-        return np.asarray(coarse.float().numpy() if coarse.is_floating_point() else coarse.numpy())
-
-    def _prediction_pays(self) -> bool:
+    def _prediction_pays(self, coarse: Tensor) -> bool:
         """A coarse array predicts the octree's first lattice where it covers the output grid and is fine enough."""
-        coarse, fit = self.bound.answer.coarse, self.bound.fit
-        if coarse is None:
-            return False
+        fit = self.bound.fit
         # A scan with a border around it lies in a part of the coarse array.
         if not (fit.resizes or fit.source == fit.target) or not self.grid.spans(self.bound.grid):
             return False

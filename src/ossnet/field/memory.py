@@ -116,14 +116,19 @@ def asking_bytes(shape: Shape, classes: int, surface: int | float) -> int:
     return label_bytes(shape, classes) + questions + lists
 
 
-def lattice_bytes(shape: Shape, stride: tuple[int, int, int]) -> int:
-    """What it takes to begin with a whole lattice: labels, margins and indices of its sites."""
-    return _SITE_BYTES * prod(-(-n // s) for n, s in zip(shape, stride, strict=True))
+def lattice_bytes(sites: Shape, asked: Shape | None = None) -> int:
+    """What it takes to begin with a whole lattice: labels of its sites, margins and indices of those that are asked.
+
+    Args:
+        sites: Of the lattice, along each axis.
+        asked: Those in a region; None: all.
+    """
+    return prod(sites) + (_SITE_BYTES - 1) * prod(asked or sites)
 
 
-def affords_lattice(grant: int | None, shape: Shape, stride: tuple[int, int, int]) -> bool:
+def affords_lattice(grant: int | None, sites: Shape) -> bool:
     """Whether a grant leaves a quarter to a whole lattice; otherwise all voxels are asked, slab by slab."""
-    return grant is None or 4 * lattice_bytes(shape, stride) <= grant
+    return grant is None or 4 * lattice_bytes(sites) <= grant
 
 
 def require(grant: int | None, needed: int | float, what: str) -> None:

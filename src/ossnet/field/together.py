@@ -63,6 +63,11 @@ class MeanAnswer:
             if isinstance(answer, Coverable):
                 answer.cover(None if box is None else _moved(box, matrix))
 
+    def prediction(self, box: tuple[Shape, Shape] | None = None) -> Tensor | None:
+        """See `Coverable`: the first answer's, on whose grid boxes are."""
+        first = self._answers[0]
+        return first.prediction(box) if isinstance(first, Coverable) else first.coarse
+
     def set_aside(self, size: int) -> None:
         """See `Coverable`; those that can leave what the others have not left, together."""
         for answer in self._able:

@@ -79,6 +79,7 @@ class BlockwiseEncoder:
         libraries: Of these, bytes that the libraries below take for themselves.
         precision: Of convolutions and products. "bf16" stores maps in bfloat16 as well.
         chunk: Locations decoded at once, at most.
+        keep: Keep the maps of fine blocks for questions to come, as the budget allows; False: those of the last block.
 
     Attributes:
         shape: S.
@@ -100,6 +101,7 @@ class BlockwiseEncoder:
         libraries: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
         chunk: int = 8192,
+        keep: bool = True,
     ) -> None:
         spec = network.spec
         if volume.shape[0] != spec.channels:
@@ -122,7 +124,7 @@ class BlockwiseEncoder:
         self.classes = spec.classes
         stride = spec.strides[-1]
         self.padded = triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
-        self._wanted = chunk, block
+        self._wanted, self._keep = (chunk, block), keep
         self.blocks: OrderedDict[Triple, list[MapPart]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
@@ -132,6 +134,8 @@ class BlockwiseEncoder:
         """Voxels that coarse maps were computed from: the core with its halo."""
         self._coarse: list[MapPart] = []
         self._prediction: Tensor | None = None
+        self._encoded = 0
+        """Voxels that coarse maps were computed from so far, in all."""
         self.work, self.chunk, self.block = WORK_BYTES, chunk, self.padded
         self.set_aside(0)
 
@@ -184,6 +188,8 @@ class BlockwiseEncoder:
 
     def _make_room(self, size: int) -> None:
         """Give up the blocks that were used least lately, until so many bytes fit."""
+        if not self._keep:
+            self.blocks.clear()
         while self.room is not None and self.blocks and self.fixed_bytes + size > self.room:
             self.blocks.popitem(last=False)
 
@@ -214,7 +220,8 @@ class BlockwiseEncoder:
         """Encode what answers and predictions in a box depend on: the box with the receptive field around it.
 
         Args:
-            box: Voxels; joined with what is covered already. None: the whole scan.
+            box: Voxels; what was covered before stays covered where it lies near and the budget holds both. None: the
+                whole scan.
 
         Raises:
             ResourceError: The budget does not hold the maps.
@@ -222,31 +229,47 @@ class BlockwiseEncoder:
         with self._turn:
             self._cover(box)
 
+    def prediction(self, box: Box | None = None) -> Tensor | None:
+        """`coarse` with a box covered, whatever others cover meanwhile (arguments and errors as for `cover`)."""
+        with self._turn:
+            self._cover(box)
+            return self.coarse
+
     def _cover(self, box: Box | None) -> None:
-        whole: Box = ((0, 0, 0), self.shape)
         if box is not None:
             # A prediction is interpolated from the coarse cells around it.
             cell = self.spec.strides[self.network.coarse_stage]
             box = nearest([(a - c, b + c) for (a, b), c in zip(pairs(box), cell, strict=True)], self.shape)
-        box = whole if box is None else box
+        else:
+            box = ((0, 0, 0), self.shape)
+        if self._coarse and holds(self.core, box):
+            return
+        box, crop = self._with_halo(box)
         if self._coarse:
-            if holds(self.core, box):
-                return
-            box = join(self.core, box)
+            joined = self._with_halo(join(self.core, box))
+            # What lies between is encoded too as soon as going to and fro would have cost as much.
+            pays = voxels_of(joined[1]) <= self._encoded + voxels_of(crop)
+            if pays and (self.budget is None or self._needed_bytes(joined[1]) <= self.budget):
+                box, crop = joined
+        self._check_budget(crop)
+        self.blocks.clear()
+        self._coarse, self._prediction = [], None
+        self.core, self.crop = box, crop
+        self._encoded += voxels_of(crop)
+        with torch.inference_mode(), exact_float32(self.device):
+            self._coarse = CoarseEncoder(
+                self.network, self._read, crop, self.padded, self.work, self.dtype, self.device
+            ).maps()
+
+    def _with_halo(self, box: Box) -> tuple[Box, Box]:
+        """What is covered for a box, and the voxels that its coarse maps are computed from."""
         halo, last = receptive_halo(self.spec), self.spec.strides[-1]
         around = zip(pairs(box), halo, last, strict=True)
         crop = clip([(a // s * s - h, ceil(b / s) * s + h) for (a, b), h, s in around], self.padded)
         # Nearly all of it: then all of it, and nothing is encoded twice.
         if 4 * voxels_of(crop) > 3 * prod(self.padded):
-            box, crop = whole, ((0, 0, 0), self.padded)
-        self._check_budget(crop)
-        self.blocks.clear()
-        self._coarse, self._prediction = [], None
-        self.core, self.crop = box, crop
-        with torch.inference_mode(), exact_float32(self.device):
-            self._coarse = CoarseEncoder(
-                self.network, self._read, crop, self.padded, self.work, self.dtype, self.device
-            ).maps()
+            return ((0, 0, 0), self.shape), ((0, 0, 0), self.padded)
+        return box, crop
 
     @torch.inference_mode()
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
@@ -478,14 +501,17 @@ class BlockwiseEncoder:
         """Refuse what the budget does not hold: coarse maps of a box, and room to work."""
         if self.budget is None:
             return
+        if (needed := self._needed_bytes(crop)) > self.budget:
+            raise ResourceError(
+                f"{self.budget / 1e6:.3g} MB of memory are granted, at least {ceil(needed / 1e6)} MB are "
+                "needed for this scan. Grant more."
+            )
+
+    def _needed_bytes(self, crop: Box) -> int:
+        """Of the budget, what coarse maps of a box and room to work take."""
         first = self.network.coarse_stage
         stages = self.spec.stages[first:]
         cells = [voxels_of(crop) / prod(s) for s in self.spec.strides[first:]]
         held = sum(n * s.features for n, s in zip(cells, stages, strict=True)) * self.dtype.itemsize
         asked = held + self.reserve + self.work + self.chunk * self.bytes_per_location
-        needed = int(max(self._encoding_bytes(crop) + self.libraries, asked))
-        if needed > self.budget:
-            raise ResourceError(
-                f"{self.budget / 1e6:.3g} MB of memory are granted, at least {ceil(needed / 1e6)} MB are "
-                "needed for this scan. Grant more."
-            )
+        return int(max(self._encoding_bytes(crop) + self.libraries, asked))

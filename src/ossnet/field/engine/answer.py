@@ -14,7 +14,7 @@ from ossnet.volume import Shape
 
 @runtime_checkable
 class Answer(Protocol):
-    """Logits at locations of one scan. Immutable once made; asking is safe from one thread at a time."""
+    """Logits at locations of one scan, the same whatever was asked before. Threads that ask at once take turns."""
 
     @property
     def shape(self) -> Shape:
@@ -59,6 +59,9 @@ class Coverable(Protocol):
 
     def cover(self, box: tuple[Shape, Shape] | None = None) -> None:
         """Prepare all that answers in a box (low, high excluded) depend on, on the network's grid; None: all."""
+
+    def prediction(self, box: tuple[Shape, Shape] | None = None) -> Tensor | None:
+        """`Answer.coarse` with a box covered; others that ask at the same time may cover another one."""
 
     def set_aside(self, size: int) -> None:
         """Leave so many bytes of the grant to those that ask, from now on.

@@ -123,13 +123,18 @@ def extract_mesh(
     return cast("trimesh.Trimesh", mesh)
 
 
-def mesh_bytes(labels: Integer[np.ndarray, "X Y Z"], label: int) -> int:
-    """What `extract_mesh` takes beside the labels: the structure's box, slabs of it, vertices and triangles."""
+def mesh_bytes(labels: Integer[np.ndarray, "X Y Z"], label: int, min_voxels: int = 0) -> int:
+    """What `extract_mesh` takes beside the labels: the structure's box, slabs of it, vertices and triangles.
+
+    Args:
+        min_voxels: As for `extract_mesh`: small parts are looked for.
+    """
     box = bounding_box(labels, label)
     if box is None:
         return 0
     mask = np.asarray(labels[box] == label)
-    return int(2 * mask.size + _BAND_BYTES * len(narrow_band(mask)) + _SLABS_BYTES)
+    each = 2 if not min_voxels else 8
+    return int(each * mask.size + _BAND_BYTES * len(narrow_band(mask)) + _SLABS_BYTES)
 
 
 _SPACE, _STL_HEADER = b"ossnet SPACE=RAS", 80
@@ -165,8 +170,12 @@ def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:
 
 def drop_small_parts(mask: Any, voxels: int) -> Any:
     """The mask (X, Y, Z) without its 6-connected parts of fewer voxels."""
-    parts, _ = ndimage.label(mask)
-    return (np.bincount(parts.reshape(-1)) >= voxels)[parts] & mask
+    parts, count = ndimage.label(mask)
+    # Plane by plane: counting all at once would widen the parts to 64 bits.
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in parts:
+        sizes += np.bincount(plane.reshape(-1), minlength=count + 1)
+    return (sizes >= voxels)[parts] & mask
 
 
 def check_mesh_options(

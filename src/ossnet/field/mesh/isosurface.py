@@ -20,8 +20,11 @@ Values = Callable[[Float[np.ndarray, "N 3"]], Float[np.ndarray, " N"]]
 # Voxels of one slab: bounds the dense float array that marching cubes needs.
 _SLAB = 2**20
 # Smallest and largest distance of a value from the level, relative to the median: no vertex falls onto a
-# voxel, where several would coincide.
-_NEAREST, _FURTHEST = 1e-3, 1e3
+# voxel, where several would coincide, also as far as float32 tells them apart.
+_NEAREST, _FURTHEST = 1e-3, 10.0
+# Of values inside, so that none are as large as those outside: where both diagonals of a cube's face are as far from
+# the level, its two sides may be cut in different ways.
+_NO_TIE = 1.001
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def marching_cubes(mask: Bool[np.ndarray, "X Y Z"], values: Values, corner: Trip
     scale = float(np.median(np.abs(answers))) or 1.0
     size = np.clip(np.nan_to_num(np.abs(answers), nan=scale), _NEAREST * scale, _FURTHEST * scale)
     inside = around[tuple(asked.T)]
-    signed = np.where(inside, size, -size).astype(np.float32)
+    signed = np.where(inside, _NO_TIE * size, -size).astype(np.float32)
 
     vertices, faces, count = [], [], 0
     thickness = max(2, _SLAB // max(1, around[0].size))

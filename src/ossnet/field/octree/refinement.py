@@ -90,8 +90,6 @@ def refine(
     Raises:
         SettingsError: For settings or answers that have no meaning.
     """
-    if batch < 1:
-        raise SettingsError("batch", f"is {batch}", "Give at least 1")
     if stride is not None:
         path = path_from(stride)
     octree = _questions(
@@ -107,7 +105,7 @@ def refine(
 
 def path_from(stride: int | Triple) -> Path:
     """The path that begins at a stride: 16, 8, 4, 1 cut off above it; 2 goes straight to 1."""
-    first = (stride,) * 3 if isinstance(stride, int) else stride
+    first = stride if isinstance(stride, tuple) else (int(stride),) * 3
     steps = [first]
     for s in (8, 4, 1):
         step = (min(s, first[0]), min(s, first[1]), min(s, first[2]))
@@ -119,7 +117,13 @@ def path_from(stride: int | Triple) -> Path:
 def ask(
     function: Function, voxels: Int[np.ndarray, "N 3"], batch: int
 ) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
-    """Labels and margins at voxels, asked `batch` at a time: only these are kept for many classes."""
+    """Labels and margins at voxels, asked `batch` at a time: only these are kept for many classes.
+
+    Raises:
+        SettingsError: A batch of none, or answers that have no meaning.
+    """
+    if batch < 1:
+        raise SettingsError("batch", f"is {batch}", "Give at least 1")
     parts = [decide(function(voxels[i : i + batch])) for i in range(0, len(voxels), batch)]
     labels = np.concatenate([part[0] for part in parts])
     margins = [part[1] for part in parts if part[1] is not None]

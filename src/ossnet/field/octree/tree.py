@@ -36,6 +36,10 @@ _PRIOR_MARGIN = 4.0
 _NONE: Indices = np.empty(0, dtype=np.int64)
 
 
+NOT_A_NUMBER = "function", "answered not-a-number", "Check the network's weights and its input"
+"""What, reason and fix of a `SettingsError`."""
+
+
 def decide(answers: Array) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N"] | None]:
     """Labels and margins of the answers of a function.
 
@@ -65,7 +69,7 @@ def decide(answers: Array) -> tuple[Int[np.ndarray, " N"], Float[np.ndarray, " N
         )
     values = values.astype(np.float32, copy=False)
     if np.isnan(values).any():
-        raise SettingsError("function", "answered not-a-number", "Check the network's weights and its input")
+        raise SettingsError(*NOT_A_NUMBER)
     if values.ndim == 1:
         return (values > 0).astype(np.int64), np.abs(values)
     labels = values.argmax(axis=1)
@@ -293,8 +297,8 @@ class Octree:
             raise SettingsError("function", "answers labels and logits in turn", "Return one kind")
 
     def _keep_values(self) -> None:
-        """On the coarsest lattice: store margins if answers bring them and something is made of them."""
-        useful = len(self.path) > 1 or self.trust is not None
+        """Store margins if answers bring them and something is made of them: on all lattices but the last."""
+        useful = self._level + 1 < len(self.path) or self.trust is not None
         if not self._values:
             self._lattice.margins = self._lattice.margins if self._values is None else None
         elif self._lattice.margins is None and useful:
