@@ -92,6 +92,13 @@ def test_a_voxel_and_its_location_move_together() -> None:
     assert fit.volume(volume)[0, x, y, z] == 1
 
 
+def test_a_channel_in_small_units_is_no_constant_one() -> None:
+    """Diffusion in m²/s, for example."""
+    data = np.random.default_rng(0).uniform(0, 1e-9, (1, 8, 8, 8)).astype(np.float32)
+    scan = prepare_scan(Volume(data, np.eye(4)), Preparation())
+    assert float(scan.image.std()) == pytest.approx(1, abs=0.05)
+
+
 def test_a_constant_channel_becomes_zero() -> None:
     data = np.stack([np.full((5, 5, 5), 7, np.int16), np.arange(125, dtype=np.int16).reshape(5, 5, 5)])
     scan = prepare_scan(Volume(data, np.eye(4)), Preparation())

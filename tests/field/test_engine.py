@@ -15,7 +15,7 @@ from ossnet.field.engine.fused import MARGIN, FusedAnswer, close_calls
 from ossnet.field.engine.prepare import _on, prepare
 from ossnet.field.engine.products import Products
 from ossnet.field.memory import MemoryNotice
-from ossnet.networks import kernels, native
+from ossnet.networks import kernels, native, toeplitz
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.variants import spec_for
 
@@ -95,6 +95,23 @@ def test_fused_equals_the_module(way: str, variant: str, spectral: bool) -> None
         torch.testing.assert_close(answer(locations), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_what_padding_holds_does_not_pile_up(way: str) -> None:
+    """A unit that is applied to what it gave, over and over, leaves the numbers: what is padded must not be."""
+    network, image, locations = trained("A"), torch.randn(2, *SHAPE), some_locations(32)
+    for name, value in network.state_dict().items():
+        if name.endswith("weight_numerator"):
+            value[0] += 0.1
+            value[5] += 0.3
+        elif name.endswith("weight_denominator"):
+            value[3] -= 0.05
+    answer = prepare(network, image, chunk=32)
+    first = answer(locations)
+    torch.testing.assert_close(first, direct(network, image, locations), rtol=1e-3, atol=1e-3)
+    for _ in range(200):
+        again = answer(locations)
+    assert torch.equal(again, first)
+
+
 @pytest.mark.parametrize(
     "change", [{"cbn_statistics": "feature"}, {"normalise_coordinates": True}, {"width": 40}]
 )
@@ -160,6 +177,27 @@ def test_a_grant_makes_chunks_smaller_and_is_kept() -> None:
     assert torch.equal(bound(locations), free(locations))
     with pytest.raises(ResourceError, match="at least"):
         prepare(network, image, memory="5MB")
+
+
+@pytest.mark.parametrize("engine", ["fused", "plain"])
+def test_a_chunk_is_no_way_around_the_grant(engine: str) -> None:
+    network, image = trained("D"), torch.randn(2, *SHAPE)
+    free = prepare(network, image, chunk=8192, engine=engine)  # type: ignore[arg-type]
+    grant = free.fixed_bytes + 600 * free.bytes_per_location
+    bound = prepare(network, image, chunk=8192, memory=grant + (200 << 20), engine=engine)  # type: ignore[arg-type]
+    assert bound.chunk <= free.chunk
+    with pytest.raises(ResourceError, match="at least"):
+        prepare(network, image, chunk=4096, memory=free.fixed_bytes, engine=engine)  # type: ignore[arg-type]
+
+
+def test_an_answer_made_in_inference_mode_leaves_trainings_alone() -> None:
+    toeplitz._taps.cache_clear()
+    network, image = trained("A"), torch.randn(2, *SHAPE)
+    with torch.inference_mode():
+        prepare(network, image)
+    weight = torch.randn(2, 1, 7, 7, 7, requires_grad=True)
+    toeplitz.toeplitz(weight).square().sum().backward()
+    assert weight.grad is not None
 
 
 def test_refused_memory_halves_the_chunk_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,16 @@ def test_a_folder_that_others_can_write_to_is_not_used(cache: Path) -> None:
     assert native._folder().stat().st_mode & 0o077 == 0
 
 
+def test_without_a_home_it_is_built_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert native._folder() == native._process_folder()
+
+
 def test_a_broken_library_is_built_again(cache: Path) -> None:
     assert native._load() is not None
     (file,) = cache.iterdir()

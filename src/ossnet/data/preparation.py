@@ -209,7 +209,7 @@ class Preparation(BaseModel):
         """Shift, scale and largest value of a channel."""
         top = float(values.max())
         if window is not None:
-            return window.mean, max(window.std, 1e-8), min(top, window.high)
+            return window.mean, _scale(window.std, window.mean), min(top, window.high)
         if self.normalise == "none":
             return 0.0, 1.0, top
         mean = float(values.mean(dtype=np.float64))
@@ -237,13 +237,17 @@ class Statistics:
 
 
 def _unbiased_std(values: Num[np.ndarray, " N"], mean: float) -> float:
-    """Standard deviation with n - 1; 1 for a constant channel, which then becomes all zero (SPEC §7.15)."""
+    """Standard deviation with n - 1, as a scale."""
     total = 0.0
     for start in range(0, len(values), _PART):
         part = values[start : start + _PART].astype(np.float64) - mean
         total += float(part @ part)
-    std = math.sqrt(total / max(len(values) - 1, 1))
-    return std if std > 1e-8 * max(abs(mean), 1.0) else 1.0
+    return _scale(math.sqrt(total / max(len(values) - 1, 1)), mean)
+
+
+def _scale(std: float, mean: float) -> float:
+    """The standard deviation; 1 for a constant channel, which then becomes all zero (SPEC §7.15)."""
+    return std if std > max(1e-8 * abs(mean), 1e-30) else 1.0
 
 
 def as_float(

@@ -47,10 +47,13 @@ def released_border(mask: Bool[np.ndarray, "X Y Z"], kernel: int = 13) -> Bool[n
 def euclidean_border(
     mask: Bool[np.ndarray, "X Y Z"], spacing: tuple[float, float, float], width_mm: float
 ) -> Bool[np.ndarray, "X Y Z"]:
-    """Voxels whose centre lies at most width_mm / 2 from the surface, on both sides."""
+    """Voxels whose centre lies at most width_mm / 2 from the surface, on both sides.
+
+    The surface counts as half of the smallest voxel size before the nearest centre on the other side: across thick
+    slices the band is narrower than asked for.
+    """
     if not mask.any() or mask.all():
         return np.zeros(mask.shape, dtype=bool)
-    # The surface lies half a voxel before the nearest centre on the other side.
     half = width_mm / 2 + min(spacing) / 2
     inside = ndi.distance_transform_edt(mask, sampling=spacing)
     outside = ndi.distance_transform_edt(~mask, sampling=spacing)

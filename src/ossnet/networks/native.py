@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return _load()
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, subprocess.SubprocessError, AttributeError, ValueError) as error:
         logging.getLogger(__name__).info("no compiled loops, tensor operations instead: %s", error)
         return None
 
@@ -116,14 +116,14 @@ def _processor() -> str:
 
 def _folder() -> Path:
     """A folder that only this user can write to: what lies there is run."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
-        folder = base / "ossnet"
+        # Without a home there is a RuntimeError.
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ossnet"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):
         pass
     return _process_folder()
 

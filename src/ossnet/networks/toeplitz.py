@@ -34,6 +34,7 @@ def toeplitz(weight: Float[Tensor, "O C *kernel"]) -> Float[Tensor, "I J"]:
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # kept for trainings too
 def _taps(edge: int, axes: int, device: torch.device) -> Tensor:
     """(E^d, E^d): the tap that leads from a patch voxel to an output voxel, E^d for none."""
     index = torch.arange(edge)

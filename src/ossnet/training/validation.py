@@ -99,7 +99,14 @@ def validate(
         image = as_float(case.image, fabric.device)
         image = case.fit.volume(model.preparation.normalise_(image, case.statistics))
         answers = [
-            prepare(one.network, image, device=fabric.device, precision=precision, **model.engine_options())
+            prepare(
+                one.network,
+                image,
+                device=fabric.device,
+                precision=precision,
+                once=True,
+                **model.engine_options(),
+            )
             for one in model.answering
         ]
         answer = MeanAnswer(answers, [np.eye(4)] * len(answers)) if len(answers) > 1 else answers[0]

@@ -100,7 +100,8 @@ class FusedAnswer:
         main = self._exact if self._fast is None else self._fast
         weights = sum(p.weight_bytes for p in (self._exact, self._fast) if p is not None)
         each = sum(p.bytes_per_row for p in {self._exact, main})
-        wanted = chunk or chunk_for(memory, weights + reserve, each, best[0 if self._fast is None else 1])
+        most = best[0 if self._fast is None else 1]
+        wanted = chunk_for(memory, weights + reserve, each, min(chunk or most, most))
         wanted = max(-(-wanted // ROWS) * ROWS, ROWS)
 
         def take(rows: int) -> None:

@@ -57,6 +57,7 @@ def prepare(
     large_pool: Pool = "avg",
     engine: Engine = "fused",
     window: Shape | None = None,
+    once: bool = False,
 ) -> Answer:
     """Bind a trained network to one scan: encode it once, and make asking cheap.
 
@@ -67,7 +68,7 @@ def prepare(
             where it is a GPU.
         precision: "bf16" computes in bfloat16, "auto" takes it where the machine computes it fast. The paper's
             variants are asked again in float32 where an answer is close to a decision.
-        chunk: Locations at once; None chooses by measurement and `memory`.
+        chunk: Locations at once, at most; None chooses by measurement and `memory`.
         memory: Grant for everything above the image: bytes, or "2GB"; None for no limit.
         reserve: Bytes of the grant that others need once locations are asked; the default network is told by
             `Coverable.set_aside`.
@@ -75,6 +76,7 @@ def prepare(
         large_pool: How 14³ patches are pooled: "avg" (paper) or "max" (released inference, SPEC §7.3).
         engine: "plain" runs the training-time module, for comparison.
         window: Dense networks that were trained on patches: the patch size to slide with.
+        once: No place is asked a second time: the default network keeps no fine maps for that.
 
     Raises:
         SettingsError: If the network's family is unknown here or the image does not fit the network.
@@ -100,6 +102,7 @@ def prepare(
         large_pool=large_pool,
         engine=engine,
         window=window,
+        once=once,
     )
 
 
@@ -173,7 +176,7 @@ def prepare_ossnet(
         with torch.no_grad(), exact_float32(device):
             encoding = network.encode(reduce_by_two(image)[None])
         fixed = 4 * padded_voxels(network, image)
-        size = chunk or chunk_for(memory, fixed + reserve, plain_bytes_per_location(network), 4096)
+        size = chunk_for(memory, fixed + reserve, plain_bytes_per_location(network), chunk or 4096)
         return PlainAnswer(network, image, encoding, size, large_pool)
     # A slab works on two planes more than it answers.
     y, z = network.spec.encoder_shape[1:]
@@ -212,6 +215,7 @@ def prepare_multiscale(
     chunk: int | None = None,
     memory: int | None = None,
     libraries: int = 0,
+    once: bool = False,
     **_: Any,
 ) -> Answer:
     """The default network: maps are made where locations are asked."""
@@ -224,6 +228,7 @@ def prepare_multiscale(
         libraries=libraries,
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,
+        keep=not once,
     )
 
 

@@ -187,6 +187,8 @@ class Products:
         hidden[:, :columns].view(n, outputs, PATCH_SIZE, _PLANE).copy_(
             planes.view(PATCH_SIZE, n, outputs, _PLANE).permute(1, 2, 0, 3)
         )
+        # The unit runs over the padding too: what it left there last time must not pile up.
+        hidden[:, columns:] = 0
         wide = F.pad(bias.repeat_interleave(_CUBE), (0, hidden.shape[1] - columns))
         affine_pade(hidden[None], None, wide[None], None, pade, out=hidden[None])
         return hidden
