@@ -55,6 +55,20 @@ def test_problems_are_listed_with_their_fix(tmp_path: Path) -> None:
     assert "Fix: Add its label file" in answer.stdout
 
 
+def test_names_with_brackets_are_shown(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "a [b] set")
+    (root / "images").rename(root / "imagesTr")
+    (root / "labels").rename(root / "labelsTr")
+    for file in (root / "imagesTr").iterdir():
+        file.rename(file.with_name(file.name.replace(".nii", "_0000.nii")))
+    described = {"channel_names": {"0": "T1 [post]"}, "labels": {"background": 0, "lesion [/]": 1}}
+    (root / "dataset.json").write_text(json.dumps(described))
+    answer = run.invoke(app, ["check", str(root), "--cases"])
+    assert answer.exit_code == 0, answer.output
+    for part in ("a [b] set", "1: T1 [post]", "1: lesion [/]", "1 lesion [/]"):
+        assert part in answer.stdout
+
+
 def test_json(tmp_path: Path) -> None:
     root = dataset(tmp_path)
     value = json.loads(run.invoke(app, ["check", str(root), "--json"]).stdout)

@@ -112,6 +112,14 @@ def test_two_files_and_folders_of_files_need_no_data_set(tmp_path: Path) -> None
     ]
 
 
+def test_label_files_may_all_have_a_suffix(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        labels(0, 1).save(tmp_path / "labels" / f"{case}_seg.nii.gz")
+        labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
+    found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
+    assert {row["case"] for row in found["cases"]} == {"a", "b"}
+
+
 def test_one_prediction_is_found_in_a_data_set(tmp_path: Path) -> None:
     given, reference = predictions(tmp_path / "p", "_seg"), dataset(tmp_path / "d")
     told = json.loads(evaluate(given / "a_seg.nii.gz", reference, "--json").out)

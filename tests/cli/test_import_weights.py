@@ -21,6 +21,16 @@ def test_a_released_file_becomes_a_model(tmp_path: Path) -> None:
     assert "variant C" in succeeded("info", tmp_path / "c")
 
 
+def test_models_are_not_replaced(tmp_path: Path) -> None:
+    made = "import-weights", RELEASED / "oss_net_c.pt", "--out"
+    succeeded(*made, tmp_path / "c", *GRID)
+    before = (tmp_path / "c" / "model.json").read_bytes()
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for out in (tmp_path / "c", tmp_path / "run"):
+        assert "holds a model or a run already" in refused(tmp_path, *made, out, *GRID)
+    assert (tmp_path / "c" / "model.json").read_bytes() == before
+
+
 class Harmful:
     """Would make a file when unpickled."""
 
@@ -72,7 +82,7 @@ def test_grids_without_meaning(tmp_path: Path, given: str) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["import-weights", RELEASED / "oss_net_c.pt", *GRID, "--out"]
-    assert "cannot be written" in refused(tmp_path, *arguments, tmp_path / "file")
+    assert "is a file, not a folder" in refused(tmp_path, *arguments, tmp_path / "file")
     code, said = ended(started(*arguments, tmp_path / "model", limit_bytes=1000))
     assert code == 2, said
     assert "the disk is full" in said

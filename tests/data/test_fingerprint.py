@@ -157,11 +157,17 @@ def test_thick_slices_and_files_of_no_case_are_told(tmp_path: Path) -> None:
 
 
 def test_the_fit_of_scans_in_different_orders(tmp_path: Path) -> None:
-    case(tmp_path, "a", (20, 30, 40), np.eye(4))
+    affine = np.diag([1.0, 1.0, 5.0, 1.0])
+    case(tmp_path, "a", (20, 30, 40), affine)
     order = Orientation((2, 0, 1), (True, False, True))
-    labels = LabelMap(np.zeros((20, 30, 40), np.uint8), np.eye(4)).reoriented(order)
+    labels = LabelMap(np.zeros((20, 30, 40), np.uint8), affine).reoriented(order)
     case(tmp_path, "b", labels.shape, labels.affine)
-    assert fingerprint(open_dataset(tmp_path)).fit == propose_fit([(20, 30, 40)])
+    found = fingerprint(open_dataset(tmp_path))
+    assert found.fit == propose_fit([(20, 30, 40)])
+    assert (found.median_shape, found.median_spacing) == ((20, 30, 40), (1, 1, 5))
+    text = "\n".join(found.notes)
+    assert "slices lie 5 mm apart" in text
+    assert "voxel sizes differ" not in text
 
 
 def test_nan_is_replaced_on_request(tmp_path: Path) -> None:

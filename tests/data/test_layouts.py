@@ -9,7 +9,7 @@ import pytest
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.files.nifti import write_labels, write_volume
-from ossnet.volume import LabelMap, Volume
+from ossnet.volume import MARK, LabelMap, Volume
 
 SHAPE = (4, 5, 6)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -461,6 +461,95 @@ def test_results_in_the_folder_are_not_taken_for_scans(tmp_path: Path) -> None:
     assert len(images_in(tmp_path / "d" / "results")) == 1  # if it is asked for itself
     (tmp_path / "d" / "results" / "report.json").write_text('{"EchoTime": 1}')
     assert open_dataset(tmp_path / "d").problems
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("sub-01_FLAIR", "patientA", "sub-03"),
+        ("sub-01_T1", "sub-02_T1"),
+        ("a", "b", "old_t1"),
+        ("volume-1", "thorax", "c_0000"),
+    ],
+)
+def test_names_like_those_of_other_data_sets_are_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        image(tmp_path / f"{name}.nii.gz")
+    found = images_in(tmp_path, channels=1)
+    assert {c.images for c in found} == {(tmp_path / f"{name}.nii.gz",) for name in names}
+
+
+def test_what_is_trained_on_can_be_segmented(tmp_path: Path) -> None:
+    for case in ("sub-01", "sub-02"):
+        image(tmp_path / f"{case}_t1.nii.gz")
+        label(tmp_path / f"{case}_t1_seg.nii.gz")
+    cases = open_dataset(tmp_path).cases
+    assert [(c.name, c.images) for c in images_in(tmp_path, 1)] == [(c.name, c.images) for c in cases]
+
+
+def test_a_brats_case_that_lacks_a_file_is_named_where_most_are_whole(tmp_path: Path) -> None:
+    for case in ("p1", "p2", "p3"):
+        brats(tmp_path, case, ("_flair", "_t1", "_t1ce", "_t2"), f"{case}_seg")
+    (tmp_path / "p2" / "p2_t2.nii.gz").unlink()
+    with pytest.raises(DatasetError, match="case p2 lacks channel 3 of 4"):
+        images_in(tmp_path, 4)
+    assert len(images_in(tmp_path, 1)) > 3  # for a model of one channel each file is a scan
+
+
+def test_cases_of_the_decathlon_may_end_in_four_digits(tmp_path: Path) -> None:
+    describe(
+        tmp_path,
+        modality={"0": "CT"},
+        labels={"0": "background", "1": "liver"},
+        training=[{"image": "./imagesTr/liver_0001.nii.gz", "label": "./labelsTr/liver_0001.nii.gz"}],
+    )
+    image(tmp_path / "imagesTr" / "liver_0001.nii.gz")
+    label(tmp_path / "labelsTr" / "liver_0001.nii.gz")
+    assert [c.name for c in images_in(tmp_path, 1)] == ["liver_0001"]
+    for number in (11, 12, 13):
+        image(tmp_path / "imagesTs" / f"liver_{number:04d}.nii.gz")
+    assert [c.name for c in images_in(tmp_path, 1)] == ["liver_0011", "liver_0012", "liver_0013"]
+
+
+def test_labels_that_a_model_drew_are_labels_and_results_beside_labels_are_none(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d", ("a", "b"), 1)
+    for name in ("labelsTr/a", "labels/b"):
+        drawn = LabelMap(np.ones(SHAPE, np.uint8), np.eye(4), origin=f"{MARK} 0123")
+        write_labels(drawn, root / f"{name}.nii.gz")
+    for folder in ("labelsTr", "labels"):
+        (root / folder / "a_report.json").write_text('{"model": {"fingerprint": "0"}, "scans": {}}')
+    assert [c.name for c in open_dataset(root).cases] == ["a", "b"]
+    image(tmp_path / "e" / "images" / "a.nii.gz")
+    label(tmp_path / "e" / "masks" / "a.nii.gz")
+    (root / "labels").rename(tmp_path / "e" / "segmentations")
+    (tmp_path / "e" / "segmentations" / "b.nii.gz").rename(tmp_path / "e" / "segmentations" / "a.nii.gz")
+    found = open_dataset(tmp_path / "e")
+    assert not found.problems
+    assert [c.label for c in found.cases] == [tmp_path / "e" / "masks" / "a.nii.gz"]
+
+
+def test_a_run_in_the_folder_of_a_data_set_is_no_part_of_it(tmp_path: Path) -> None:
+    image(tmp_path / "a.nii.gz")
+    label(tmp_path / "a_seg.nii.gz")
+    label(tmp_path / "runs" / "f0" / "validation" / "a.nii.gz")
+    assert open_dataset(tmp_path).problems
+    for name in ("settings.json", "splits.json"):
+        (tmp_path / "runs" / "f0" / name).write_text("{}")
+    assert not open_dataset(tmp_path).problems
+    assert len(images_in(tmp_path)) == 1
+    assert len(images_in(tmp_path / "runs" / "f0" / "validation")) == 1
+
+
+def test_results_of_ours_hold_classes(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        image(tmp_path / "images" / f"{case}.nii.gz")
+        label(tmp_path / "labels" / f"{case}.nii.gz", (0, 255))
+    image(tmp_path / "images" / "c.nii.gz")
+    drawn = LabelMap(np.ones(SHAPE, np.uint8), np.eye(4), origin=f"{MARK} 0123")
+    write_labels(drawn, tmp_path / "labels" / "c.nii.gz")
+    data = open_dataset(tmp_path)
+    assert (dict(data.label_names), data.label_map) == ({0: "background", 1: "label 255"}, {255: 1})
+    assert [set(np.unique(data.labels(c).data)) for c in data.cases] == [{0, 1}, {0, 1}, {1}]
 
 
 def test_labels_are_never_taken_for_images(tmp_path: Path) -> None:

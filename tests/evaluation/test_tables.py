@@ -83,6 +83,12 @@ def test_the_table_on_screen_shows_every_class_and_the_rules() -> None:
         assert expected in text, expected
 
 
+def test_names_with_brackets_are_shown() -> None:
+    shown = Console(file=io.StringIO(), width=200)
+    shown.print(to_screen(summarise([Row("a", 1, "lesion [enhancing]", scores(0.5))]), 1.0))
+    assert "1 lesion [enhancing]" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_csv_and_json_carry_every_case() -> None:
     lines = list(csv.DictReader(io.StringIO(to_csv(rows()))))
     assert len(lines) == 6

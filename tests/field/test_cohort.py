@@ -382,6 +382,38 @@ def test_what_was_finished_is_reported_also_when_it_ends_early(
     assert {"scan_0", "scan_1"} <= reported <= finished
 
 
+def test_one_file_among_others_has_a_report_of_its_own(model: Model, scans: Path, tmp_path: Path) -> None:
+    """Also where it is named as the scan is."""
+    out = tmp_path / "drawn" / "scan_0.nii.gz"
+    segment_all(model, plan_jobs([scans / "scan_0.nii.gz"], out), Options(device="cpu"))
+    assert [p.name for p in sorted(out.parent.iterdir())] == ["scan_0.nii.gz", "scan_0_report.json"]
+
+
+def test_a_report_says_what_lies_there_after_a_kill(model: Model, scans: Path, tmp_path: Path) -> None:
+    run(model, scans, tmp_path / "out")
+    old = (tmp_path / "out" / "report.json").read_text()
+    other = tiny.model("multiscale")
+    other.label_names = {1: "another name"}
+    run(other, scans, tmp_path / "out", overwrite=True)
+    # Killed before its report was written: the maps are there, what is said of them is not.
+    (tmp_path / "out" / "report.json").write_text(old)
+    entries = run(other, scans, tmp_path / "out")["scans"]
+    for name, entry in entries.items():
+        assert entry["origin"] == read_labels(tmp_path / "out" / f"{name}.nii.gz").origin
+        assert set(entry["volumes_ml"]) <= {"another name"}
+
+
+def test_the_first_result_is_reported_at_once(model: Model, scans: Path, tmp_path: Path) -> None:
+    reported = []
+    jobs = plan_jobs([scans], tmp_path / "out")
+
+    def done(count: int) -> None:
+        reported.append((tmp_path / "out" / "report.json").exists())
+
+    segment_all(model, jobs, Options(device="cpu", memory="400MB"), done=done)
+    assert reported[1:] == [True] * 4
+
+
 def test_nan(model: Model, tmp_path: Path) -> None:
     volume = tiny.scan()
     holes = volume.data.astype(np.float32)
@@ -421,7 +453,7 @@ def test_forecasts(model: Model, scans: Path) -> None:
 def test_plans(scans: Path, tmp_path: Path) -> None:
     single = tmp_path / "x" / "seg.nii.gz"
     (job,) = plan_jobs([scans / "scan_0.nii.gz"], single)
-    assert job == Job("scan_0", (scans / "scan_0.nii.gz",), single)
+    assert job == Job("scan_0", (scans / "scan_0.nii.gz",), single, alone=True)
     assert job.probabilities.name == "seg_probabilities.nii.gz"
     assert not single.parent.exists()
     with pytest.raises(SettingsError, match="one file for 5 scans"):

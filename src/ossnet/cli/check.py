@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -52,6 +53,7 @@ def command(
     - `decathlon`: dataset.json with training pairs, 4D files
     - `brats2020` (also 2021): CASE/CASE_flair.nii.gz, _t1, _t1ce, _t2, _seg
     - `brats2023`: CASE/CASE-t2f.nii.gz, -t1n, -t1c, -t2w, -seg
+    - `brats`: both together
     - `lits`: volume-N.nii, segmentation-N.nii
     - `folders`: images/CASE.nii.gz, labels/CASE.nii.gz
     - `case-folders`: CASE/image.nii.gz, CASE/label.nii.gz
@@ -74,11 +76,11 @@ def show(found: "Fingerprint", console: Console, *, cases: bool = False) -> None
     """Print a fingerprint for people."""
     data = found.dataset
     structures = [f"{name}" for number, name in data.label_names.items() if number]
-    console.print(f"[bold]{data.root.resolve().name}[/]  layout {data.layout}", soft_wrap=True)
+    console.print(f"[bold]{escape(data.root.resolve().name)}[/]  layout {data.layout}", soft_wrap=True)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Cases", _cases_line(found))
-    facts.add_row("Channels", f"{len(data.channel_names)}: {', '.join(data.channel_names)}")
-    facts.add_row("Structures", f"{len(structures)}: {', '.join(structures)}" if structures else "none")
+    facts.add_row("Channels", Text(f"{len(data.channel_names)}: {', '.join(data.channel_names)}"))
+    facts.add_row("Structures", Text(f"{len(structures)}: {', '.join(structures)}" if structures else "none"))
     if data.label_map:
         moved = ", ".join(f"{value} in files is class {number}" for value, number in data.label_map.items())
         facts.add_row("Label values", moved)
@@ -169,7 +171,7 @@ def _grey_values(found: "Fingerprint") -> Table:
                 span = (
                     f"{_number(min(v.minimum for v in values))} … {_number(max(v.maximum for v in values))}"
                 )
-                table.add_row(name if where == "scan" else "", where, *middle, span)
+                table.add_row(Text(name if where == "scan" else ""), where, *middle, span)
     return table
 
 
@@ -180,7 +182,7 @@ def _each_case(found: "Fingerprint") -> Table:
     )
     for case in found.cases:
         table.add_row(
-            case.name,
+            Text(case.name),
             " × ".join(map(str, case.shape)),
             " × ".join(f"{s:.4g}" for s in case.spacing),
             case.orientation,
@@ -196,12 +198,12 @@ def _structures(found: "Fingerprint") -> Table:
             continue
         present = [c for c in found.cases if number in c.volumes_ml]
         if not present:
-            table.add_row(f"{number} {name}", f"0 of {len(found.cases)}", "", "", "", "")
+            table.add_row(Text(f"{number} {name}"), f"0 of {len(found.cases)}", "", "", "", "")
             continue
         volumes = sorted(c.volumes_ml[number] for c in present)
         share = _median([c.voxels[number] / sum(c.voxels.values()) for c in present])
         table.add_row(
-            f"{number} {name}",
+            Text(f"{number} {name}"),
             f"{len(present)} of {len(found.cases)}",
             *(_number(v) for v in (volumes[0], _median(volumes), volumes[-1])),
             f"{100 * share:.2g} %",

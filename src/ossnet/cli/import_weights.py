@@ -21,6 +21,11 @@ def command(
     """
     from ossnet.errors import SettingsError
     from ossnet.field.model import import_released
+    from ossnet.files.atomic import require_folder
+
+    if any((out / name).exists() for name in ("model.json", "model", "settings.json")):
+        raise SettingsError("--out", f"{out} holds a model or a run already", "Name another folder")
+    require_folder(out)
 
     grid = None
     if output_shape is not None:

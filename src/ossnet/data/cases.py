@@ -155,7 +155,7 @@ class Dataset:
         return volume
 
     def labels(self, case: Case) -> LabelMap:
-        """Read the labels of a case (X, Y, Z) as classes 0 … K-1.
+        """Read the labels of a case (X, Y, Z) as classes 0 … K-1, which results of ours hold already.
 
         Raises:
             VolumeError: The case has no label, the file cannot be trusted, or holds a value that is no class.
@@ -164,7 +164,7 @@ class Dataset:
             raise DatasetError(case.images[0], "has no label", "Add its label file")
         labels = read_labels(case.label)
         return LabelMap(
-            data=self._classes(labels.data, case.label),
+            data=self._classes(labels.data, case.label, {} if labels.holds_classes else self.label_map),
             affine=labels.affine,
             source=labels.source,
             header=labels.header,
@@ -184,10 +184,10 @@ class Dataset:
             )
         return volume, labels
 
-    def _classes(self, data: np.ndarray, where: Path) -> np.ndarray:
+    def _classes(self, data: np.ndarray, where: Path, label_map: Mapping[int, int]) -> np.ndarray:
         values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
         found = [int(v) for v in values]
-        declared = values_in_files(self.label_names, self.label_map)
+        declared = values_in_files(self.label_names, label_map)
         unknown = [v for v in found if v not in declared]
         if unknown:
             raise VolumeError(
@@ -195,6 +195,6 @@ class Dataset:
                 f"holds label {unknown[0]}, which the data set does not declare",
                 f"Declare it, or correct the file; declared are {', '.join(map(str, sorted(declared)))}",
             )
-        if not any(v in self.label_map for v in found):
+        if not any(v in label_map for v in found):
             return data
-        return relabelled(data, self.label_map)
+        return relabelled(data, label_map)

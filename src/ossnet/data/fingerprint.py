@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from ossnet.data.splits import require_fitting, shared_patients
 from ossnet.errors import InputError
 from ossnet.files.memory import available_memory
 from ossnet.files.validate import VolumeWarning, read_header
-from ossnet.volume import Affine, Shape, Volume, closest_canonical
+from ossnet.volume import Affine, Orientation, Shape, Volume, closest_canonical
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ class Fingerprint:
 
     @property
     def median_shape(self) -> Shape:
-        """Median voxels along each axis of the files."""
-        x, y, z = (round(float(n)) for n in np.median([c.shape for c in self.cases], axis=0))
+        """Median voxels along each axis of the files; right, anterior, superior where their orders differ."""
+        x, y, z = (round(float(n)) for n in np.median([c.shape for c in _alike(self.cases)], axis=0))
         return x, y, z
 
     @property
     def median_spacing(self) -> tuple[float, float, float]:
-        """Median voxel size along each axis of the files, in mm."""
-        x, y, z = (float(n) for n in np.median([c.spacing for c in self.cases], axis=0))
+        """Median voxel size in mm, along the axes of `median_shape`."""
+        x, y, z = (float(n) for n in np.median([c.spacing for c in _alike(self.cases)], axis=0))
         return x, y, z
 
     def to_json(self) -> dict[str, Any]:
@@ -175,19 +175,20 @@ def fingerprint(
         cases=tuple(facts),
         problems=tuple(problems),
         notes=(*_replaced(caught), *_notes(dataset, facts)),
-        fit=propose_fit(_alike(facts)) if facts else None,
+        fit=propose_fit([f.shape for f in _alike(facts)]) if facts else None,
     )
 
 
-def _alike(facts: Sequence[CaseFacts]) -> list[Shape]:
-    """Shapes as stored, or along right, anterior, superior where scans are stored in different orders."""
+def _alike(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
+    """Facts as stored, or with shape and spacing along right, anterior, superior where orders differ."""
     if len({f.orientation for f in facts}) == 1:
-        return [f.shape for f in facts]
-    shapes = []
+        return list(facts)
+    turned = []
     for fact in facts:
         x, y, z = sorted(range(3), key=lambda axis: "LRPAIS".index(fact.orientation[axis]) // 2)
-        shapes.append((fact.shape[x], fact.shape[y], fact.shape[z]))
-    return shapes
+        order = Orientation((x, y, z))
+        turned.append(replace(fact, shape=order.moved(fact.shape), spacing=order.moved(fact.spacing)))
+    return turned
 
 
 def propose_fit(shapes: Sequence[Shape]) -> FitProposal:
@@ -334,7 +335,7 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
             f"{_cases(len(tilted))} {_is(len(tilted))} oblique or sheared "
             f"(up to {worst.tilt:.0f}°, {worst.name}); positions are exact nevertheless"
         )
-    spacing = np.array([f.spacing for f in facts])
+    spacing = np.array([f.spacing for f in _alike(facts)])
     if (spacing.max(axis=0) > 1.5 * spacing.min(axis=0)).any():
         notes.append("voxel sizes differ by more than half between scans")
     flat = np.median(spacing, axis=0)

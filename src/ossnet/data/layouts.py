@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -116,41 +116,81 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
 
 def _unlabelled(root: Path, files: Files, channels: int | None) -> Iterator[Found]:
     """Readings of a folder as images without labels, the most telling first."""
-    for layout in LAYOUTS:
-        if layout.describe and (found := layout.find(files, labelled=False)).images:
-            yield found
-    fixed = [layout.find(files, labelled=False) for layout in LAYOUTS if layout.channel_names]
-    complete = [f for f in fixed if f.images]
-    if complete:
-        yield max(complete, key=lambda f: len(f.images))
-    if (root / "dataset.json").exists():
+    description = read_description(root)
+    nnunet = description is not None and "channel_names" in description
+
+    def described(labelled: bool) -> Iterator[Found]:
         for layout in LAYOUTS:
-            if layout.describe and (found := layout.find(files)).images:
+            found = layout.find(files, labelled=labelled) if layout.describe else None
+            # The Decathlon's cases may end in four digits too.
+            if found and found.images and (nnunet or not _number_cases(found.images.values(), channels)):
                 yield found
+
+    yield from described(labelled=False)
+    if (fixed := _fixed(files, channels)) is not None:
+        yield fixed
+    if description is not None:
+        yield from described(labelled=True)
     labelled = [
         (layout.find(files)) for layout in LAYOUTS if not layout.describe and not layout.channel_names
     ]
     pairs = max(labelled, key=lambda f: f.pairs)
     if pairs.pairs:
         yield pairs
-    if (root / "dataset.json").exists():
+    if description is not None:
         return  # it says where images are, and there are none: what is left are its labels
     # Any folder of images: those directly in it, else in folders below that are not named after labels.
+    if images := _plain(files.flat() or _below(files), channels):
+        yield Found(images, {})
+
+
+def _fixed(files: Files, channels: int | None) -> Found | None:
+    """The reading by names that a layout fixes, if most of its cases are whole and the model can take them.
+
+    A few names may end like those of BraTS, or be those of LiTS, by chance. Beside scans of one channel all other
+    images are scans as well.
+    """
+    best, most = None, 0
+    for layout in LAYOUTS:
+        count = len(layout.images)
+        if layout.channel_names and count <= (channels or count):
+            found = layout.find(files, labelled=False)
+            whole = sum(len(by_channel) == count for by_channel in found.images.values())
+            if 2 * whole > len(found.images) and whole > most:
+                best, most = (found, count), whole
+    if best is None or best[1] > 1:
+        return best and best[0]
+    found = best[0]
+    known = [path for by_channel in found.images.values() for paths in by_channel.values() for path in paths]
+    taken = {*known, *(path for paths in found.labels.values() for path in paths)}
+    others = _plain([path for path in _below(files) if path not in taken], channels)
+    return Found({**others, **found.images}, found.labels)
+
+
+def _below(files: Files) -> list[Path]:
+    """All images but those in folders that are named after labels."""
     labels = re.compile(rf"{LABEL_WORDS}(?:Tr|Ts)?", re.IGNORECASE)
-    below = [f for f in files.all() if not labels.fullmatch(f.parent.name)]
+    return [file for file in files.all() if not labels.fullmatch(file.parent.name)]
+
+
+def _plain(files: Sequence[Path], channels: int | None) -> dict[str, dict[int, list[Path]]]:
+    """Images as cases, by their names; four digits at the end number channels or cases."""
     images: dict[str, dict[int, list[Path]]] = {}
-    for file in files.flat() or below:
+    for file in files:
         match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
         name, channel = (match[1], int(match[2])) if match else (stem(file), 0)
         images.setdefault(name, {}).setdefault(channel, []).append(file)
-    # Four digits number channels, from 0 on and no more than there can be, or else the cases.
     numbered = [c for name, c in images.items() if any(stem(f[0]) != name for f in c.values())]
-    if numbered and (not any(0 in c for c in numbered) or max(map(len, numbered)) > (channels or math.inf)):
+    if numbered and _number_cases(numbered, channels):
         images = {}
-        for file in files.flat() or below:
+        for file in files:
             images.setdefault(stem(file), {}).setdefault(0, []).append(file)
-    if images:
-        yield Found(images, {})
+    return images
+
+
+def _number_cases(images: Collection[Mapping[int, Any]], channels: int | None) -> bool:
+    """Four digits number channels, from 0 on and no more than there can be, or else the cases."""
+    return not any(0 in c for c in images) or max(map(len, images)) > (channels or math.inf)
 
 
 def _detect(files: Files, description: Mapping[str, Any] | None) -> Layout | None:
@@ -321,14 +361,19 @@ def consecutive(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, int
 def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int], list[Problem]]:
     """Classes from what label files hold, for data sets that nothing describes."""
 
-    def values(case: Case) -> set[int] | None:
+    def values(case: Case) -> tuple[bool, set[int]]:
         try:
-            return {int(v) for v in np.unique(read_labels(case.label).data)} if case.label else None
+            labels = read_labels(case.label) if case.label else None
         except OssnetError:
-            return None  # the case is read again, and its error told, by whoever uses it
+            labels = None  # the case is read again, and its error told, by whoever uses it
+        if labels is None:
+            return True, set()
+        return labels.holds_classes, {int(v) for v in np.unique(labels.data)}
 
     with ThreadPoolExecutor() as pool:
-        found = set().union(*(v for v in pool.map(values, cases) if v))
+        each = list(pool.map(values, cases))
+    # Results of ours hold classes: they count where there is nothing else.
+    found = set().union(*(v for ours, v in each if not ours)) or set().union(*(v for _, v in each))
     if len(found) > _MANY and (len(found) > 256 or _shows_fewer(cases[0], len(found))):
         example = str(cases[0].label)
         return (

@@ -1,6 +1,6 @@
 """How data sets name their files: a layout is a declaration.
 
-Patterns are matched against names only; no image is opened here.
+Patterns are matched against names only; images are looked into only where results of ours may lie among them.
 """
 
 import json
@@ -15,6 +15,8 @@ from typing import Any
 from ossnet.data import descriptions
 from ossnet.data.descriptions import Description
 from ossnet.files.containers import is_image
+from ossnet.files.nifti import origin_of
+from ossnet.volume import MARK
 
 NII = r"\.nii(?:\.gz)?"
 _DEPTH = 4  # folders below the given one that are searched
@@ -85,8 +87,8 @@ def _by_case(
 
 
 class Files:
-    """The image files in a folder, some folders deep; hidden ones are left out, and what `segment` wrote in folders
-    below."""
+    """The image files in a folder, some folders deep; hidden ones are left out, and in folders below what a training or
+    `segment` wrote, unless it is there to train on (`labelsTr`)."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -96,9 +98,17 @@ class Files:
             place = Path(folder)
             depth = len(place.relative_to(root).parts)
             names[:] = sorted(n for n in names if not n.startswith(".")) if depth < _DEPTH else []
-            if depth and _holds_results(place, files):
+            if depth and _is_run(files):
+                names[:] = []
                 continue
+            results = depth > 0 and _has_report(place, files)
+            if results and not re.fullmatch(rf"{LABEL_WORDS}(?:Tr)?", place.name, re.IGNORECASE):
+                continue
+            # Labels may have been drawn by a model, and corrected since or not.
+            results = results and place.name.lower() != "labelstr"
             for name in sorted(files):
+                if results and is_image(place / name) and origin_of(place / name).startswith(MARK):
+                    continue
                 if is_image(place / name):
                     relative = (place / name).relative_to(root)
                     self._files.append((f"{self.root.name}/{relative.as_posix()}", root / relative))
@@ -134,10 +144,15 @@ class Files:
         return [path for name, path in self._files if name.count("/") == 1]
 
 
-def _holds_results(folder: Path, files: Sequence[str]) -> bool:
-    """Whether a report says that these are segmentations: they are named after cases, as scans and labels are."""
+def _is_run(files: Sequence[str]) -> bool:
+    """Whether these are those of a training, whose label maps are named after cases."""
+    return {"settings.json", "splits.json"} <= set(files)
+
+
+def _has_report(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a report says that segmentations lie there: they are named after cases, as scans and labels are."""
     for name in files:
-        if re.fullmatch(r"report(\.\d+)?\.json", name):
+        if re.fullmatch(r"(.+_)?report(\.\d+)?\.json", name):
             try:
                 value = json.loads((folder / name).read_text(encoding="utf-8"))
                 return "fingerprint" in value["model"]

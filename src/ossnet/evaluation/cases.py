@@ -92,7 +92,7 @@ class Matched:
 
     def _read(self, file: Path, values: Mapping[int, int]) -> LabelMap:
         labels = read_labels(file)
-        if _holds_classes(labels):
+        if labels.holds_classes:
             values = {}
         known = values_in_files(self.names, values)
         found = {int(v) for v in np.unique(labels.data)}
@@ -165,11 +165,6 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     return Matched(pairs, names, values, as_in_files, dataset.regions)
 
 
-def _holds_classes(labels: LabelMap) -> bool:
-    """Results of ossnet do, whatever values the label files of the training had."""
-    return labels.origin.startswith(MARK)
-
-
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
     """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
 
@@ -208,7 +203,7 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
 def _values_in(file: Path) -> set[int]:
     """Labels of a reference; none of a result of ossnet, which holds classes."""
     labels = read_labels(file)
-    return set() if _holds_classes(labels) else {int(v) for v in np.unique(labels.data)} - {0}
+    return set() if labels.holds_classes else {int(v) for v in np.unique(labels.data)} - {0}
 
 
 def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: Mapping[int, int]) -> bool:
@@ -220,7 +215,7 @@ def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: M
     for pair in pairs:
         labels = read_labels(pair.prediction)
         found = {int(v) for v in np.unique(labels.data)}
-        if not _holds_classes(labels) and found - in_files and found <= set(names):
+        if not labels.holds_classes and found - in_files and found <= set(names):
             return False
     return True
 
@@ -314,8 +309,15 @@ def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
         files = _images(folder)
         if not files:
             raise
-        return {stem(file): file for file in files}, None
+        return _named_alike(files), None
     return {case.name: case.label for case in dataset.cases if case.label}, dataset
+
+
+def _named_alike(files: Sequence[Path]) -> dict[str, Path]:
+    """Label files by the cases that they are named after, without a suffix that all have (`CASE_seg.nii.gz`)."""
+    names = [stem(file) for file in files]
+    suffix = next((s for s in SUFFIXES if s and all(n.endswith(s) and n != s for n in names)), "")
+    return {name.removesuffix(suffix): file for name, file in zip(names, files, strict=True)}
 
 
 def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from ossnet.errors import DatasetError
 from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Label, Scores
@@ -236,7 +237,7 @@ def to_screen(summary: Summary, tolerance_mm: float) -> Table:
     for entry in summary.classes:
         name = entry.name if entry.label is None else f"{label_text(entry.label)} {entry.name}".rstrip()
         cells = [_formatted(key, entry.estimates[key]) for key in METRICS]
-        table.add_row(name, _counts(entry), *(f"{m}\n[dim]{i}[/]" for m, i in cells))
+        table.add_row(Text(name), _counts(entry), *(f"{m}\n[dim]{i}[/]" for m, i in cells))
     return table
 
 

@@ -21,7 +21,10 @@ def unlike_training(model: Model, grid: Grid) -> str | None:
         return None
     smallest, largest = np.array(known["smallest"]), np.array(known["largest"])
     extent = np.array(grid.shape) * np.array(spacing_of(grid.affine))
-    size, low, high = (" × ".join(f"{v:.0f}" for v in values) for values in (extent, smallest, largest))
+    size, low, high = (
+        " × ".join(f"{v:.0f}" if v >= 10 else f"{v:.2g}" for v in values)
+        for values in (extent, smallest, largest)
+    )
     if (extent > LARGER * largest).any():
         return f"it shows {size} mm, the training scans showed at most {high} mm; cut it out as they were"
     if (extent < SMALLER * smallest).any():

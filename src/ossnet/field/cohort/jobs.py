@@ -45,11 +45,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One scan: its files (channels in order) and where its label map goes."""
+    """One scan: its files (channels in order) and where its label map goes.
+
+    Attributes:
+        alone: The target was named as a file: it may lie among others.
+    """
 
     name: str
     files: tuple[Path, ...]
     target: Path
+    alone: bool = False
 
     @property
     def probabilities(self) -> Path:
@@ -111,7 +116,9 @@ def plan_jobs(
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
         raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
-    jobs = [Job(name, files, folder if single else folder / f"{name}.nii.gz") for name, files in scans]
+    jobs = [
+        Job(name, files, folder if single else folder / f"{name}.nii.gz", single) for name, files in scans
+    ]
     if out is not None:
         if not single and out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
             raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")

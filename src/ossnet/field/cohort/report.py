@@ -1,6 +1,7 @@
 """`report.json`: what was made of each scan, kept up to date while several processes work."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -40,7 +41,8 @@ class Report:
         self.origins = origins
         self.scans: dict[str, Any] = {}
         """Entries of this process."""
-        self._written = time.monotonic()
+        # The first result at once: whoever lists the folder meanwhile shall see what it holds.
+        self._written = -math.inf
         self._known()
 
     def _known(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class Report:
         """Enter what is finished and was not entered, as after a kill: what its label map says."""
         known = self._known()
         for job in finished:
-            if "error" in known.get(job.name, ("error",)):
+            if known.get(job.name, {}).get("origin") not in self.origins[job.name]:
                 labels = read_labels(job.target)
                 self.scans[job.name] = {"files": [str(f) for f in job.files], **said_by(job, labels)}
 
@@ -116,7 +118,7 @@ def report_file(jobs: Sequence[Job], rank: int, world: int) -> Path | None:
     if not jobs:
         return None
     target = jobs[0].target
-    if len(jobs) == 1 and target.name != f"{jobs[0].name}.nii.gz":
+    if jobs[0].alone:
         return target.with_name(f"{stem(target)}_report.json")
     return target.with_name("report.json" if world == 1 else f"report.{rank}.json")
 

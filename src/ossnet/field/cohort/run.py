@@ -34,11 +34,12 @@ def segment_all(
     """Segment scans; what is finished is not done again, a scan that cannot be used does not stop the others.
 
     The next scan is read and the last one written while the current one is answered. Under torchrun or SLURM each
-    process takes its share. Only the label maps decide what is finished: two processes never write the same one.
+    process takes its share. Only the label maps decide what is finished: of two processes that were started on the
+    same folder each goes through all of it, and leaves out what the other has finished meanwhile.
 
     Returns:
-        The report, also written as `report.json` beside the label maps (`NAME.json` for a single file,
-        `report.RANK.json` by each of several processes). It is up to date to about ten seconds, also after an
+        The report, also written as `report.json` beside the label maps (`NAME_report.json` for a target named as a
+        file, `report.RANK.json` by each of several processes). It is up to date to about ten seconds, also after an
         interrupt.
 
     Raises:
