@@ -84,17 +84,19 @@ def test_settings_of_crops_do_what_they_say() -> None:
     assert crops("sampling.strategy=uniform") == replace(plain, near_surface=0.0)
     assert crops("sampling.border_share=0.25") == replace(plain, near_surface=0.25)
     assert crops("network.position=true") == replace(plain, position=True)
-    assert crops("augmentation.grows=true") == replace(plain, grows=True)
+    assert crops("augmentation.grows=30") == replace(plain, grows=30)
 
 
 def test_augmentation_grows_while_the_cases_are_drawn_again_and_again() -> None:
-    plain = crop_settings(settings_of("augmentation.grows=true"), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
+    plain = crop_settings(settings_of("augmentation.grows=20"), CROP, (1.0, 1.0, 1.0), (2, 2, 2))
     assert plain.after(0.0) == plain.after(20.0) == plain
     between, late = plain.after(50.0), plain.after(80.0)
     assert plain.rotation < between.rotation < late.rotation == 2 * plain.rotation
     assert late.intensity > plain.intensity
     assert plain.after(1000.0) == late
-    assert replace(plain, grows=False).after(1000.0) == replace(plain, grows=False)
+    assert replace(plain, grows=0).after(1000.0) == replace(plain, grows=0)
+    # Half way from the strength of the beginning to twice that, half way from 30 to 120 passes.
+    assert replace(plain, grows=30).after(75.0).rotation == pytest.approx(1.5 * plain.rotation)
     nothing = replace(plain, spatial=0.0, intensity=0.0).after(1000.0)
     assert (nothing.spatial, nothing.intensity) == (0.0, 0.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ossnet.errors import SettingsError
-from ossnet.training.settings import PRESETS, UNUSED, describe_settings, make_settings
+from ossnet.training.settings import PRESETS, UNUSED, describe_settings, make_settings, unused
 
 
 def test_the_defaults_of_the_papers_variants_are_the_papers() -> None:
@@ -54,9 +54,11 @@ def test_settings_that_a_variant_does_not_heed_are_refused_and_not_listed() -> N
     listed = {key for key, _, _ in describe_settings("multiscale")}
     assert "augmentation.noise" not in listed
     assert "augmentation.intensity" in listed
-    every = {key for key, _, _ in describe_settings("C")}
-    for variant, unused in UNUSED.items():
-        assert every - {key for key, _, _ in describe_settings(variant)} == unused, variant
+    every = {key for key, _, _ in describe_settings()}
+    for variant in (*UNUSED, "C", "O-Net"):
+        assert every - {key for key, _, _ in describe_settings(variant)} == unused(variant), variant
+    with pytest.raises(SettingsError, match=r"loss\.kind: variant C does not use it"):
+        make_settings("c", changes=["loss.kind=dice"])
 
 
 def test_epochs_are_meant_where_they_are_given() -> None:
@@ -74,6 +76,8 @@ def test_epochs_are_meant_where_they_are_given() -> None:
         ("schedule=3", "group"),
         ("schedule.epochs", "no ="),
         ("optimiser.name=sgd", "lookahead_radam"),
+        ("data.cache_gb=inf", "finite"),
+        ("optimiser.lr=nan", "finite"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_help(change: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import ossnet
 from ossnet.errors import SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
-from ossnet.training.loop import State
+from ossnet.training.loop import STATE, State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
-from ossnet.training.settings import UNUSED, make_settings
+from ossnet.training.settings import make_settings, unused
 from ossnet.training.train import learnt_early, train
 from ossnet.volume import same_place
 
@@ -40,7 +41,7 @@ class Stop:
 
 
 def run(data: Path, out: Path, variant: str = "C", changes: Sequence[str] = (), **options: Any) -> Path:
-    small = [change for change in SMALL if change.split("=")[0] not in UNUSED.get(variant, ())]
+    small = [change for change in SMALL if change.split("=")[0] not in unused(variant)]
     return train(data, out, make_settings(variant, None, None, [*small, *changes]), **options)
 
 
@@ -170,6 +171,39 @@ def test_a_run_is_not_overwritten(finished: Path, balls: Path) -> None:
 def test_resuming_nothing_is_refused(balls: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no run to resume"):
         run(balls, tmp_path / "nothing", resume=True)
+
+
+def test_a_training_from_another_goes_on_from_anywhere(
+    finished: Path, balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "model", tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    changes = ["network.init=first", "schedule.epochs=2", "runtime.checkpoint_seconds=1e6"]
+    whole = run(balls, tmp_path / "whole", changes=changes)
+
+    class Kill(Stop):
+        def step(self, state: State, loss: float, fraction: float) -> None:
+            if state.step == self.after:
+                raise MemoryError  # a state is not written
+
+    with pytest.raises(MemoryError):
+        run(balls, tmp_path / "killed", changes=changes, listener=Kill(1))
+    assert not (tmp_path / "killed" / STATE).exists()
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(KeyboardInterrupt):
+        run(balls, tmp_path / "killed", resume=True, listener=Stop(3))
+    # Its weights are in the state: the other model is needed no more.
+    shutil.rmtree(tmp_path / "first")
+    run(balls, tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(whole) != losses(finished)
+
+
+def test_what_more_processes_left_is_removed(balls: Path, tmp_path: Path) -> None:
+    for rank in ("0", "3"):
+        (tmp_path / "run" / "cache" / rank).mkdir(parents=True)
+        (tmp_path / "run" / "cache" / rank / "1.npy").write_bytes(b"")
+    run(balls, tmp_path / "run", changes=["schedule.epochs=1"])
+    assert not (tmp_path / "run" / "cache").exists()
 
 
 def test_a_damaged_state_is_refused(finished: Path, balls: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def command(
     if out is None or (data is None and not resume):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
     from ossnet.training.loop import STATE
-    from ossnet.training.train import data_of, settings_of, train
+    from ossnet.training.train import data_of, from_anywhere, settings_of, train
 
     chosen = list(changes or ())
     if minutes is not None:
@@ -103,11 +103,13 @@ def command(
     if resume:
         settings = settings_of(out)
         named = given_keys(preset, config, chosen) | ({"variant"} if variant else set())
-        given = make_settings(variant or settings.variant, preset, config, chosen)
+        given = from_anywhere(make_settings(variant or settings.variant, preset, config, chosen))
         require_unchanged(settings, given, named)
-        if devices is not None:
-            runtime = settings.runtime.model_copy(update={"devices": devices})
-            settings = settings.model_copy(update={"runtime": runtime})
+        # How many processes learn it may change.
+        changed = {
+            key: getattr(given.runtime, key) for key in ("devices", "nodes") if f"runtime.{key}" in named
+        }
+        settings = settings.model_copy(update={"runtime": settings.runtime.model_copy(update=changed)})
     else:
         settings = make_settings(variant, preset, config, chosen)
     try:

@@ -224,9 +224,11 @@ def _surfaces(bound: Field, found: LabelMap) -> tuple[Surface, ...]:
     """
     mesh = bound.mesh(2, refine_steps=0, labels=found)
     vertices = np.asarray(mesh.vertices, dtype=np.float64)
-    white = Surface(NAMES[2], *simplified(vertices, np.asarray(mesh.faces), 60_000), colour(2))
+    white = None
+    if len(vertices):
+        white = Surface(NAMES[2], *simplified(vertices, np.asarray(mesh.faces), 60_000), colour(2))
     grey = surface_of(found, 1, NAMES[1], colour(1), 40_000)
-    return (white,) if grey is None else (white, grey)
+    return tuple(surface for surface in (white, grey) if surface is not None)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ def _slices(result: DemoResult) -> SliceView:
     )
 
 
-def _surfaces(result: DemoResult) -> SurfaceView:
+def _surfaces(result: DemoResult) -> SurfaceView | Text:
+    if not result.surfaces:
+        return Text(("Nothing was found in it, so there is no surface: train for longer (--minutes).",))
     return SurfaceView(
         result.surfaces,
         "White matter: the surface on which the network finds it as likely as not, between the voxels. Grey "

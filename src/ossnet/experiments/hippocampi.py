@@ -34,7 +34,6 @@ class Hippocampi:
         asked: Voxels of the two boxes together.
         seconds: Wall-clock time of segmenting both.
         surfaces: In MNI mm, names with the side.
-        card: The model's card.
         validation: Structure → what the card says of it on scans with reference labels.
     """
 
@@ -45,7 +44,6 @@ class Hippocampi:
     asked: int
     seconds: float
     surfaces: tuple[Surface, ...]
-    card: str
     validation: dict[str, str]
 
 
@@ -85,7 +83,6 @@ def segment_hippocampi(brain: Volume) -> Hippocampi:
         asked=len(CENTRES) * int(np.prod(BOX)),
         seconds=seconds,
         surfaces=tuple(surfaces),
-        card=model.card(),
         validation={k: v["dice"] for k, v in model.metadata.get("metrics", {}).items()},
     )
 

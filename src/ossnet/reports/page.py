@@ -59,16 +59,6 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A PNG file with what it shows in words."""
-
-    kind: ClassVar[str] = "picture"
-    png: bytes
-    alt: str
-    caption: str = ""
-
-
-@dataclass(frozen=True)
 class Chart:
     """An SVG element made by `ossnet.reports.charts`."""
 
@@ -107,7 +97,7 @@ class SliceView:
     caption: str = ""
 
 
-Block = Text | Table | Picture | Chart | SurfaceView | SliceView
+Block = Text | Table | Chart | SurfaceView | SliceView
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ _LOOK_BACK = 20
 
 
 class Average:
-    """Moving average of a network's weights; other buffers follow the network.
+    """Moving average of a network's weights and running statistics; counters follow the network.
 
     It looks back on a twentieth of the steps so far, which suits trainings of any length, until that is what `decay`
     looks back on; from then on it is exponential.

@@ -359,19 +359,20 @@ class Trainer:
                 validate(self.model, self._watched(), self.settings, self.fabric) if self.validation else []
             )
             row = self._row(scores, mean([loss for loss in self.state.losses[since:] if math.isfinite(loss)]))
-            self.state.rows.append(row)
             # What this step reached already, in a run that ended while it validated, is no reason not to write it.
             again = self.state.best_step == self.state.step
             score = row.get("iou")
             # Of equal ones the later: its rates are lower, its average is longer.
             better = again or score is None or score >= self.state.best
+            if better and self.fabric.is_global_zero:
+                self.model.metadata["metrics"] = _scores_only(row)
+                self.model.save(self.out / "model")
+            # Not before the model is written: what a second Ctrl-C ends here is judged again.
+            self.state.rows.append(row)
             if better:
                 self.state.best_step = self.state.step
                 self.state.best = self.state.best if score is None else score
             if self.fabric.is_global_zero:
-                if better:
-                    self.model.metadata["metrics"] = _scores_only(row)
-                    self.model.save(self.out / "model")
                 self._write_log()
                 self._illustrate()
                 self.events.scalars(row, self.state.step)

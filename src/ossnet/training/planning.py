@@ -29,10 +29,13 @@ from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, Whole
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import Settings
-from ossnet.volume import Shape, spacing_of
+from ossnet.volume import Shape
 
 FEW_CASES = 48
-"""So many training cases are soon known by heart: augmentation grows (`CropSettings.after`)."""
+"""So many training cases are soon known by heart."""
+
+GROWS = 20
+"""Passes through few cases after which augmentation grows (`CropSettings.after`)."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Grids:
         """Smallest and largest extent in mm, per axis."""
         all_mm = np.array(self.shapes) * np.array(self.spacings)
         return {
-            "smallest": all_mm.min(axis=0).round(1).tolist(),
-            "largest": all_mm.max(axis=0).round(1).tolist(),
+            "smallest": [float(f"{v:.4g}") for v in all_mm.min(axis=0)],
+            "largest": [float(f"{v:.4g}") for v in all_mm.max(axis=0)],
         }
 
     def median_shape_at(self, spacing: Spacing) -> Shape:
@@ -79,10 +82,8 @@ def read_grids(cases: Sequence[Case], preparation: Preparation) -> Grids:
     for case in cases:
         header = read_header(case.images[0])
         orientation = preparation.orient(header.affine)
-        axes = orientation.axes
-        shape, spacing = header.shape, spacing_of(header.affine)
-        shapes.append((shape[axes[0]], shape[axes[1]], shape[axes[2]]))
-        spacings.append((spacing[axes[0]], spacing[axes[1]], spacing[axes[2]]))
+        shapes.append(orientation.moved(header.shape))
+        spacings.append(orientation.moved(header.spacing))
     return Grids(tuple(shapes), tuple(spacings))
 
 
@@ -100,8 +101,9 @@ def make_plan(
     """
     reasons: list[str] = []
     if settings.augmentation.grows is None:
-        grows = settings.augmentation.model_copy(update={"grows": len(train) <= FEW_CASES})
-        settings = settings.model_copy(update={"augmentation": grows})
+        grows = GROWS if len(train) <= FEW_CASES else 0
+        augmentation = settings.augmentation.model_copy(update={"grows": grows})
+        settings = settings.model_copy(update={"augmentation": augmentation})
     structures = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
     if settings.data.target == "foreground" or len(structures) <= 1:
         classes = 1
@@ -313,8 +315,9 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     changed = settings.augmentation.intensity > 0
     deformed = "rotated, scaled and bent" if settings.augmentation.spatial else "not deformed"
     deformed += ", intensities changed" if changed else ", intensities as scanned"
-    if settings.augmentation.grows and (changed or settings.augmentation.spatial):
-        deformed += ", more after 20 passes through the cases and twice as much after 80"
+    grows = settings.augmentation.grows
+    if grows and (changed or settings.augmentation.spatial):
+        deformed += f", more after {grows} passes through the cases and twice as much after {4 * grows}"
     optimiser = settings.optimiser
     position = ("where a location lies in its scan is told to the network, as set",)
     return (

@@ -21,7 +21,7 @@ Size = tuple[Count, Count, Count]
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataSettings(_Group):
@@ -139,10 +139,13 @@ class AugmentationSettings(_Group):
         description="default variant and U-Nets on patches: factor on the probabilities of blur, low resolution, "
         "noise, contrast and gamma; 0 for none",
     )
-    grows: bool | None = Field(
+    grows: int | None = Field(
         None,
-        description="default variant and U-Nets on patches: from 20 to 80 passes through the cases it becomes about "
-        "twice as strong; none: where there are 48 or fewer",
+        ge=0,
+        strict=True,
+        description="default variant and U-Nets on patches: after so many passes through the cases it begins to grow, "
+        "to about twice the strength after four times as many; 0: never; none: 20 where there are 48 cases or fewer, "
+        "otherwise never",
     )
 
 
@@ -220,7 +223,7 @@ class ValidationSettings(_Group):
 
 
 class RuntimeSettings(_Group):
-    """Machine: nothing here changes what is learnt, but for rounding."""
+    """Machine: nothing here changes what is learnt, but for rounding and `batch_size`: a device takes one example."""
 
     devices: int = Field(1, ge=1)
     nodes: int = Field(1, ge=1)
@@ -357,7 +360,26 @@ UNUSED: dict[str, frozenset[str]] = {
         {*_PAPER, *_CROPS, *_LOCATIONS, "loss.aux", "network.patch_shape", "network.position"}
     ),
 }
-"""Settings that change nothing in a training of a variant."""
+"""Settings that change nothing in a training of a variant; the paper's: `unused`."""
+
+_NOT_PAPER = frozenset(
+    {
+        *_CROPS,
+        "data.spacing",
+        "network.position",
+        "network.patch_shape",
+        "network.slice_axis",
+        "sampling.importance",
+        "sampling.crop_voxels",
+        "loss.kind",
+        "loss.dice",
+    }
+)
+
+
+def unused(variant: str) -> frozenset[str]:
+    """Settings that change nothing in a training of a variant, by its canonical name."""
+    return UNUSED.get(variant, _NOT_PAPER)
 
 
 def make_settings(
@@ -397,7 +419,7 @@ def make_settings(
         tree = _merged(tree, values)
     tree["variant"] = chosen
     for where, _ in single:
-        if where.removeprefix(_SET) in UNUSED.get(chosen, ()):
+        if where.removeprefix(_SET) in unused(chosen):
             raise SettingsError(
                 where, f"variant {chosen} does not use it", "Leave it out; see `ossnet train --help-settings`"
             )
@@ -469,7 +491,7 @@ def describe_settings(variant: str | None = None) -> list[tuple[str, str, str]]:
         if isinstance(group.default, _Group):
             values = getattr(chosen, group_name)
             for name, field in type(group.default).model_fields.items():
-                if variant and f"{group_name}.{name}" in UNUSED.get(chosen.variant, ()):
+                if variant and f"{group_name}.{name}" in unused(chosen.variant):
                     continue
                 rows.append((f"{group_name}.{name}", _shown(getattr(values, name)), _meaning(field)))
         else:

@@ -76,7 +76,7 @@ def train(
     elif (out / STATE).exists() or (out / "model").exists():
         raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
     require_folder(out)
-    settings = with_processes(settings)
+    settings = from_anywhere(with_processes(settings))
     if settings.runtime.threads is not None:
         torch.set_num_threads(settings.runtime.threads)
     fabric = make_fabric(settings)
@@ -116,9 +116,13 @@ def _train(
         raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
-    plan = make_plan(dataset, train_cases, settings, resumed=out if resume else None)
+    # A run that ended before its first state starts again, from the model that it was to start from.
+    goes_on = resume and (out / STATE).exists()
+    plan = make_plan(dataset, train_cases, settings, resumed=out if goes_on else None)
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
-    reasons = [*plan.reasons, *known_already(settings, dataset.root.name, parts.validation)]
+    reasons = [*plan.reasons]
+    if not goes_on:
+        reasons += known_already(settings, dataset.root.name, parts.validation)
     for reason in reasons:
         say(reason)
     say(_computes_on(fabric))
@@ -130,6 +134,11 @@ def _train(
         clear_unfinished(out)
     mapped = out / "cache" / str(fabric.global_rank)
     _remove_cache(mapped)
+    if fabric.is_global_zero:
+        # Of a killed run with more processes.
+        for left in mapped.parent.glob("*"):
+            if left.name.isdigit() and int(left.name) >= fabric.world_size:
+                _remove_cache(left)
 
     def load(case: Case) -> CachedCase:
         return load_case(
@@ -170,6 +179,15 @@ def _train(
         # Mapped files stay readable until they are closed.
         _remove_cache(mapped)
     return validation
+
+
+def from_anywhere(settings: Settings) -> Settings:
+    """The model that a training starts from by its whole path, if it is a folder: resuming may happen elsewhere."""
+    source = settings.network.init
+    if source is None or not Path(source).is_dir():
+        return settings
+    network = settings.network.model_copy(update={"init": str(Path(source).resolve())})
+    return settings.model_copy(update={"network": network})
 
 
 def _require_apart(out: Path, dataset: Dataset) -> None:

@@ -20,7 +20,7 @@ from ossnet.volume import flipped
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step minimises, and its parts for the log."""
+    """What a step minimises, and its parts, for a look at them."""
 
     total: Tensor
     parts: dict[str, Tensor]

@@ -80,7 +80,7 @@ def crop_settings(
         near_surface=sampling.near_borders,
         flips=augmentation.flip_axes,
         intensity=augmentation.intensity,
-        grows=bool(augmentation.grows),
+        grows=augmentation.grows or 0,
         importance=sampling.importance,
         position=settings.network.position,
     )
