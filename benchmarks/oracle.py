@@ -248,6 +248,11 @@ class CoverableOracle(Oracle):
         """See `Coverable`."""
         self.answer.cover(box)  # type: ignore[attr-defined]
 
+    def prediction(self, box: Any = None) -> Any:
+        """See `Coverable`: what the object is known to be there, not what the network says."""
+        self.cover(box)
+        return self.coarse
+
 
 @contextmanager
 def installed(truth: Truth, work: bool = True) -> Iterator[None]:
