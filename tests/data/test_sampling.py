@@ -107,6 +107,24 @@ def test_euclidean_band_knows_the_spacing() -> None:
     assert abs(int(band[:, 10, 10].sum()) * 2.0 - 12.0) <= 4.0
 
 
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 10**6),
+    spacing=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 1.0, 5.0), (0.7, 3.0, 1.4)]),
+    width=st.sampled_from([0.5, 1.0, 3.0, 8.0, 40.0]),
+)
+def test_euclidean_band_is_exact(seed: int, spacing: tuple[float, float, float], width: float) -> None:
+    """Against distances to every voxel's box; thick slices count from their faces."""
+    mask = np.random.default_rng(seed).random((6, 7, 5)) < 0.3
+    places = np.argwhere(np.ones_like(mask))
+    steps = np.abs(places[:, None] - places[None])
+    gaps = np.linalg.norm(np.maximum(steps - 0.5, 0) * spacing, axis=-1)
+    inside = mask[tuple(places.T)]
+    gaps[inside[:, None] == inside[None]] = np.inf
+    expected = gaps.min(axis=1) <= width / 2 + 1e-9
+    assert (euclidean_border(mask, spacing, width)[tuple(places.T)] == expected).all()
+
+
 def test_bands_of_several_structures_share_the_locations() -> None:
     labels = np.zeros((40, 40, 40), np.uint8)
     labels[5:10, 5:10, 5:10], labels[28:35, 28:35, 28:35] = 1, 2
