@@ -528,6 +528,13 @@ def test_labels_that_a_model_drew_are_labels_and_results_beside_labels_are_none(
     assert [c.label for c in found.cases] == [tmp_path / "e" / "masks" / "a.nii.gz"]
 
 
+def test_a_result_beside_its_scan_hides_no_scans(tmp_path: Path) -> None:
+    image(tmp_path / "pa" / "a.nii.gz")
+    image(tmp_path / "pb" / "b.nii.gz")
+    (tmp_path / "pa" / "a_seg_report.json").write_text('{"model": {"fingerprint": "0"}, "scans": {}}')
+    assert [c.name for c in images_in(tmp_path)] == ["a", "b"]
+
+
 def test_a_run_in_the_folder_of_a_data_set_is_no_part_of_it(tmp_path: Path) -> None:
     image(tmp_path / "a.nii.gz")
     label(tmp_path / "a_seg.nii.gz")

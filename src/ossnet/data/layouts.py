@@ -18,7 +18,7 @@ import numpy as np
 
 from ossnet.data.cases import Case, Dataset, Problem
 from ossnet.data.descriptions import Description, read_description
-from ossnet.data.naming import LABEL_WORDS, LAYOUTS, Files, Found, Layout, patient_of
+from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
@@ -169,8 +169,7 @@ def _fixed(files: Files, channels: int | None) -> Found | None:
 
 def _below(files: Files) -> list[Path]:
     """All images but those in folders that are named after labels."""
-    labels = re.compile(rf"{LABEL_WORDS}(?:Tr|Ts)?", re.IGNORECASE)
-    return [file for file in files.all() if not labels.fullmatch(file.parent.name)]
+    return [file for file in files.all() if not names_labels(file.parent)]
 
 
 def _plain(files: Sequence[Path], channels: int | None) -> dict[str, dict[int, list[Path]]]:

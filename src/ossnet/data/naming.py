@@ -101,11 +101,12 @@ class Files:
             if depth and _is_run(files):
                 names[:] = []
                 continue
-            results = depth > 0 and _has_report(place, files)
-            if results and not re.fullmatch(rf"{LABEL_WORDS}(?:Tr)?", place.name, re.IGNORECASE):
+            labels = names_labels(place)
+            if depth and not labels and _has_report(place, files, "report"):
                 continue
             # Labels may have been drawn by a model, and corrected since or not.
-            results = results and place.name.lower() != "labelstr"
+            among = depth > 0 and labels and place.name.lower() != "labelstr"
+            results = among and _has_report(place, files, "(.+_)?report")
             for name in sorted(files):
                 if results and is_image(place / name) and origin_of(place / name).startswith(MARK):
                     continue
@@ -149,10 +150,19 @@ def _is_run(files: Sequence[str]) -> bool:
     return {"settings.json", "splits.json"} <= set(files)
 
 
-def _has_report(folder: Path, files: Sequence[str]) -> bool:
-    """Whether a report says that segmentations lie there: they are named after cases, as scans and labels are."""
+def names_labels(folder: Path) -> bool:
+    """Whether a folder is named after labels."""
+    return re.fullmatch(rf"{LABEL_WORDS}(?:Tr|Ts)?", folder.name, re.IGNORECASE) is not None
+
+
+def _has_report(folder: Path, files: Sequence[str], stem: str) -> bool:
+    """Whether a report says that segmentations lie there: they are named after cases, as scans and labels are.
+
+    Args:
+        stem: Pattern of its name: that of a whole folder, or of a single file too, which may lie beside its scan.
+    """
     for name in files:
-        if re.fullmatch(r"(.+_)?report(\.\d+)?\.json", name):
+        if re.fullmatch(rf"{stem}(\.\d+)?\.json", name):
             try:
                 value = json.loads((folder / name).read_text(encoding="utf-8"))
                 return "fingerprint" in value["model"]

@@ -5,12 +5,26 @@ from math import prod
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Bool, Int
 from scipy import ndimage
 
 from ossnet.errors import SettingsError
 from ossnet.volume import LabelMap
 
 Labels = TypeVar("Labels", bound=LabelMap)
+
+
+def connected_parts(
+    mask: Bool[np.ndarray, "X Y Z"],
+) -> tuple[Int[np.ndarray, "X Y Z"], Int[np.ndarray, " P"]]:
+    """6-connected parts numbered from 1 (int32), 0 elsewhere, and the voxels of each, 0 for number 0."""
+    parts, count = ndimage.label(mask)
+    # Plane by plane: counting all at once would widen the parts to 64 bits.
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in parts:
+        sizes += np.bincount(plane.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return parts, sizes
 
 
 def island_bytes(labels: LabelMap) -> int:
@@ -39,15 +53,10 @@ def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float
     for label, box in enumerate(boxes, 1):
         if box is None:
             continue
-        parts, count = ndimage.label(labels.data[box] == label)
-        # Plane by plane: counting all at once would widen the parts to 64 bits.
-        sizes = np.zeros(count + 1, np.int64)
-        for plane in parts:
-            sizes += np.bincount(plane.ravel(), minlength=count + 1)
-        sizes[0] = 0
+        parts, sizes = connected_parts(labels.data[box] == label)
         keep = sizes * voxel_ml >= smallest_ml * (1 - 1e-9)  # volumes are rounded
         if largest:
-            keep &= np.arange(count + 1) == sizes.argmax()
+            keep &= np.arange(len(sizes)) == sizes.argmax()
         keep[0] = True  # other structures in the box
         for plane, part in zip(out[box], parts, strict=True):
             plane[~keep[part]] = 0

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from scipy import ndimage
 
 from ossnet.errors import InputError, SettingsError
+from ossnet.field.components import connected_parts
 from ossnet.field.mesh.isosurface import Surface, bounding_box, marching_cubes, narrow_band, outward
 from ossnet.field.mesh.projection import along_edges, along_gradient, central_differences, paper_refinement
 from ossnet.field.octree.refinement import refine
@@ -170,11 +170,7 @@ def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:
 
 def drop_small_parts(mask: Any, voxels: int) -> Any:
     """The mask (X, Y, Z) without its 6-connected parts of fewer voxels."""
-    parts, count = ndimage.label(mask)
-    # Plane by plane: counting all at once would widen the parts to 64 bits.
-    sizes = np.zeros(count + 1, np.int64)
-    for plane in parts:
-        sizes += np.bincount(plane.reshape(-1), minlength=count + 1)
+    parts, sizes = connected_parts(mask)
     return (sizes >= voxels)[parts] & mask
 
 
