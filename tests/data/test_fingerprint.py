@@ -220,6 +220,9 @@ def test_the_papers_shapes_follow() -> None:
     assert propose_fit([(512, 512, 512)]) == FitProposal("pad", (512, 512, 512), 5)
     tall = propose_fit([(512, 512, n) for n in (74, 400, 450, 987)])
     assert tall == FitProposal("resize", (512, 512, 448), 5)
+    padded = propose_fit([(512, 512, n) for n in (74, 400, 450, 987)], "pad")
+    assert padded == FitProposal("pad", (512, 512, 1024), 6)
+    assert propose_fit([(240, 240, 155)] * 3, "resize").kind == "resize"
 
 
 @settings(deadline=None)

@@ -449,6 +449,31 @@ def test_images_of_plain_folders(tmp_path: Path) -> None:
     assert [c.images[0] for c in images_in(deep)] == [deep / "x" / "c.nii.gz"]
 
 
+def test_folders_name_scans_of_one_name(tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        image(tmp_path / "one" / case / "ct.nii.gz")
+        for channel in ("0000", "0001"):
+            image(tmp_path / "two" / case / f"image_{channel}.nii.gz")
+    assert [c.name for c in images_in(tmp_path / "one")] == ["p1", "p2"]
+    assert [(c.name, len(c.images)) for c in images_in(tmp_path / "two")] == [("p1", 2), ("p2", 2)]
+    listed = [{"image": f"{c}/image.nii.gz", "label": f"{c}/label.nii.gz"} for c in ("p1", "p2")]
+    root = tmp_path / "listed"
+    for pair in listed:
+        image(root / pair["image"])
+        label(root / pair["label"])
+    describe(root, modality={"0": "CT"}, labels={"0": "background", "1": "x"}, training=listed)
+    assert open_dataset(root).names == ("p1", "p2")
+
+
+def test_sessions_of_a_subject_belong_together(tmp_path: Path) -> None:
+    for subject in ("01", "02"):
+        for session in (1, 2):
+            name = f"sub-{subject}_ses-{session}_T1w"
+            image(tmp_path / f"{name}.nii.gz")
+            label(tmp_path / f"{name}_seg.nii.gz")
+    assert [c.group for c in open_dataset(tmp_path).cases] == ["sub-01", "sub-01", "sub-02", "sub-02"]
+
+
 def test_results_in_the_folder_are_not_taken_for_scans(tmp_path: Path) -> None:
     image(tmp_path / "d" / "a.nii.gz")
     image(tmp_path / "d" / "a_seg.nii.gz")

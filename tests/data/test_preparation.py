@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossnet.data.patches import PatchSource
-from ossnet.data.preparation import Fit, FitWarning, Preparation, prepare_scan, reduce_by_two
+from ossnet.data.preparation import Fit, FitWarning, Preparation, as_float, prepare_scan, reduce_by_two
 from ossnet.volume import Volume
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
@@ -119,3 +119,11 @@ def test_resampling_to_a_spacing_leaves_matching_axes_alone() -> None:
     fit = preparation.fit_for((30, 40, 10), (2.0, 1.02, 5.0))
     assert fit.target == (60, 40, 10)
     assert fit.scale[1:] == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint16, np.float32])
+def test_mirrored_axes_of_one_voxel_are_no_matter(dtype: type) -> None:
+    """NumPy counts them as contiguous whatever their stride; torch takes no negative one."""
+    image = np.arange(8, dtype=dtype).reshape(1, 8, 1, 1)[:, :, ::-1]
+    assert image.strides[2] < 0
+    assert torch.equal(as_float(image)[0, :, 0, 0], torch.arange(8.0))

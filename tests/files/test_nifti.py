@@ -212,13 +212,20 @@ def test_zero_slope_means_unscaled(tmp_path: Path, slope: float) -> None:
     assert np.array_equal(volume.data[0], values())
 
 
-def test_float64_becomes_float32_unless_too_large(tmp_path: Path) -> None:
+def test_float64_becomes_float32(tmp_path: Path) -> None:
     nib.Nifti1Image(values(np.float64), np.eye(4)).to_filename(tmp_path / "a.nii")
     assert read_volume(tmp_path / "a.nii").data.dtype == np.float32
-    nib.Nifti1Image(values(np.float64) * 1e300, np.eye(4)).to_filename(tmp_path / "a.nii")
-    volume = read_volume(tmp_path / "a.nii")
-    assert volume.data.dtype == np.float64
-    assert np.array_equal(volume.data[0], values(np.float64) * 1e300)
+
+
+def test_fill_values_of_doubles_count_as_infinite(tmp_path: Path) -> None:
+    filled = values(np.float64)
+    filled[0, 0, :2] = np.finfo(np.float64).min
+    nib.Nifti1Image(filled, np.eye(4)).to_filename(tmp_path / "a.nii")
+    with pytest.raises(VolumeError, match="2 of 210 voxels are NaN or infinite, or too large for float32"):
+        read_volume(tmp_path / "a.nii")
+    with pytest.warns(VolumeWarning, match="replaced"):
+        volume = read_volume(tmp_path / "a.nii", nonfinite="replace")
+    assert (volume.data[0, 0, 0, :2] == values().min()).all()
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (5, 6, 7, 1), (5, 6, 7, 4), (5, 6, 7, 1, 3), (5, 6, 1)])

@@ -116,3 +116,21 @@ def test_the_kind_of_loss_is_heeded() -> None:
     assert losses["paper"] == pytest.approx(
         float(none.loss(none.network, none.batch([made], CPU)).parts["main"])
     )
+
+
+def test_the_loss_of_crops_is_the_mean_of_theirs() -> None:
+    """So that it does not matter how many devices share them."""
+    trained = recipe("loss.dice=0")
+    made = []
+    for seed, size in enumerate((20, 10)):  # a crop is larger than the second
+        labels = np.zeros((size, size, size), np.uint8)
+        labels[3:8, 3:8, 3:8] = 1
+        source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+        made.append(example(source, trained.crops, np.random.default_rng(seed)))
+    shares = {float(one["weights"].mean()) for one in made}
+    assert len(shares) == 2
+    aux = [
+        float(trained.loss(trained.network, trained.batch(part, CPU)).parts["aux"])
+        for part in (made, made[:1], made[1:])
+    ]
+    assert aux[0] == pytest.approx((aux[1] + aux[2]) / 2, rel=1e-5)

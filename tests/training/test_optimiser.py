@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import network
 from torch import Tensor, nn
 
+from ossnet.data.preparation import Preparation
 from ossnet.errors import SettingsError
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.variants import NetworkSpec
@@ -21,6 +23,9 @@ from ossnet.training.optimiser import (
     paper_optimiser,
     parameter_groups,
 )
+from ossnet.training.recipes.base import directions
+from ossnet.training.recipes.occupancy import OccupancyRecipe
+from ossnet.training.settings import make_settings
 
 CASE = Path(__file__).parents[1] / "fixtures" / "released_weights" / "optimiser.npz"
 
@@ -221,3 +226,24 @@ def test_averages_of_turning_weights_get_their_length_back() -> None:
     optimiser.restore_norms()
     assert float(weight.detach().norm()) == pytest.approx(6**0.5, rel=1e-6)
     assert torch.equal(free, kept)
+
+
+def test_settings_of_optimisers_are_heeded_by_all_of_them() -> None:
+    made = network("C")
+    preparation = Preparation()
+    for name in ("lookahead_radam", "adamw", "muon"):
+        changes = [f"optimiser.name={name}", "optimiser.weight_decay=0.1", "optimiser.pade_lr=0.5"]
+        optimisers = OccupancyRecipe(made, preparation, make_settings("C", changes=changes)).optimisers()
+        groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+        assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, made.parameters()))
+        assert {g["lr"] for g in groups if g.get("name") == "pade"} == {0.5}
+        assert {g["weight_decay"] for g in groups if "weight_decay" in g} == {0.1}
+
+
+def test_muon_leaves_what_no_normalisation_follows() -> None:
+    """The segmentation head and the patches' convolutions of the paper learn the size of their weights."""
+    made = network("C")
+    turned = {id(p) for p in directions(made)}
+    names = {name for name, p in made.named_parameters() if id(p) in turned}
+    assert names
+    assert all("main_mapping" in n or "output_mappings" in n or "final_mapping" in n for n in names), names

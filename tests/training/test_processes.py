@@ -16,7 +16,7 @@ import pytest
 from tests.training.conftest import SMALL
 
 from ossnet.errors import SettingsError
-from ossnet.training.processes import with_processes
+from ossnet.training.processes import waits_for, with_processes
 from ossnet.training.settings import make_settings
 from ossnet.training.train import train as ossnet_train
 
@@ -162,6 +162,11 @@ def test_numbers_of_processes_come_from_who_started_them() -> None:
     four = make_settings("C", None, None, ["runtime.devices=4"])
     with pytest.raises(SettingsError, match="4 are wanted"):
         with_processes(four, torchrun)
+    assert waits_for(with_processes(four, {}), torchrun) is None
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    two = with_processes(make_settings(), slurm)
+    assert "srun" in str(waits_for(two, slurm))
+    assert waits_for(two, {**slurm, "SLURM_PROCID": "1"}) is None
     # A recipe of one crop a step: one for each process.
     assert with_processes(make_settings(changes=["runtime.devices=3"]), {}).schedule.batch_size == 3
     with pytest.raises(SettingsError, match="cannot be shared"):

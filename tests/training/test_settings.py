@@ -61,6 +61,48 @@ def test_settings_that_a_variant_does_not_heed_are_refused_and_not_listed() -> N
         make_settings("c", changes=["loss.kind=dice"])
 
 
+def test_files_may_not_hold_what_a_variant_does_not_heed(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"network": {"blocks": [4, 8]}}))
+    with pytest.raises(
+        SettingsError, match=r"mine\.json: network\.blocks: variant multiscale does not use it"
+    ):
+        make_settings(config=file)
+    # The settings of a run name all, with the values that they have anyway.
+    for variant in (*UNUSED, "C"):
+        file.write_text(make_settings(variant).model_dump_json())
+        assert make_settings(config=file) == make_settings(variant)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes"),
+    [
+        ("unet2d", ["data.spacing=3,3,3"]),
+        ("unet3d", ["data.spacing=3,3,3"]),
+        ("unet3d", ["data.shape=32,32,32", "network.patch_shape=16,16,16"]),
+        ("unet3d", ["augmentation.grows=3"]),
+    ],
+)
+def test_on_patches_others_count_than_on_whole_volumes(variant: str, changes: list[str]) -> None:
+    with pytest.raises(SettingsError, match=f"{changes[0].split('=')[0]}: variant {variant} does not use it"):
+        make_settings(variant, changes=changes)
+
+
+def test_none_is_a_word_where_it_is_one_of_the_values() -> None:
+    assert make_settings(changes=["data.normalise=none"]).data.normalise == "none"
+    assert make_settings("C", changes=["data.fit=None", "data.shape=none"]).data.fit == "none"
+    assert make_settings(changes=["schedule.minutes=none"]).schedule.minutes is None
+
+
+def test_presets_of_the_papers_baselines() -> None:
+    """SPEC §3 "Baselines"."""
+    deep, flat = make_settings("unet3d", "lits"), make_settings("unet2d", "lits")
+    assert (deep.data.shape, deep.schedule.batch_size) == ((224, 224, 224), 2)
+    assert (flat.data.shape, flat.schedule.batch_size) == ((512, 512, 512), 12)
+    assert make_settings("unet2d", "brats2020").schedule.batch_size == 32
+    assert make_settings("unet3d", "lits", changes=["schedule.batch_size=1"]).schedule.batch_size == 1
+
+
 def test_epochs_are_meant_where_they_are_given() -> None:
     assert make_settings().schedule.minutes == 60
     assert make_settings(changes=["schedule.epochs=20"]).schedule.minutes is None
@@ -78,6 +120,7 @@ def test_epochs_are_meant_where_they_are_given() -> None:
         ("optimiser.name=sgd", "lookahead_radam"),
         ("data.cache_gb=inf", "finite"),
         ("optimiser.lr=nan", "finite"),
+        ("optimiser.pade_lr=-1", "none of its values"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_help(change: str, message: str) -> None:

@@ -14,16 +14,18 @@ from safetensors.torch import load_file
 from tests.training.conftest import SMALL
 
 import ossnet
-from ossnet.errors import SettingsError
+from ossnet.data.cache import CaseCache
+from ossnet.errors import InputError, SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
+from ossnet.files.lock import alone_in
 from ossnet.training.loop import STATE, State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
 from ossnet.training.settings import make_settings, unused
 from ossnet.training.train import learnt_early, train
-from ossnet.volume import same_place
+from ossnet.volume import LabelMap, Volume, same_place
 
 
 class Stop:
@@ -41,7 +43,8 @@ class Stop:
 
 
 def run(data: Path, out: Path, variant: str = "C", changes: Sequence[str] = (), **options: Any) -> Path:
-    small = [change for change in SMALL if change.split("=")[0] not in unused(variant)]
+    patches = any(change.startswith("network.patch_shape") for change in changes)
+    small = [change for change in SMALL if change.split("=")[0] not in unused(variant, patches)]
     return train(data, out, make_settings(variant, None, None, [*small, *changes]), **options)
 
 
@@ -161,6 +164,54 @@ def test_every_variant_trains_and_answers(
     assert rows
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     assert (out / "validation.csv").is_file()
+
+
+def test_a_run_folder_belongs_to_one_process(balls: Path, tmp_path: Path) -> None:
+    with alone_in(tmp_path / "run"), pytest.raises(InputError, match="another process works in it"):
+        run(balls, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_with_other_settings_of_the_machine(
+    finished: Path, balls: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(balls, tmp_path / "c", changes=["runtime.workers=0"], listener=Stop(3))
+    run(balls, tmp_path / "c", changes=["runtime.workers=2", "data.cache_gb=1e-6", "seed=7"], resume=True)
+    assert losses(tmp_path / "c") == losses(finished)
+
+
+def test_memory_is_for_training_cases_first(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[int] = []
+
+    class Recorded(CaseCache):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            mapped.append(self.mapped_bytes)
+
+    monkeypatch.setattr("ossnet.training.train.CaseCache", Recorded)
+    # Eight of the ten cases fit, of 12 * 22 * 18 voxels with 3 bytes each.
+    run(
+        balls,
+        tmp_path / "c",
+        changes=["schedule.epochs=1", "data.cache_gb=0.000125", "validation.dense=false"],
+    )
+    assert mapped == [0, 2 * 3 * 12 * 22 * 18]
+
+
+def test_data_without_structures_are_told(tmp_path: Path) -> None:
+    root = tmp_path / "empty"
+    for index in range(6):
+        shape, affine = (20, 20, 20), np.eye(4)
+        image = np.random.default_rng(index).normal(size=(1, *shape)).astype(np.float32)
+        Volume(image, affine).save(root / "images" / f"a{index}.nii.gz")
+        LabelMap(np.zeros(shape, np.uint8), affine).save(root / "labels" / f"a{index}.nii.gz")
+    said: list[str] = []
+    changes = ["schedule.epochs=1", "runtime.threads=1", "validation.dense=false"]
+    train(root, tmp_path / "run", make_settings(None, None, None, changes), say=said.append)
+    assert any("hold no structure" in line for line in said)
 
 
 def test_a_run_is_not_overwritten(finished: Path, balls: Path) -> None:

@@ -73,7 +73,14 @@ def command(
     **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
     from ossnet.errors import SettingsError
-    from ossnet.training.settings import canonical_variant, describe_settings, given_keys, make_settings
+    from ossnet.training.settings import (
+        MACHINE,
+        canonical_variant,
+        describe_settings,
+        given_keys,
+        make_settings,
+        on_machine,
+    )
 
     if help_settings:
         of = canonical_variant(variant or "multiscale")
@@ -85,6 +92,7 @@ def command(
     if out is None or (data is None and not resume):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
     from ossnet.training.loop import STATE
+    from ossnet.training.processes import with_processes
     from ossnet.training.train import data_of, from_anywhere, settings_of, train
 
     chosen = list(changes or ())
@@ -103,13 +111,10 @@ def command(
     if resume:
         settings = settings_of(out)
         named = given_keys(preset, config, chosen) | ({"variant"} if variant else set())
-        given = from_anywhere(make_settings(variant or settings.variant, preset, config, chosen))
-        require_unchanged(settings, given, named)
-        # How many processes learn it may change.
-        changed = {
-            key: getattr(given.runtime, key) for key in ("devices", "nodes") if f"runtime.{key}" in named
-        }
-        settings = settings.model_copy(update={"runtime": settings.runtime.model_copy(update=changed)})
+        given = make_settings(variant or settings.variant, preset, config, chosen)
+        # As `train` wrote them down.
+        require_unchanged(settings, from_anywhere(with_processes(given)), named - MACHINE)
+        settings = on_machine(settings, given, named)
     else:
         settings = make_settings(variant, preset, config, chosen)
     try:
@@ -136,8 +141,7 @@ def require_unchanged(used: "Settings", given: "Settings", named: set[str]) -> N
 
     flat = [_flat(settings.model_dump(mode="json")) for settings in (used, given)]
     for key, value in flat[0].items():
-        # How many processes there are is decided where the training is started.
-        if key in named and flat[1][key] != value and key not in ("runtime.devices", "runtime.nodes"):
+        if key in named and flat[1][key] != value:
             raise SettingsError(
                 f"--resume: {key}",
                 f"{flat[1][key]} is given, the run was started with {value}",

@@ -103,7 +103,7 @@ def load_case(
 
 
 class CaseCache(Sequence[CachedCase]):
-    """All cases, loaded in parallel; those beyond `limit_bytes` (`mapped_bytes`) are mapped from files in `folder`.
+    """All cases, loaded in parallel; those beyond `limit_bytes` are mapped from files in `folder`.
 
     The mapped files are a cache and nothing else: they are removed with the folder and made anew when wanted.
     """
@@ -117,16 +117,15 @@ class CaseCache(Sequence[CachedCase]):
         jobs: int = 2,
     ) -> None:
         self._cases: list[CachedCase] = []
-        self.mapped_bytes = 0
-        used = 0
+        self.held_bytes = self.mapped_bytes = 0
         with ThreadPoolExecutor(jobs) as pool:
             for case in _in_order(pool, load, cases, ahead=2 * jobs):
                 size = case.image.nbytes + case.labels.nbytes
-                if used + size > limit_bytes:
+                if self.held_bytes + size > limit_bytes:
                     case = _mapped(case, folder)
                     self.mapped_bytes += size
                 else:
-                    used += size
+                    self.held_bytes += size
                 self._cases.append(case)
 
     def __len__(self) -> int:

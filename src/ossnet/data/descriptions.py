@@ -67,6 +67,9 @@ def decathlon(value: Mapping[str, Any], path: Path) -> Description:
             found = sorted(base.parent.glob(f"{stem(base)}_[0-9][0-9][0-9][0-9].nii*"))
             files = [str(f.relative_to(path.parent)) for f in found] or files
         listed.append((stem(label), tuple(files), label))
+    if len({name for name, _, _ in listed}) < len(listed):
+        # One name in many folders: the folders name the cases.
+        listed = [(Path(label).parent.name or name, files, label) for name, files, label in listed]
     return Description(
         _channels(value.get("modality") or value.get("channel_names") or {}),
         _named(value["labels"], path),

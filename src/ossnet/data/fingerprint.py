@@ -191,16 +191,19 @@ def _alike(facts: Sequence[CaseFacts]) -> list[CaseFacts]:
     return turned
 
 
-def propose_fit(shapes: Sequence[Shape]) -> FitProposal:
+def propose_fit(shapes: Sequence[Shape], kind: Literal["auto", "pad", "resize"] = "auto") -> FitProposal:
     """How the paper's variants should see scans of these shapes (the paper's two ways, on other data).
 
     Scans of about one size (no axis varies more than twofold) are padded to the smallest S that holds them
     all; others are resized to their median shape. S is a multiple of 2^(blocks+1) along each axis, and blocks
     are chosen so that the grid S / 2 / 2^blocks has 4 to 8 cells along each axis, or comes nearest to it.
     BraTS (240, 240, 155) gives the paper's (256, 256, 160) with 4 blocks, a 512³ scan its 512³ with 5.
+
+    Args:
+        kind: One of the two ways, if it is chosen already.
     """
     sizes = np.array(shapes)
-    alike = bool((sizes.max(axis=0) <= 2 * sizes.min(axis=0)).all())
+    alike = kind == "pad" or (kind == "auto" and bool((sizes.max(axis=0) <= 2 * sizes.min(axis=0)).all()))
     wanted = sizes.max(axis=0) if alike else np.ceil(np.median(sizes, axis=0)).astype(int)
 
     def off(blocks: int) -> float:

@@ -140,7 +140,13 @@ def _unlabelled(root: Path, files: Files, channels: int | None) -> Iterator[Foun
     if description is not None:
         return  # it says where images are, and there are none: what is left are its labels
     # Any folder of images: those directly in it, else in folders below that are not named after labels.
-    if images := _plain(files.flat() or _below(files), channels):
+    images = _plain(files.flat() or _below(files), channels)
+    if any(len(paths) > 1 for by_channel in images.values() for paths in by_channel.values()):
+        # One name in many folders: the folders name the cases.
+        for layout in LAYOUTS:
+            if layout.name == "case-folders" and (found := layout.find(files, labelled=False)).images:
+                yield found
+    if images:
         yield Found(images, {})
 
 

@@ -284,6 +284,7 @@ LAYOUTS = (
 _GROUPS = (
     re.compile(r"(patient\d+)_(?:frame\d+|ED|ES)", re.IGNORECASE),  # ACDC: two phases of one heart
     re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+", re.IGNORECASE),  # BraTS 2023: time points of one patient
+    re.compile(r"(sub-[A-Za-z0-9]+)_.+"),  # BIDS: sessions and runs of one subject
 )
 
 

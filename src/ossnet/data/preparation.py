@@ -259,6 +259,8 @@ def as_float(
     if native.dtype in (np.uint16, np.uint32, np.uint64) or not native.flags.writeable:
         native = native.astype(np.float32)
     whole = np.ascontiguousarray(native)
+    if any(stride < 0 for stride in whole.strides):
+        whole = whole.copy()  # a mirrored axis of one voxel counts as contiguous, but not for torch
     tensor = torch.from_numpy(whole).to(device)
     return tensor.to(torch.float32, copy=tensor.device.type == "cpu" and np.may_share_memory(whole, image))
 

@@ -178,28 +178,17 @@ def _slabs(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
 
 
 def _scaled(raw: Num[np.ndarray, "C X Y Z"], header: Header) -> Num[np.ndarray, "C X Y Z"]:
-    """Values from stored values: slope · stored + intercept, in float32 where that holds them."""
+    """Values from stored values: slope · stored + intercept, in float32; what it does not hold becomes infinite."""
     slope, intercept = header.scale or (1.0, 0.0)
     if header.scale is None and raw.dtype != np.float64:
         return raw
-    limit = float(np.finfo(np.float32).max)
-    with np.errstate(all="ignore"):
-        finite = (
-            [x for x in (float(np.nanmin(raw)), float(np.nanmax(raw))) if np.isfinite(x)] if _any(raw) else []
-        )
-    large = any(abs(slope * x + intercept) > limit for x in finite)
-    dtype = np.float64 if large else np.float32
-    check_memory(header.path, raw.size * np.dtype(dtype).itemsize)
-    out = np.empty_like(raw, dtype=dtype)  # same memory order
+    check_memory(header.path, raw.size * np.dtype(np.float32).itemsize)
+    out = np.empty_like(raw, dtype=np.float32)  # same memory order
     for piece in _slabs(raw):
         with np.errstate(all="ignore"):
             # Products in float64: int32 times a slope loses digits in float32.
             out[piece] = raw[piece].astype(np.float64) * slope + intercept
     return out
-
-
-def _any(raw: np.ndarray) -> bool:
-    return bool(raw.dtype.kind != "f" or not np.isnan(raw).all())
 
 
 def _finite(
@@ -211,6 +200,8 @@ def _finite(
     if not bad:
         return data
     share = f"{bad:,} of {data.size:,} voxels are NaN or infinite"
+    if header.dtype == np.float64 or header.scale is not None:
+        share += ", or too large for float32"
     if nonfinite == "refuse" or bad == data.size:
         raise VolumeError(
             header.path,

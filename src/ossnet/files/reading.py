@@ -30,12 +30,13 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
     Args:
         paths: A NIfTI file with any number of channels (fourth axis), a folder with the DICOM files of one series, or
             several of these with one channel each that lie on each other and become the channels in the order given.
-        nonfinite: NaN and infinite voxels are refused, or replaced by the nearest finite value of their
-            channel (NaN, which most programs write outside of the scan, by the smallest) with a warning.
+        nonfinite: NaN, infinite voxels and those that float32 does not hold (fill values of doubles) are refused, or
+            replaced by the nearest finite value of their channel (NaN, which most programs write outside of the scan,
+            by the smallest) with a warning.
 
     Returns:
-        Voxels (C, X, Y, Z) in the integer type of the file where they are not scaled, otherwise float32;
-        float64 only where values are too large for float32. Axes in the order of the file.
+        Voxels (C, X, Y, Z) in the type of the file where they are neither scaled nor doubles, otherwise float32. Axes
+        in the order of the file.
 
     Raises:
         VolumeError: A file cannot be trusted, or files do not lie on each other.

@@ -3,6 +3,7 @@
 Letters: B volumes, C channels, N locations, K classes, R latent rows, L latent length.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ossnet.networks.decoder import Decoder
 from ossnet.networks.encoder import Encoder, Encoding
+from ossnet.networks.normalisation import BatchNorm3d
 from ossnet.networks.variants import NetworkSpec
 
 __all__ = ["Encoding", "OSSNet", "Prediction"]
@@ -43,6 +45,16 @@ class OSSNet(nn.Module):
         self.spec = spec
         self.encoder = Encoder(spec)
         self.decoder = Decoder(spec)
+
+    def directions(self) -> list[Tensor]:
+        """Weights whose size does not matter, because a normalisation follows; Muon may turn these."""
+        rows = [list(m) for m in self.modules() if isinstance(m, nn.Sequential)]
+        return [
+            layer.weight
+            for row in rows
+            for layer, following in pairwise(row)
+            if isinstance(layer, nn.Conv3d) and isinstance(following, BatchNorm3d)
+        ]
 
     def encode(self, volume: Float[Tensor, "B C X Y Z"]) -> Encoding:
         """Encode scans at half of the full resolution, `spec.encoder_shape` voxels.

@@ -209,7 +209,10 @@ def orthogonalise(matrix: Float[Tensor, "*B R C"], iterations: int = 4) -> Float
 
 
 def parameter_groups(
-    network: nn.Module, lr: float = LEARNING_RATE, pade_lr: float | Literal["released"] = PADE_LEARNING_RATE
+    network: nn.Module,
+    lr: float = LEARNING_RATE,
+    pade_lr: float | Literal["released"] = PADE_LEARNING_RATE,
+    without: Iterable[Tensor] = (),
 ) -> list[dict[str, Any]]:
     """Two groups: everything else at `lr`, Padé coefficients at `pade_lr` (SPEC §3).
 
@@ -218,9 +221,11 @@ def parameter_groups(
         lr: Learning rate.
         pade_lr: Learning rate of the Padé coefficients. "released" = `lr`: the optimiser of the released code
             shares its step size between groups, so that all move at the first one's rate (SPEC §7.13).
+        without: Parameters that another optimiser holds.
     """
     own = {id(p) for module in network.modules() if isinstance(module, Pade) for p in module.parameters()}
-    trained = [p for p in network.parameters() if p.requires_grad]
+    others = {id(p) for p in without}
+    trained = [p for p in network.parameters() if p.requires_grad and id(p) not in others]
     rest = {"params": [p for p in trained if id(p) not in own], "lr": lr, "name": "weights"}
     pade = {
         "params": [p for p in trained if id(p) in own],
@@ -236,6 +241,9 @@ def paper_optimiser(
     pade_lr: float | Literal["released"] = PADE_LEARNING_RATE,
     k: int = 5,
     alpha: float = 0.8,
+    weight_decay: float = 0.0,
 ) -> Lookahead:
     """Lookahead(RAdam) as the paper trains: betas (0.9, 0.999), eps 1e-8, no weight decay (SPEC §3)."""
-    return Lookahead(RAdam(parameter_groups(network, lr, pade_lr), lr=lr), k=k, alpha=alpha)
+    groups = parameter_groups(network, lr, pade_lr)
+    inner = RAdam(groups, lr=lr, weight_decay=weight_decay, decoupled_weight_decay=True)
+    return Lookahead(inner, k=k, alpha=alpha)

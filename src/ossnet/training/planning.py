@@ -232,14 +232,15 @@ def _fitted(
     base: Preparation, grids: Grids, settings: Settings, reasons: list[str]
 ) -> tuple[Preparation, tuple[int, ...] | None]:
     """The paper's way: one full-resolution shape for all scans, and the encoder blocks that suit it."""
-    proposal = propose_fit(grids.shapes)
-    kind = proposal.kind if settings.data.fit == "auto" else settings.data.fit
-    if kind in ("none", "spacing"):
+    wanted = settings.data.fit
+    if wanted == "none" or wanted == "spacing":
         raise SettingsError(
             "data.fit",
-            f"{kind!r} leaves scans of different shapes",
+            f"{wanted!r} leaves scans of different shapes",
             f"Variant {settings.variant} needs pad or resize",
         )
+    proposal = propose_fit(grids.shapes, wanted)
+    kind = proposal.kind
     blocks = settings.network.blocks
     shape = settings.data.shape
     if shape is None:

@@ -68,6 +68,15 @@ def _with_external(settings: Settings, environment: Mapping[str, str]) -> Settin
     return settings.model_copy(update={"runtime": runtime})
 
 
+def waits_for(settings: Settings, environment: Mapping[str, str] = os.environ) -> str | None:
+    """What to tell who waits: without `srun` SLURM starts one process, and the others never come."""
+    world = settings.runtime.devices * settings.runtime.nodes
+    ours = "SLURM_NTASKS" in environment and "TORCHELASTIC_RUN_ID" not in environment
+    if world == 1 or not ours or environment.get("SLURM_PROCID", "0") != "0":
+        return None
+    return f"waiting for all of {world} processes: SLURM starts them with srun"
+
+
 def quieten_fabric() -> None:
     """Keep Fabric's remarks on what it set up out of the messages for people."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ Names and defaults of the options on which paper and released code disagree are 
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -51,7 +51,9 @@ class DataSettings(_Group):
         None, description="network grid in mm, for fit=spacing"
     )
     replace_nan: bool = Field(False, description="replace NaN and infinite voxels instead of refusing them")
-    cache_gb: float = Field(8.0, gt=0, description="cases beyond this are mapped from disk, in GB")
+    cache_gb: float = Field(
+        8.0, gt=0, description="cases beyond this are mapped from disk, in GB, on each machine"
+    )
 
 
 class NetworkSettings(_Group):
@@ -155,7 +157,7 @@ class OptimiserSettings(_Group):
     name: Literal["lookahead_radam", "adamw", "muon"] = "lookahead_radam"
     lr: float = Field(3e-4, gt=0, description="learning rate; with muon that of AdamW")
     muon_lr: float = Field(0.03, gt=0, description="relative step of Muon")
-    pade_lr: float | Literal["released"] = Field(
+    pade_lr: Annotated[float, Field(gt=0)] | Literal["released"] = Field(
         1e-2,
         description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)",
     )
@@ -260,6 +262,9 @@ class Settings(_Group):
     runtime: RuntimeSettings = RuntimeSettings()
 
 
+MACHINE = frozenset({f"runtime.{name}" for name in RuntimeSettings.model_fields} | {"data.cache_gb"})
+"""Settings that say where a training runs and not what is learnt: they may change when it is resumed."""
+
 Changes = Mapping[str, Any]
 
 _ALSO = {"learning_rate": "lr", "batch": "batch_size", "patch_size": "patch_shape", "mirror": "flip_axes"}
@@ -330,6 +335,13 @@ PRESETS: dict[str, Changes] = {
 """The paper's two experiments (SPEC §1, §3)."""
 
 
+_PAPER_BASELINES: dict[tuple[str, str], Changes] = {
+    ("lits", "unet3d"): {"data": {"shape": (224, 224, 224)}, "schedule": {"batch_size": 2}},
+    ("lits", "unet2d"): {"schedule": {"batch_size": 12}},
+}
+"""What differs from a preset for the paper's baselines (SPEC §3)."""
+
+
 # The border band is also what validation by the released scheme takes locations from.
 _LOCATIONS = frozenset(f"sampling.{name}" for name in SamplingSettings.model_fields) - {
     "sampling.border_kernel",
@@ -354,13 +366,16 @@ UNUSED: dict[str, frozenset[str]] = {
     | {"network.blocks", "network.slice_axis", "network.patch_shape"},
     "monai-unet": frozenset({*_GRID, *_PAPER, *_WHOLE, *_LOCATIONS, "loss.aux"}) - {"sampling.crop_voxels"}
     | {"network.slice_axis", "network.position"},
-    # On whole volumes or on patches: which of the changes to examples count depends on it.
     "unet3d": frozenset({*_PAPER, *_LOCATIONS, "loss.aux", "network.slice_axis", "network.position"}),
     "unet2d": frozenset(
         {*_PAPER, *_CROPS, *_LOCATIONS, "loss.aux", "network.patch_shape", "network.position"}
-    ),
+    )
+    | {"data.spacing"},
 }
 """Settings that change nothing in a training of a variant; the paper's: `unused`."""
+
+_WHOLE_OR_PATCHES = {False: frozenset({*_CROPS, "data.spacing"}), True: frozenset({*_GRID, *_WHOLE})}
+"""Such of `unet3d` on whole volumes, and on patches."""
 
 _NOT_PAPER = frozenset(
     {
@@ -377,9 +392,14 @@ _NOT_PAPER = frozenset(
 )
 
 
-def unused(variant: str) -> frozenset[str]:
-    """Settings that change nothing in a training of a variant, by its canonical name."""
-    return UNUSED.get(variant, _NOT_PAPER)
+def unused(variant: str, patches: bool | None = None) -> frozenset[str]:
+    """Settings that change nothing in a training of a variant, by its canonical name.
+
+    Args:
+        patches: Whether `unet3d` is trained on patches; None: what neither heeds.
+    """
+    known = UNUSED.get(variant, _NOT_PAPER)
+    return known if variant != "unet3d" or patches is None else known | _WHOLE_OR_PATCHES[patches]
 
 
 def make_settings(
@@ -403,31 +423,50 @@ def make_settings(
         if preset not in PRESETS:
             raise SettingsError("--preset", f"{preset!r} is unknown", f"Choose one of {', '.join(PRESETS)}")
         layers.append((f"preset {preset}", PRESETS[preset]))
-    if config is not None:
-        layers.append((str(config), _read_config(config)))
-    single = [_parse_change(change) for change in changes]
-    layers += single
+    given: list[tuple[str, Changes]] = [(str(config), _read_config(config))] if config is not None else []
+    given += [_parse_change(change) for change in changes]
+    layers += given
     if variant is not None:
         layers.append(("--variant", {"variant": variant}))
     chosen = next(
         (str(values["variant"]) for _, values in reversed(layers) if "variant" in values), "multiscale"
     )
     chosen = canonical_variant(chosen)
+    recipe = VARIANT_RECIPES.get(chosen, {})
     tree: dict[str, Any] = {}
-    for where, values in [("recipe", VARIANT_RECIPES.get(chosen, {})), *layers]:
+    for where, values in [("recipe", recipe), *layers]:
         _check_keys(where, values, Settings)
         tree = _merged(tree, values)
+        if where == f"preset {preset}":
+            tree = _merged(tree, _PAPER_BASELINES.get((str(preset), chosen), {}))
     tree["variant"] = chosen
-    for where, _ in single:
-        if where.removeprefix(_SET) in unused(chosen):
-            raise SettingsError(
-                where, f"variant {chosen} does not use it", "Leave it out; see `ossnet train --help-settings`"
-            )
+    _require_used(chosen, parse_settings({**recipe, "variant": chosen}), parse_settings(tree), given)
     # Who says for how many epochs does not mean the recipe's minutes.
     schedules = [values.get("schedule", {}) for _, values in layers]
     if any("epochs" in s for s in schedules) and not any("minutes" in s for s in schedules):
         tree["schedule"] = {**tree["schedule"], "minutes": None}
     return parse_settings(tree)
+
+
+def _require_used(
+    variant: str, default: "Settings", made: "Settings", layers: Sequence[tuple[str, Changes]]
+) -> None:
+    """Refuse what the user gave and the variant does not heed.
+
+    A file may name it with the value that it has anyway: the settings of a run do.
+    """
+    ignored = unused(variant, made.network.patch_shape is not None)
+    for where, values in layers:
+        for group, part in values.items():
+            for key in part if isinstance(part, Mapping) else ():
+                name = f"{group}.{key}"
+                same = getattr(getattr(made, group), key) == getattr(getattr(default, group), key)
+                if name in ignored and (where == f"{_SET}{name}" or not same):
+                    raise SettingsError(
+                        where if where.startswith(_SET) else f"{where}: {name}",
+                        f"variant {variant} does not use it",
+                        "Leave it out; see `ossnet train --help-settings`",
+                    )
 
 
 def given_keys(preset: str | None, config: Path | None, changes: Sequence[str]) -> set[str]:
@@ -439,6 +478,15 @@ def given_keys(preset: str | None, config: Path | None, changes: Sequence[str]) 
         for group, value in values.items():
             keys |= {f"{group}.{key}" for key in value} if isinstance(value, Mapping) else {group}
     return keys
+
+
+def on_machine(used: Settings, given: Settings, named: Set[str] = MACHINE) -> Settings:
+    """The settings of a run, but those of the machine (`MACHINE`) that are named as they are given."""
+    for key in MACHINE & named:
+        group, name = key.split(".")
+        part = getattr(used, group).model_copy(update={name: getattr(getattr(given, group), name)})
+        used = used.model_copy(update={group: part})
+    return used
 
 
 def parse_settings(tree: Mapping[str, Any], where: str = "settings") -> Settings:
@@ -508,11 +556,16 @@ def _shown(value: Any) -> str:
 
 def _meaning(field: FieldInfo) -> str:
     """The description, with the words that may be given."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    words = [w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind) if isinstance(w, str)]
+    words = _words(field)
     text = field.description or ""
     listed = "" if not words or all(word in text for word in words) else f"one of {', '.join(words)}"
     return "; ".join(part for part in (text, listed) if part)
+
+
+def _words(field: FieldInfo) -> list[str]:
+    """Those that a setting may have as its value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return [w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind) if isinstance(w, str)]
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -536,6 +589,8 @@ def _parse_change(change: str) -> tuple[str, Changes]:
         value = json.loads(text)
     except ValueError:
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        if value is None and _is_word(key.strip(), text.lower()):
+            value = text.lower()
         if isinstance(value, str) and "," in value:
             try:
                 value = json.loads(f"[{value}]")
@@ -545,6 +600,14 @@ def _parse_change(change: str) -> tuple[str, Changes]:
     for part in reversed(key.strip().split(".")):
         tree = {part: tree}
     return f"{_SET}{key.strip()}", tree
+
+
+def _is_word(key: str, text: str) -> bool:
+    """Whether a setting may have this word as its value."""
+    group, _, name = key.partition(".")
+    inner = Settings.model_fields.get(group)
+    field = inner.annotation.model_fields.get(name) if inner and isinstance(inner.default, _Group) else None  # type: ignore[union-attr]
+    return field is not None and text in _words(field)
 
 
 def _check_keys(where: str, values: Changes, group: type[BaseModel], prefix: str = "") -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -20,13 +20,14 @@ from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
+from ossnet.files.lock import alone_in
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
 from ossnet.training.judging import judge
 from ossnet.training.loop import STATE, Listener, State, Trainer
 from ossnet.training.planning import make_plan
-from ossnet.training.processes import ending_together, quieten_fabric, with_processes
-from ossnet.training.settings import Settings, parse_settings
+from ossnet.training.processes import ending_together, quieten_fabric, waits_for, with_processes
+from ossnet.training.settings import Settings, on_machine, parse_settings
 from ossnet.volume import LabelMap
 
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ def train(
         data: A data set in any known layout.
         out: The run folder: `model/` (best), `last/`, `plan.txt` (what was picked, and why), `log.csv`,
             `settings.json`, `splits.json`, pictures; at the end `validation/`, `validation.csv`, `validation.json`.
-        settings: All settings; when resuming, those of the run are used instead.
+        settings: All settings; when resuming, those of the run are used instead, but for the machine's (`MACHINE`).
         resume: Continue a run that was stopped, bit for bit (same data, devices and threads; with a time limit the
             schedule follows the clock; a GPU adds up in an order of its own).
         listener: Told of steps and validations.
@@ -63,16 +64,12 @@ def train(
         The run folder.
 
     Raises:
-        OssnetError: Anything a user can mend.
+        OssnetError: Anything a user can mend, also that another process trains in the folder.
     """
     data, out = Path(data), Path(out)
     say = say or (lambda text: None)
     if resume:
-        runtime = settings.runtime
-        settings = settings_of(out)
-        # What is learnt is that of the run; how many processes learn it may change.
-        chosen = {"devices": runtime.devices, "nodes": runtime.nodes}
-        settings = settings.model_copy(update={"runtime": settings.runtime.model_copy(update=chosen)})
+        settings = on_machine(settings_of(out), settings)
     elif (out / STATE).exists() or (out / "model").exists():
         raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
     require_folder(out)
@@ -80,8 +77,10 @@ def train(
     if settings.runtime.threads is not None:
         torch.set_num_threads(settings.runtime.threads)
     fabric = make_fabric(settings)
+    if waiting := waits_for(settings):
+        say(waiting)
     fabric.launch()
-    with ending_together(fabric):
+    with ending_together(fabric), alone_in(out) if fabric.is_global_zero else nullcontext():
         if not fabric.is_global_zero:
             listener, say = None, lambda text: None
         torch.manual_seed(settings.seed)
@@ -150,15 +149,21 @@ def _train(
             settings.sampling.border_width_mm,
         )
 
-    def cache(cases: Sequence[Case]) -> CaseCache:
-        limit = int(settings.data.cache_gb * 1e9 / 2)
+    def cache(cases: Sequence[Case], limit: int) -> CaseCache:
         return CaseCache(cases, load, limit, mapped, jobs=min(4, os.cpu_count() or 1))
 
     try:
-        train, validation = cache(train_cases), cache(validation_cases)
+        # What is drawn from in every step comes first.
+        limit = int(settings.data.cache_gb * 1e9 / settings.runtime.devices)
+        train = cache(train_cases, limit)
+        validation = cache(validation_cases, limit - train.held_bytes)
         if mapped_bytes := train.mapped_bytes + validation.mapped_bytes:
             say(f"{mapped_bytes / 1e9:.1f} GB of cases are kept in {mapped}: beyond data.cache_gb")
         surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
+        if not any(surfaces):
+            say(
+                f"beware: the first {len(surfaces)} training cases hold no structure: there is nothing to learn"
+            )
         plan.model.metadata["surface_mm2"] = round(median(surfaces), 2)
         pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
         if (extent := small_extent(pieces)) is not None:
@@ -211,9 +216,12 @@ def known_already(settings: Settings, name: str, validation: Sequence[str]) -> t
     source = settings.network.init
     if source is None or not validation:
         return ()
-    for folder in (Path(source), Path(source).parent):
+    # A shipped model is no folder, and what lies in the current one is not its.
+    for folder in (Path(source), Path(source).parent) if Path(source).is_dir() else ():
         if (folder / "splits.json").is_file():
             used = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+            if not isinstance(used, dict) or "train" not in used:
+                continue  # of another program
             if Path(used.get("data", "")).name != name:
                 return ()
             seen = len({*used["train"]} & {*validation})

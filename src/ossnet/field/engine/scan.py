@@ -21,6 +21,8 @@ from ossnet.field.memory import free_bytes
 from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume
 
+_LARGEST = np.float64(np.finfo(np.float32).max)
+
 
 class Scan:
     """Boxes of a scan on the network's grid, float32, normalised and fitted.
@@ -61,14 +63,15 @@ class Scan:
             preprocessed: Take the values as they are: no normalisation.
 
         Raises:
-            VolumeError: Voxels are NaN or infinite: `read` refuses these, arrays from elsewhere may hold some.
+            VolumeError: Voxels are NaN, infinite or too large for float32: `read` refuses these, arrays from elsewhere
+                may hold some.
         """
         # Plane by plane: a mask of the whole scan is memory that nobody granted.
         planes = (plane for channel in _as_stored(volume.data) for plane in channel)
-        if volume.data.dtype.kind == "f" and not all(np.isfinite(plane).all() for plane in planes):
+        if volume.data.dtype.kind == "f" and not all((abs(plane) <= _LARGEST).all() for plane in planes):
             raise VolumeError(
                 volume.source or "scan",
-                "voxels are NaN or infinite",
+                "voxels are NaN or infinite, or too large for float32",
                 "Replace them, for example by numpy.nan_to_num",
             )
         oriented = volume.reoriented(preparation.orient(volume.affine))

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 from ossnet.data.augment import Augmentation, apply_intensity
 from ossnet.data.cache import CachedCase
 from ossnet.data.preparation import Preparation, as_float
-from ossnet.training.optimiser import Muon, paper_optimiser
+from ossnet.training.optimiser import Muon, paper_optimiser, parameter_groups
 from ossnet.training.settings import Settings
 from ossnet.volume import flipped
 
@@ -66,20 +66,18 @@ class Recipe(ABC):
         if chosen.name == "lookahead_radam":
             return [
                 paper_optimiser(
-                    self.network, chosen.lr, chosen.pade_lr, chosen.lookahead_k, chosen.lookahead_alpha
+                    self.network,
+                    chosen.lr,
+                    chosen.pade_lr,
+                    chosen.lookahead_k,
+                    chosen.lookahead_alpha,
+                    chosen.weight_decay,
                 )
             ]
-        if chosen.name == "adamw":
-            return [
-                AdamW(
-                    self.network.parameters(), chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay
-                )
-            ]
-        convolutions, rest = split_convolutions(self.network)
-        return [
-            Muon(convolutions, lr=chosen.muon_lr),
-            AdamW(rest, chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay),
-        ]
+        turned = directions(self.network) if chosen.name == "muon" else []
+        rest = parameter_groups(self.network, chosen.lr, chosen.pade_lr, without=turned)
+        adam = AdamW(rest, chosen.lr, betas=(0.9, 0.99), weight_decay=chosen.weight_decay)
+        return [Muon(turned, lr=chosen.muon_lr), adam] if turned else [adam]
 
     @property
     def repeats(self) -> int:
@@ -87,19 +85,16 @@ class Recipe(ABC):
         return 1
 
 
-def split_convolutions(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of convolutions, which Muon turns, and all other parameters.
+def directions(network: nn.Module) -> list[Tensor]:
+    """Weights of convolutions, which Muon turns.
 
     A network that has convolutions without a normalisation or gain behind them says which it may have: `directions`.
     """
-    directions = getattr(network, "directions", None)
-    if directions is not None:
-        chosen = {id(p) for p in directions()}
-    else:
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        chosen = {id(m.weight) for m in network.modules() if isinstance(m, kinds)}
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [p for p in trained if id(p) in chosen], [p for p in trained if id(p) not in chosen]
+    own = getattr(network, "directions", None)
+    if own is not None:
+        return [p for p in own() if p.requires_grad]
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return [m.weight for m in network.modules() if isinstance(m, kinds) and m.weight.requires_grad]
 
 
 def augmented(case: CachedCase, plan: Augmentation, preparation: Preparation, device: torch.device) -> Tensor:

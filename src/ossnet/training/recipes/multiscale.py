@@ -131,6 +131,7 @@ class MultiscaleRecipe(Recipe):
         aux = occupancy_loss(
             as_locations(coarse.float()),
             as_locations(batch["coarse"]),
-            weights=inside / inside.mean().clamp(min=1 / inside.numel()),
+            # Of each crop by itself: the same loss on however many devices.
+            weights=inside / inside.mean(dim=1, keepdim=True).clamp(min=1 / inside.shape[1]),
         )
         return StepLoss(main + chosen.aux * aux, {"main": main.detach(), "aux": aux.detach()})
