@@ -65,16 +65,26 @@ class Job:
         """All that is written."""
         return (self.target, self.probabilities) if options.probabilities else (self.target,)
 
-    def origins(self, model: str, options: Options) -> tuple[str, ...]:
-        """What results that are finished may say of their making: first what new ones say, then what is as good.
 
-        Args:
-            model: Its fingerprint.
-        """
-        scan, known = look_of(self.files), options.deciding()
+class Origins(dict[str, tuple[str, ...]]):
+    """What finished results may say of their making, by names of scans: first what new ones say, then what is as good.
+
+    Worked out when it is asked for: all of a scan is read for it.
+
+    Args:
+        model: Its fingerprint.
+    """
+
+    def __init__(self, jobs: Sequence[Job], model: str, options: Options) -> None:
+        self._files = {job.name: job.files for job in jobs}
+        self._model, self._known = model, options.deciding()
+
+    def __missing__(self, name: str) -> tuple[str, ...]:
+        scan, known = look_of(self._files[name]), self._known
         # Nothing that asking everywhere finds is missed.
         kinds = [known, known | {"strategy": "dense"}] if known["strategy"] == "octree" else [known]
-        return tuple(origin(model, scan, kind) for kind in kinds)
+        self[name] = tuple(origin(self._model, scan, kind) for kind in kinds)
+        return self[name]
 
 
 def plan_jobs(
@@ -168,7 +178,7 @@ def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]
     if others and not options.overwrite:
         raise SettingsError(
             "--out",
-            f"{_first(others)}, made by another model, from another scan or with other options",
+            f"{_first(others)}, made by another model or an earlier ossnet, from another scan or with other options",
             "Name another output, or replace it with --overwrite",
         )
 

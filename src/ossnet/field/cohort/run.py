@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
-from ossnet.field.cohort.jobs import Job, Options, clear, finished, require_replaceable
+from ossnet.field.cohort.jobs import Job, Options, Origins, clear, finished, require_replaceable
 from ossnet.field.cohort.report import Report, report_file, said_by
 from ossnet.field.cohort.sharing import processes, take_gpu
 from ossnet.field.components import island_bytes, without_islands
@@ -50,7 +50,7 @@ def segment_all(
     rank, world = processes()
     share = list(jobs)[rank::world]
     made_by = model.fingerprint()
-    origins = {job.name: job.origins(made_by, options) for job in share}
+    origins = Origins(share, made_by, options)
     require_replaceable(share, origins, options)
     todo = [job for job in share if options.overwrite or not finished(job, options)]
     clear(todo)
