@@ -183,6 +183,33 @@ def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path,
         plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "folder.nii.gz")
 
 
+def test_a_map_that_was_corrected_is_no_result(model: Model, scans: Path, tmp_path: Path) -> None:
+    """By whatever program: what it keeps of the header does not make its values ours. Stored otherwise they are."""
+    out = tmp_path / "out"
+    run(model, scans, out)
+    image = nib.load(out / "scan_0.nii.gz")
+    labels = np.asarray(image.dataobj)
+    image.header.set_data_dtype(np.int16)
+    nib.save(nib.Nifti1Image(labels.astype(np.int16), None, image.header), out / "scan_0.nii.gz")
+    run(model, scans, out)
+    one, two = read_labels(out / "scan_0.nii.gz"), read_labels(out / "scan_1.nii.gz")
+    image.header.extensions.clear()  # as ITK does
+    corrected = labels.copy()
+    corrected[3, 4, 5] ^= 1
+    nib.save(nib.Nifti1Image(corrected.astype(np.int16), None, image.header), out / "scan_0.nii.gz")
+    replace(two, data=1 - two.data).save(out / "scan_1.nii.gz")
+    before = times(out)
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match=r"scan_0\.nii\.gz is there \(and 1 more\) and was changed"):
+            run(model, scans, out, overwrite=overwrite)
+    assert times(out) == before
+    assert read_labels(out / "scan_0.nii.gz").holds_classes
+    one.save(out / "scan_0.nii.gz")
+    (out / "scan_1.nii.gz").write_bytes((out / "scan_1.nii.gz").read_bytes()[:-20])
+    with pytest.raises(SettingsError, match=r"scan_1\.nii\.gz is there and was changed"):
+        run(model, scans, out)
+
+
 def test_scans_that_are_cut_in_another_way_are_warned_of(model: Model, scans: Path, tmp_path: Path) -> None:
     known = {"smallest": [9.0, 9.0, 8.0], "largest": [11.0, 9.0, 8.0]}
     careful = Model(model.network, model.preparation, model.label_names, metadata={"extent_mm": known})

@@ -5,13 +5,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate
 from ossnet.files.dicom import marked_in
-from ossnet.volume import MARK
+from ossnet.files.nifti import read_labels
+from ossnet.volume import MARK, LabelMap
+
+Labels = TypeVar("Labels", bound=LabelMap)
 
 
 def origin(model: str, scan: str, options: Mapping[str, Any]) -> str:
@@ -40,3 +46,38 @@ def look_of(files: Sequence[Path]) -> str:
                 with part.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()
+
+
+def signed(labels: Labels, made_by: str) -> Labels:
+    """Labels that say what made them (`origin`), and by a digest of their values whether they were changed since.
+
+    Both stand in the line that other programs keep; in a comment of its own the digest would be lost with them.
+    """
+    return replace(labels, origin=f"{made_by} {_digest(labels)}")
+
+
+def made_by(line: str) -> str:
+    """What made a result, of all that it says (`LabelMap.origin`)."""
+    return " ".join(line.split()[:2])
+
+
+def was_changed(file: Path, line: str) -> bool:
+    """Whether a label map is another one than was signed, or damaged; what says no digest is not looked at.
+
+    Args:
+        line: What it says.
+    """
+    digest = line.split()[2:]
+    try:
+        return bool(digest) and digest != [_digest(read_labels(file))]
+    except VolumeError:
+        return True
+
+
+def _digest(labels: LabelMap) -> str:
+    """Alike for equal labels of a grid, in whatever type and packing."""
+    dtype = np.min_scalar_type(int(labels.data.max(initial=0)))
+    total = hashlib.blake2b(str(labels.shape).encode(), digest_size=8)
+    for plane in np.moveaxis(labels.data, -1, 0):
+        total.update(plane.astype(dtype.newbyteorder("<")).tobytes(order="F"))
+    return total.hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ossnet.data.layouts import images_in
 from ossnet.errors import DatasetError, SettingsError
-from ossnet.field.provenance import look_of, origin
+from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
 from ossnet.files.nifti import origin_of
@@ -165,15 +165,22 @@ def _require_other_files(jobs: Sequence[Job]) -> None:
 
 
 def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
-    """Refuse where files are in the way: those that are no results at all, and results of something else."""
+    """Refuse where files are in the way: those that are no results (any more), and results of something else."""
     there = [(job, file, origin_of(file)) for job in jobs for file in job.results(options) if file.is_file()]
     foreign = [file for _, file, line in there if not line.startswith(MARK)]
-    others = [file for job, file, line in there if line not in origins[job.name]]
+    changed = [file for _, file, line in there if was_changed(file, line)]
+    others = [file for job, file, line in there if made_by(line) not in origins[job.name]]
     if foreign:
         raise SettingsError(
             "--out",
             f"{_first(foreign)} and is no result of ossnet",
             "Name another output, or move it away: it may be a reference",
+        )
+    if changed:
+        raise SettingsError(
+            "--out",
+            f"{_first(changed)} and was changed since ossnet made it",
+            "Name another output, or move it away: it may be corrected by hand",
         )
     if others and not options.overwrite:
         raise SettingsError(

@@ -12,9 +12,10 @@ from typing import Any
 from ossnet.errors import OssnetError, SettingsError
 from ossnet.field.cohort.jobs import Job, Options
 from ossnet.field.model import Model, versions
+from ossnet.field.provenance import made_by
 from ossnet.files.atomic import write_json
 from ossnet.files.containers import stem
-from ossnet.files.nifti import read_labels
+from ossnet.files.nifti import origin_of, read_labels
 from ossnet.volume import LabelMap
 
 _REPORT_SECONDS = 10.0
@@ -60,7 +61,7 @@ class Report:
         """Enter what is finished and was not entered, as after a kill: what its label map says."""
         known = self._known()
         for job in finished:
-            if known.get(job.name, {}).get("origin") not in self.origins[job.name]:
+            if known.get(job.name, {}).get("origin") != origin_of(job.target):
                 labels = read_labels(job.target)
                 self.scans[job.name] = {"files": [str(f) for f in job.files], **said_by(job, labels)}
 
@@ -98,7 +99,7 @@ class Report:
 
         def done(name: str) -> bool:
             entry = known.get(name, {})
-            return entry.get("origin") in self.origins[name] and Path(entry["result"]).is_file()
+            return made_by(entry.get("origin", "")) in self.origins[name] and Path(entry["result"]).is_file()
 
         return known | {k: v for k, v in self.scans.items() if "error" not in v or not done(k)}
 

@@ -18,6 +18,7 @@ from ossnet.field.forecast import forecast
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model
+from ossnet.field.provenance import signed
 from ossnet.files.reading import look_at, read_volume
 from ossnet.files.validate import VolumeWarning
 from ossnet.volume import Volume
@@ -164,7 +165,6 @@ def _segment(
             needed = LIBRARIES + held + island_bytes(labels)
             require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
-    labels = replace(labels, origin=made_by)
     maps = maps and replace(maps, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
@@ -180,7 +180,9 @@ def _segment(
     def save() -> None:
         if maps is not None:
             maps.save(job.probabilities)
-        labels.save(job.target)  # last: its presence means finished
+        result = signed(labels, made_by)
+        entry["origin"] = result.origin
+        result.save(job.target)  # last: its presence means finished
 
     return entry, save
 
