@@ -182,6 +182,7 @@ def test_a_full_disk(scan: Path, model: Path, tmp_path: Path) -> None:
     code, said = ended(started(*segment(scan, model, out), limit_bytes=100))
     assert code == 2, said
     assert "the disk is full" in said
+    assert "→" not in said  # no file is announced that is not there
     assert "Traceback" not in said
     assert said.count("error:") == 1
     assert not [p for p in files_in(out) if p.is_file()]

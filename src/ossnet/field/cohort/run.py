@@ -70,11 +70,18 @@ def segment_all(
             # So many label maps may wait for the disk; a grant of memory is for one scan.
             waiting = 1 if options.memory is None else 0
             written: list[tuple[Job, dict[str, Any], Future[None]]] = []
+
+            def collect() -> None:
+                """Wait until the oldest of them is on the disk."""
+                job, entry, _ = written[0]
+                report.collect(written.pop(0))
+                say(f"{job.name}: {_told(entry)} → {job.target}")
+
             try:
                 scans = _Reader(todo, reader, options)
                 for index, job in enumerate(todo):
                     while len(written) > waiting:
-                        report.collect(written.pop(0))
+                        collect()
                     try:
                         if not options.overwrite and finished(job, options):
                             say(f"{job.name} was finished by another process")
@@ -83,7 +90,6 @@ def segment_all(
                                 made_by = origins[job.name][0]
                                 entry, save = _segment(model, job, scans.take(index), options, made_by)
                             written.append((job, entry, writer.submit(save)))
-                            say(f"{job.name}: {_told(entry)} → {job.target}")
                             del save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
                         # With its traceback it would keep the scan and its field.
@@ -95,7 +101,7 @@ def segment_all(
                         done(count)
             finally:
                 while written:
-                    report.collect(written.pop(0))
+                    collect()
     finally:
         report.write()
     if failed:
