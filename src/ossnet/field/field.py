@@ -109,8 +109,6 @@ class Field:
             raise SettingsError(
                 "volume", f"it is a {type(volume).__name__}", "Read the scan: ossnet.read(path)"
             )
-        if precision not in get_args(Precision):
-            raise SettingsError("precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
         model.require_channels(volume.channels, volume.source or "scan")
         self.model, self.volume = model, volume
         self._orientation: Orientation = model.preparation.orient(volume.affine)
@@ -121,7 +119,7 @@ class Field:
             model,
             self.grid,
             lambda one: Scan.bound(volume, one.preparation, preprocessed),
-            device=_device(device),
+            device=device,
             grant=None if memory is None else parse_size(memory),
             precision=precision,
             chunk=chunk,
@@ -394,20 +392,6 @@ def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
     if not np.isfinite(out).all():
         raise SettingsError("points", "some are not finite", "Leave them out")
     return out
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
-    return device
 
 
 def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:

@@ -68,7 +68,7 @@ def forecast(
     affine: Affine,
     *,
     memory: str | int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     spacing: float | tuple[float, float, float] | None = None,
     dense: bool = False,
     probabilities: bool = False,
@@ -84,11 +84,12 @@ def forecast(
         spacing: Voxel size in mm of the answer; None: the scan's own grid.
         dense: All voxels are asked.
         probabilities: A map of them is wanted as well.
-        precision, chunk: As for `Field`.
+        device, precision, chunk: As for `Field`.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
     Raises:
+        SettingsError: A device or a precision that is not there.
         ResourceError: The grant does not hold what segmenting such a scan takes.
     """
     orientation = model.preparation.orient(affine)
@@ -105,15 +106,12 @@ def forecast(
         scan.origin = fit
         return scan
 
-    place = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device("cuda" if device == "auto" else device)
     started = time.perf_counter()
     bound = Binding(
         model,
         grid,
         stand_in,
-        device=place,
+        device=device,
         grant=None if memory is None else parse_size(memory),
         precision=precision,
         chunk=chunk,
@@ -126,8 +124,8 @@ def forecast(
         maps = 4 * max(model.classes, 1) * math.prod(target.shape)
         asking = max(asking, maps + label_bytes(target.shape, classes))
         bound.make_room(asking, "probabilities of all voxels")
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+    if bound.device.type == "cuda":
+        torch.cuda.synchronize(bound.device)
     seconds = time.perf_counter() - started
     surface = surface_voxels(model, target.shape, target.affine)
     coarse, predicted = bound.answer.coarse, False
