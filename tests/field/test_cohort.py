@@ -128,6 +128,26 @@ def test_results_of_something_else_are_not_taken_for_finished(
     assert times(out) == before
 
 
+def test_a_precision_that_is_named_decides(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What "auto" stands for is the machine's matter: whoever does not name one goes on with either."""
+    out, jobs = tmp_path / "out", plan_jobs([scans], tmp_path / "out")
+    monkeypatch.setattr("ossnet.networks.machine.fast_bf16", lambda device: False)
+    entries = segment_all(model, jobs, Options(device="cpu"))["scans"]
+    assert entries["scan_0"]["options"] == {"strategy": "octree", "precision": "fp32"}
+    before = times(out)
+    segment_all(model, jobs, Options(device="cpu", precision="fp32"))
+    with pytest.raises(SettingsError, match="other options"):
+        segment_all(model, jobs, Options(device="cpu", precision="bf16"))
+    monkeypatch.setattr("ossnet.networks.machine.fast_bf16", lambda device: True)
+    segment_all(model, jobs, Options(device="cpu"))
+    assert times(out) == before
+    segment_all(model, jobs, Options(device="cpu", precision="bf16", overwrite=True))
+    with pytest.raises(SettingsError, match="other options"):
+        segment_all(model, jobs, Options(device="cpu", precision="fp32"))
+
+
 def test_another_scan_of_the_same_name_and_size_is_another_scan(model: Model, tmp_path: Path) -> None:
     """Also where only a voxel in a pair's second file differs."""
     for ending in (".nii", ".img"):

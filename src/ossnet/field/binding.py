@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ossnet.field.grid import Box, Grid, box_shape
 from ossnet.field.memory import LIBRARIES, asking_bytes, require
 from ossnet.field.model import Model
 from ossnet.field.together import MeanAnswer
+from ossnet.networks.machine import computes_in_bf16
 from ossnet.volume import Affine, Shape, spacing_of
 
 
@@ -181,6 +182,17 @@ def chosen_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
     return device
+
+
+def precision_of(model: Model, precision: Precision, device: str | torch.device) -> Literal["fp32", "bf16"]:
+    """What a model is computed in; bf16 where one of several is.
+
+    Raises:
+        SettingsError: There is no such device.
+    """
+    models, place = (model, *model.others), chosen_device(device)
+    kinds = (precision_among(one.network, precision, len(models)) for one in models)
+    return "bf16" if any(computes_in_bf16(kind, place) for kind in kinds) else "fp32"
 
 
 def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:

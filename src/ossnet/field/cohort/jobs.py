@@ -7,6 +7,8 @@ from typing import Any
 
 from ossnet.data.layouts import images_in
 from ossnet.errors import DatasetError, SettingsError
+from ossnet.field.binding import precision_of
+from ossnet.field.model import Model
 from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
@@ -31,8 +33,8 @@ class Options:
     replace_nan: bool = False
     overwrite: bool = False
 
-    def deciding(self) -> dict[str, Any]:
-        """Those that decide which label map comes out; devices and grants do not."""
+    def deciding(self, model: Model) -> dict[str, Any]:
+        """Those that decide which label map comes out; devices (but for what they compute in) and grants do not."""
         return {
             "strategy": "octree" if self.strategy == "auto" else self.strategy,
             "spacing": self.spacing,
@@ -40,6 +42,7 @@ class Options:
             "largest": self.largest,
             "smallest_ml": self.smallest_ml,
             "replace_nan": self.replace_nan,
+            "precision": precision_of(model, self.precision, self.device),  # type: ignore[arg-type]
         }
 
 
@@ -71,19 +74,26 @@ class Origins(dict[str, tuple[str, ...]]):
 
     Worked out when it is asked for: all of a scan is read for it.
 
-    Args:
-        model: Its fingerprint.
+    Attributes:
+        fingerprint: The model's.
     """
 
-    def __init__(self, jobs: Sequence[Job], model: str, options: Options) -> None:
+    def __init__(self, jobs: Sequence[Job], model: Model, options: Options) -> None:
+        self.fingerprint = model.fingerprint()
         self._files = {job.name: job.files for job in jobs}
-        self._model, self._known = model, options.deciding()
+        known = options.deciding(model)
+        self._kinds = [known]
+        # Nothing that asking everywhere finds is missed.
+        if known["strategy"] == "octree":
+            self._kinds.append(known | {"strategy": "dense"})
+        # Who leaves it to the machine may go on with a folder on another one.
+        if options.precision == "auto":
+            other = "fp32" if known["precision"] == "bf16" else "bf16"
+            self._kinds += [kind | {"precision": other} for kind in self._kinds]
 
     def __missing__(self, name: str) -> tuple[str, ...]:
-        scan, known = look_of(self._files[name]), self._known
-        # Nothing that asking everywhere finds is missed.
-        kinds = [known, known | {"strategy": "dense"}] if known["strategy"] == "octree" else [known]
-        self[name] = tuple(origin(self._model, scan, kind) for kind in kinds)
+        scan = look_of(self._files[name])
+        self[name] = tuple(origin(self.fingerprint, scan, kind) for kind in self._kinds)
         return self[name]
 
 

@@ -3,14 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ossnet.errors import OssnetError, SettingsError
-from ossnet.field.cohort.jobs import Job, Options
+from ossnet.field.cohort.jobs import Job, Options, Origins
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import made_by
 from ossnet.files.atomic import write_json
@@ -34,12 +34,10 @@ class Report:
         self,
         file: Path | None,
         model: Model,
-        fingerprint: str,
         options: Options,
-        origins: Mapping[str, Sequence[str]],
+        origins: Origins,
     ) -> None:
-        self.file, self.model, self.fingerprint, self.options = file, model, fingerprint, options
-        self.origins = origins
+        self.file, self.model, self.options, self.origins = file, model, options, origins
         self.scans: dict[str, Any] = {}
         """Entries of this process."""
         # The first result at once: whoever lists the folder meanwhile shall see what it holds.
@@ -86,7 +84,7 @@ class Report:
                 "labels": self.model.label_names,
                 "mirror": list(self.model.mirror),
                 "others": len(self.model.others),
-                "fingerprint": self.fingerprint,
+                "fingerprint": self.origins.fingerprint,
             },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},
             "versions": versions(),

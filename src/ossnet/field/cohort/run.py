@@ -50,8 +50,7 @@ def segment_all(
     say = say or (lambda text: None)
     rank, world = processes()
     share = list(jobs)[rank::world]
-    made_by = model.fingerprint()
-    origins = Origins(share, made_by, options)
+    origins = Origins(share, model, options)
     require_replaceable(share, origins, options)
     todo = [job for job in share if options.overwrite or not finished(job, options)]
     clear(todo)
@@ -61,7 +60,7 @@ def segment_all(
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
-    report = Report(report_file(jobs, rank, world), model, made_by, options, origins)
+    report = Report(report_file(jobs, rank, world), model, options, origins)
     report.complete([job for job in share if job not in todo])
     failed: list[OssnetError] = []
     count = len(share) - len(todo)
@@ -174,7 +173,7 @@ def _segment(
     maps = maps and replace(maps, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
-        "options": {k: v for k, v in options.deciding().items() if v not in (None, False, 0.0)},
+        "options": {k: v for k, v in options.deciding(model).items() if v not in (None, False, 0.0)},
         **said_by(job, labels),
         "strategy": labels.strategy,
         "locations": labels.evaluated,
