@@ -495,6 +495,10 @@ def test_forecasts(model: Model, scans: Path) -> None:
     forecasts = forecast_all(model, plan_jobs([scans], None), Options(device="cpu"))
     assert [f["scan"] for f in forecasts] == [f"scan_{i}" for i in range(5)]
     assert all(f["locations"] > 0 and f["seconds"] > 0 and f["memory_bytes"] > 0 for f in forecasts)
+    several = tiny.model("multiscale", classes=3)
+    for work in (forecast_all, segment_all):
+        with pytest.raises(SettingsError, match="for one structure"):
+            work(several, plan_jobs([scans], scans / "out"), Options(device="cpu", strategy="released"))
 
 
 def test_plans(scans: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ossnet.data.preparation import Fit
 from ossnet.field.binding import Binding, surface_voxels
 from ossnet.field.engine.answer import Answer
 from ossnet.field.engine.scan import Scan
-from ossnet.field.grid import Grid
+from ossnet.field.grid import Box, Grid, oriented_box
 from ossnet.field.labelling import Labelling
 from ossnet.field.memory import LIBRARIES, label_bytes, parse_size
 from ossnet.field.model import Model
@@ -70,18 +70,20 @@ def forecast(
     memory: str | int | None = None,
     device: str | torch.device = "auto",
     spacing: float | tuple[float, float, float] | None = None,
+    region: Box | None = None,
     dense: bool = False,
     probabilities: bool = False,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     chunk: int | None = None,
 ) -> Forecast:
-    """Work out what `segment` will take; a region of the scan takes less.
+    """Work out what `segment` will take.
 
     Args:
         shape: Voxels as stored.
         affine: Voxel index → world mm.
         memory: The grant, as for `Field`.
         spacing: Voxel size in mm of the answer; None: the scan's own grid.
+        region: Looked at to see whether it lies on the answer's grid; it takes less than the whole, which is said.
         dense: All voxels are asked.
         probabilities: A map of them is wanted as well.
         device, precision, chunk: As for `Field`.
@@ -89,7 +91,7 @@ def forecast(
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
     Raises:
-        SettingsError: A device or a precision that is not there.
+        SettingsError: A device or a precision that is not there, or a region outside of the grid.
         ResourceError: The grant does not hold what segmenting such a scan takes.
     """
     orientation = model.preparation.orient(affine)
@@ -98,6 +100,8 @@ def forecast(
     if spacing is not None and not isinstance(spacing, int | float):
         spacing = orientation.moved(spacing)
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
+    if region is not None:
+        oriented_box(region, target, orientation)
 
     def stand_in(one: Model) -> Scan:
         fit = one.preparation.fit_for(grid.shape, spacing_of(grid.affine))

@@ -12,9 +12,10 @@ from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memo
 from ossnet.field.cohort.jobs import Job, Options, Origins, clear, finished, require_replaceable
 from ossnet.field.cohort.report import Report, report_file, said_by
 from ossnet.field.cohort.sharing import processes, take_gpu
-from ossnet.field.components import island_bytes, without_islands
+from ossnet.field.components import check_smallest, island_bytes, without_islands
 from ossnet.field.field import Field
-from ossnet.field.forecast import forecast
+from ossnet.field.forecast import Forecast, forecast
+from ossnet.field.labelling import check_strategy
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model
@@ -50,9 +51,7 @@ def segment_all(
     say = say or (lambda text: None)
     rank, world = processes()
     share = list(jobs)[rank::world]
-    origins = Origins(share, model, options)
-    require_replaceable(share, origins, options)
-    todo = [job for job in share if options.overwrite or not finished(job, options)]
+    origins, todo = _begun(model, share, options)
     clear(todo)
     if world > 1:
         if options.device != "cpu":
@@ -108,10 +107,22 @@ def segment_all(
     return report.content()
 
 
-def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[dict[str, Any]]:
-    """What each scan would take, from its header; with a region it takes less."""
+def forecast_all(
+    model: Model, jobs: Sequence[Job], options: Options, *, with_targets: bool = False
+) -> list[dict[str, Any]]:
+    """What each scan would take, from its header; with a region it takes less. What `segment_all` refuses is refused.
+
+    Args:
+        with_targets: The targets are meant: what is finished there takes nothing, and nothing may be in the way.
+    """
+    origins, todo = _begun(model, jobs if with_targets else [], options)
+    if with_targets:
+        Report(report_file(jobs, 0, 1), model, options, origins)
     out = []
     for job in jobs:
+        if with_targets and job not in todo:
+            out.append({"scan": job.name, "finished": True, **asdict(Forecast(0, 0.0, 0, 0))})
+            continue
         headers = [look_at(file) for file in job.files]
         header = headers[0]
         model.require_channels(sum(one.channels for one in headers), header.path)
@@ -122,13 +133,28 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
             memory=options.memory,
             device=options.device,
             spacing=options.spacing,
+            region=options.region,
             dense=options.strategy == "dense" or options.probabilities,
             probabilities=options.probabilities,
             precision=options.precision,  # type: ignore[arg-type]
             chunk=options.chunk,
         )
-        out.append({"scan": job.name, **asdict(expected)})
+        out.append({"scan": job.name, "finished": False, **asdict(expected)})
     return out
+
+
+def _begun(model: Model, jobs: Sequence[Job], options: Options) -> tuple[Origins, list[Job]]:
+    """What finished results may say, and the scans that are left to do.
+
+    Raises:
+        SettingsError: Options that no scan can be segmented with, or files that are in the way.
+    """
+    own_grid = options.spacing is None and options.region is None
+    check_strategy(options.strategy, model.classes, own_grid)
+    check_smallest(options.smallest_ml)
+    origins = Origins(jobs, model, options)
+    require_replaceable(jobs, origins, options)
+    return origins, [job for job in jobs if options.overwrite or not finished(job, options)]
 
 
 def _told(entry: Mapping[str, Any]) -> str:
