@@ -63,6 +63,15 @@ def test_canonical_is_the_same_however_a_scan_is_stored(affine: np.ndarray, orie
     np.testing.assert_allclose(first.affine, second.affine, atol=1e-9)
 
 
+@given(affine=affines, orientation=st.sampled_from(ORIENTATIONS))
+def test_one_grid_in_the_order_of_another(affine: np.ndarray, orientation: Orientation) -> None:
+    scan = volume(affine)
+    stored = scan.reoriented(orientation)
+    again = stored.in_order_of(scan)
+    assert np.array_equal(again.data, scan.data)
+    np.testing.assert_allclose(again.affine, scan.affine, atol=1e-6)
+
+
 @given(affine=affines)
 def test_canonical_axes_point_right_anterior_superior(affine: np.ndarray) -> None:
     turned = volume(affine).reoriented(closest_canonical(affine)).affine[:3, :3]

@@ -179,6 +179,14 @@ class _Placed:
             affine=self.affine @ orientation.matrix(self.shape),
         )
 
+    def in_order_of(self: _P, other: "OnGrid") -> _P:
+        """The same voxels at the same places in the world, axes stored as those of a grid that they lie on (a view)."""
+        own = closest_canonical(other.affine)
+        turned = self.reoriented(closest_canonical(self.affine))
+        data = own.undo(turned.data)
+        x, y, z = data.shape[-3:]
+        return replace(turned, data=data, affine=turned.affine @ np.linalg.inv(own.matrix((x, y, z))))
+
 
 @dataclass(frozen=True, repr=False)
 class Volume(_Placed):

@@ -341,11 +341,10 @@ class Field:
             raise SettingsError(
                 "labels", f"it is a {type(labels).__name__}", "Read it: ossnet.read_labels(path)"
             )
-        own = closest_canonical(self.volume.affine)
-        turned = labels.reoriented(closest_canonical(labels.affine))
-        if reason := same_place(self.volume.reoriented(own), turned):
+        turned = labels.in_order_of(self.volume)
+        if reason := same_place(self.volume, turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
-        return own.undo(turned.data)
+        return turned.data
 
     # Grids ------------------------------------------------------------------------------------------------------
 
