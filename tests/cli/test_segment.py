@@ -178,6 +178,16 @@ def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Pat
     assert succeeded("segment", scans[0], "--model", model, "--dry-run").startswith("a: about ")
 
 
+def test_results_are_no_scans(scan: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeeded(*segment(scan, model, out, "--probabilities"))
+    message = refused(tmp_path, *segment(out, model, tmp_path / "again"))
+    assert "holds results of ossnet and no scans. Name the folder of the scans" in message
+    shutil.copy(scan, out / "new.nii.gz")
+    succeeded(*segment(out, model, tmp_path / "again"))
+    assert {p.name for p in files_in(tmp_path / "again")} == {"new.nii.gz", "report.json"}
+
+
 def many(scan: Path, folder: Path) -> Path:
     folder.mkdir()
     for index in range(40):
