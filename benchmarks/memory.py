@@ -32,7 +32,7 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
         try:
             import numpy as np
 
-            return asdict(forecast(model, shape, np.eye(4), memory=job["grant"]))
+            return asdict(forecast(model, shape, np.eye(4), memory=job["grant"], device="cpu"))
         except ResourceError as error:
             return {"refused": str(error)}
     scan = truth.scan()

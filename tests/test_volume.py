@@ -63,6 +63,15 @@ def test_canonical_is_the_same_however_a_scan_is_stored(affine: np.ndarray, orie
     np.testing.assert_allclose(first.affine, second.affine, atol=1e-9)
 
 
+@given(affine=affines, orientation=st.sampled_from(ORIENTATIONS))
+def test_one_grid_in_the_order_of_another(affine: np.ndarray, orientation: Orientation) -> None:
+    scan = volume(affine)
+    stored = scan.reoriented(orientation)
+    again = stored.in_order_of(scan)
+    assert np.array_equal(again.data, scan.data)
+    np.testing.assert_allclose(again.affine, scan.affine, atol=1e-6)
+
+
 @given(affine=affines)
 def test_canonical_axes_point_right_anterior_superior(affine: np.ndarray) -> None:
     turned = volume(affine).reoriented(closest_canonical(affine)).affine[:3, :3]
@@ -93,12 +102,23 @@ def test_volume_of_a_box_in_ml() -> None:
 def test_same_place_measures_at_the_far_corners() -> None:
     one = volume(shape=(101, 5, 6))
     turned = np.eye(4)
-    turned[1, 0] = 1.01e-4  # 0.0101 mm at voxel 100
+    turned[1, 0] = 1.01e-3  # 0.101 mm at voxel 100
     assert same_place(one, one) is None
-    assert "0.0101 mm" in str(same_place(one, Volume(one.data, turned)))
-    turned[1, 0] = 0.9e-4
+    assert "0.101 mm" in str(same_place(one, Volume(one.data, turned)))
+    turned[1, 0] = 0.9e-3
     assert same_place(one, Volume(one.data, turned)) is None
     assert "shapes differ" in str(same_place(one, volume()))
+
+
+def test_rounded_voxel_sizes_are_the_same_place() -> None:
+    """As two converters write them; small voxels that are shifted by a half are not."""
+    data = np.broadcast_to(np.uint8(0), (1, 512, 512, 4))
+    one, two = (Volume(data, np.diag([size, size, 3.0, 1.0])) for size in (0.703125, 0.7031))
+    assert same_place(one, two) is None
+    assert same_place(one, two, 0.01) is not None
+    fine, shifted = np.diag([0.05, 0.05, 0.05, 1.0]), np.diag([0.05, 0.05, 0.05, 1.0])
+    shifted[0, 3] = 0.025
+    assert "0.025 mm" in str(same_place(Volume(data, fine), Volume(data, shifted)))
 
 
 def test_surface_of_a_box() -> None:

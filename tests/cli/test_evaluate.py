@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ossnet.cli.main import app
-from ossnet.volume import LabelMap, Volume
+from ossnet.volume import LabelMap, Orientation, Volume
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
@@ -234,6 +234,19 @@ def test_predictions_without_a_label_are_named(tmp_path: Path) -> None:
     result = evaluate(given, reference, "--json")
     assert result.code == 0
     assert "stranger.nii.gz" in result.error
+
+
+def test_a_map_may_be_stored_in_another_voxel_order(tmp_path: Path) -> None:
+    """As nibabel's `as_reoriented` leaves it, or a program that works in an order of its own."""
+    data = np.zeros((6, 8, 10), np.uint8)
+    data[1:4, 2:5, 5:8] = 1
+    truth = LabelMap(data, AFFINE)
+    truth.save(tmp_path / "label.nii.gz")
+    truth.reoriented(Orientation((2, 0, 1), (True, False, True))).save(tmp_path / "found.nii.gz")
+    result = evaluate(tmp_path / "found.nii.gz", tmp_path / "label.nii.gz", "--json")
+    assert result.code == 0, result.error
+    (row,) = json.loads(result.out)["cases"]
+    assert row["dice"] == 1.0
 
 
 def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_scans_are_not_replaced(balls: Path, model: Path, tmp_path: Path) -> Non
         (["--spacing", "nan"], "not above 0"),
         (["--strategy", "fast"], "'fast' is unknown"),
         (["--strategy", "paper", "--spacing", "1"], "own grid only"),
+        (["--smallest-ml", "inf"], "Give millilitres"),
         (["--precision", "fp8"], "'fp8' is unknown"),
         (["--device", "abacus"], "no device"),
         (["--memory", "much"], "not an amount of memory"),
@@ -88,7 +89,8 @@ def test_options_without_meaning(
     scan: Path, model: Path, tmp_path: Path, given: list[str], said: str
 ) -> None:
     more = [scan] if given == ["--channels"] else []
-    assert said in refused(tmp_path, *segment(scan, model, tmp_path / "out", *more, *given))
+    for dry in ([], ["--dry-run"]):
+        assert said in refused(tmp_path, *segment(scan, model, tmp_path / "out", *more, *given, *dry))
 
 
 def test_scans_that_cannot_be_used(scan: Path, model: Path, tmp_path: Path) -> None:
@@ -152,6 +154,40 @@ def test_dry_run(scan: Path, model: Path, tmp_path: Path) -> None:
     assert files_in(tmp_path) == before
 
 
+def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copy(scan, tmp_path / "a.nii.gz")
+    shutil.copy(scan, tmp_path / "b.nii.gz")
+    scans, out = [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"], tmp_path / "out"
+    dry = ["segment", *scans, "--model", model, "--out", out, "--dry-run"]
+    succeeded(*segment(scans[0], model, out))
+    before = files_in(tmp_path)
+    said = succeeded(*dry).splitlines()
+    assert said[0] == "a: finished already"
+    assert said[1].startswith("b: about ")
+    one, two = json.loads(succeeded(*dry, "--json"))
+    assert (one["finished"], one["seconds"], two["finished"]) == (True, 0, False)
+    assert succeeded(*dry, "--overwrite").startswith("a: about ")
+    assert "made by another model" in refused(tmp_path, *dry, "--largest")
+    assert files_in(tmp_path) == before
+    shutil.copy(scan, out / "b.nii.gz")
+    assert "b.nii.gz is there and is no result of ossnet" in refused(tmp_path, *dry, "--overwrite")
+    (out / "b.nii.gz").unlink()
+    (out / "report.json").write_text("{}")
+    assert "no report of ossnet" in refused(tmp_path, *dry)
+    # Without an output nothing is in the way, in whatever folder it is asked.
+    assert succeeded("segment", scans[0], "--model", model, "--dry-run").startswith("a: about ")
+
+
+def test_results_are_no_scans(scan: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeeded(*segment(scan, model, out, "--probabilities"))
+    message = refused(tmp_path, *segment(out, model, tmp_path / "again"))
+    assert "holds results of ossnet and no scans. Name the folder of the scans" in message
+    shutil.copy(scan, out / "new.nii.gz")
+    succeeded(*segment(out, model, tmp_path / "again"))
+    assert {p.name for p in files_in(tmp_path / "again")} == {"new.nii.gz", "report.json"}
+
+
 def many(scan: Path, folder: Path) -> Path:
     folder.mkdir()
     for index in range(40):
@@ -182,6 +218,7 @@ def test_a_full_disk(scan: Path, model: Path, tmp_path: Path) -> None:
     code, said = ended(started(*segment(scan, model, out), limit_bytes=100))
     assert code == 2, said
     assert "the disk is full" in said
+    assert "→" not in said  # no file is announced that is not there
     assert "Traceback" not in said
     assert said.count("error:") == 1
     assert not [p for p in files_in(out) if p.is_file()]

@@ -63,7 +63,7 @@ def test_another_series_in_its_place_is_another_scan(study: Path) -> None:
     shutil.rmtree(series)
     (study / "series" / "flair").rename(series)
     message = refused(study, "segment", series, "--model", model, "--out", out)
-    assert "made by another model, from another scan or with other options" in message
+    assert "made by another model or an earlier ossnet, from another scan or with other options" in message
 
 
 def test_series_as_channels(study: Path) -> None:

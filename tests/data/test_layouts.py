@@ -385,10 +385,10 @@ def test_incomplete_cases_are_problems(tmp_path: Path) -> None:
 def test_image_and_label_must_lie_on_each_other(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "d", ("a",), 1)
     shifted = np.eye(4)
-    shifted[0, 3] = 0.02
+    shifted[0, 3] = 0.2
     write_labels(LabelMap(np.zeros(SHAPE, np.uint8), shifted), root / "labelsTr" / "a.nii.gz")
     data = open_dataset(root)
-    with pytest.raises(VolumeError, match=r"labelsTr/a.nii.gz: does not lie on its image: .* 0.02 mm"):
+    with pytest.raises(VolumeError, match=r"labelsTr/a.nii.gz: does not lie on its image: .* 0.2 mm"):
         data.read(data["a"])
 
 

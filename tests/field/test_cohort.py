@@ -128,6 +128,26 @@ def test_results_of_something_else_are_not_taken_for_finished(
     assert times(out) == before
 
 
+def test_a_precision_that_is_named_decides(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What "auto" stands for is the machine's matter: whoever does not name one goes on with either."""
+    out, jobs = tmp_path / "out", plan_jobs([scans], tmp_path / "out")
+    monkeypatch.setattr("ossnet.networks.machine.fast_bf16", lambda device: False)
+    entries = segment_all(model, jobs, Options(device="cpu"))["scans"]
+    assert entries["scan_0"]["options"] == {"strategy": "octree", "precision": "fp32"}
+    before = times(out)
+    segment_all(model, jobs, Options(device="cpu", precision="fp32"))
+    with pytest.raises(SettingsError, match="other options"):
+        segment_all(model, jobs, Options(device="cpu", precision="bf16"))
+    monkeypatch.setattr("ossnet.networks.machine.fast_bf16", lambda device: True)
+    segment_all(model, jobs, Options(device="cpu"))
+    assert times(out) == before
+    segment_all(model, jobs, Options(device="cpu", precision="bf16", overwrite=True))
+    with pytest.raises(SettingsError, match="other options"):
+        segment_all(model, jobs, Options(device="cpu", precision="fp32"))
+
+
 def test_another_scan_of_the_same_name_and_size_is_another_scan(model: Model, tmp_path: Path) -> None:
     """Also where only a voxel in a pair's second file differs."""
     for ending in (".nii", ".img"):
@@ -181,6 +201,33 @@ def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path,
     (tmp_path / "folder.nii.gz").mkdir()
     with pytest.raises(SettingsError, match="is a folder"):
         plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "folder.nii.gz")
+
+
+def test_a_map_that_was_corrected_is_no_result(model: Model, scans: Path, tmp_path: Path) -> None:
+    """By whatever program: what it keeps of the header does not make its values ours. Stored otherwise they are."""
+    out = tmp_path / "out"
+    run(model, scans, out)
+    image = nib.load(out / "scan_0.nii.gz")
+    labels = np.asarray(image.dataobj)
+    image.header.set_data_dtype(np.int16)
+    nib.save(nib.Nifti1Image(labels.astype(np.int16), None, image.header), out / "scan_0.nii.gz")
+    run(model, scans, out)
+    one, two = read_labels(out / "scan_0.nii.gz"), read_labels(out / "scan_1.nii.gz")
+    image.header.extensions.clear()  # as ITK does
+    corrected = labels.copy()
+    corrected[3, 4, 5] ^= 1
+    nib.save(nib.Nifti1Image(corrected.astype(np.int16), None, image.header), out / "scan_0.nii.gz")
+    replace(two, data=1 - two.data).save(out / "scan_1.nii.gz")
+    before = times(out)
+    for overwrite in (False, True):
+        with pytest.raises(SettingsError, match=r"scan_0\.nii\.gz is there \(and 1 more\) and was changed"):
+            run(model, scans, out, overwrite=overwrite)
+    assert times(out) == before
+    assert read_labels(out / "scan_0.nii.gz").holds_classes
+    one.save(out / "scan_0.nii.gz")
+    (out / "scan_1.nii.gz").write_bytes((out / "scan_1.nii.gz").read_bytes()[:-20])
+    with pytest.raises(SettingsError, match=r"scan_1\.nii\.gz is there and was changed"):
+        run(model, scans, out)
 
 
 def test_scans_that_are_cut_in_another_way_are_warned_of(model: Model, scans: Path, tmp_path: Path) -> None:
@@ -448,6 +495,10 @@ def test_forecasts(model: Model, scans: Path) -> None:
     forecasts = forecast_all(model, plan_jobs([scans], None), Options(device="cpu"))
     assert [f["scan"] for f in forecasts] == [f"scan_{i}" for i in range(5)]
     assert all(f["locations"] > 0 and f["seconds"] > 0 and f["memory_bytes"] > 0 for f in forecasts)
+    several = tiny.model("multiscale", classes=3)
+    for work in (forecast_all, segment_all):
+        with pytest.raises(SettingsError, match="for one structure"):
+            work(several, plan_jobs([scans], scans / "out"), Options(device="cpu", strategy="released"))
 
 
 def test_plans(scans: Path, tmp_path: Path) -> None:

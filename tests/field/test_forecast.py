@@ -1,11 +1,14 @@
 """What is said before a segmentation, against what happens."""
 
+from inspect import signature
+
 import numpy as np
 import pytest
 from tests import tiny
 
 from ossnet.errors import ResourceError
 from ossnet.field.binding import surface_voxels
+from ossnet.field.field import Field
 from ossnet.field.forecast import forecast, locations_for
 from ossnet.field.memory import LIBRARIES
 from ossnet.field.octree.tree import Octree
@@ -45,6 +48,12 @@ def test_a_grant_is_forecast(family: str) -> None:
     assert forecast(model, (24, 20, 18), np.eye(4), spacing=2.0, dense=True).locations == 12 * 10 * 9
     with pytest.raises(ResourceError, match="at least"):
         forecast(model, (24, 20, 18), np.eye(4), memory="50MB")
+
+
+def test_a_device_is_that_of_a_field() -> None:
+    """Also where none is named."""
+    for function in (forecast, Field):
+        assert signature(function).parameters["device"].default == "auto"
 
 
 def test_voxel_sizes_are_those_of_the_axes_in_the_file() -> None:

@@ -47,7 +47,9 @@ def command(
     chunk: Annotated[int | None, typer.Option(min=1, help="Locations a pass; chosen when not given.")] = None,
     replace_nan: ReplaceNan = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take and what is finished, and stop.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Segment scans with a trained model.
@@ -65,9 +67,6 @@ def command(
 
     if out is None and not dry_run:
         raise SettingsError("segment", "--out is needed", "Name a file or a folder for the label maps")
-    strategies = ("auto", "octree", "dense", "original", "released", "paper")
-    if strategy not in strategies:
-        raise SettingsError("--strategy", f"{strategy!r} is unknown", f"Use one of {', '.join(strategies)}")
     if precision not in ("auto", "fp32", "bf16"):
         raise SettingsError("--precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
     if region is not None:
@@ -94,10 +93,13 @@ def command(
     loaded = Model.load(*model, mirror=mirror)
     jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
     if dry_run:
-        forecasts = forecast_all(loaded, jobs, options)
+        forecasts = forecast_all(loaded, jobs, options, with_targets=out is not None)
         if as_json:
             print_json(forecasts)
         for entry in [] if as_json else forecasts:
+            if entry["finished"]:
+                say(f"{entry['scan']}: finished already")
+                continue
             say(
                 f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
                 f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan"

@@ -254,7 +254,9 @@ def score(
 
 
 def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
-    prediction, reference = matched.prediction(pair), matched.reference(pair)
+    reference = matched.reference(pair)
+    # Programs may store what they segmented with axes reversed or swapped.
+    prediction = matched.prediction(pair).in_order_of(reference)
     if reason := same_place(prediction, reference):
         raise VolumeError(
             pair.prediction,

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ossnet.errors import ResourceError
+from ossnet.errors import ResourceError, SettingsError
 from ossnet.field.asking import Ask, asker
 from ossnet.field.engine.answer import Answer, Coverable
 from ossnet.field.engine.prepare import Precision, hold_where_it_pays, precision_among, prepare
@@ -17,6 +18,7 @@ from ossnet.field.grid import Box, Grid, box_shape
 from ossnet.field.memory import LIBRARIES, asking_bytes, require
 from ossnet.field.model import Model
 from ossnet.field.together import MeanAnswer
+from ossnet.networks.machine import computes_in_bf16
 from ossnet.volume import Affine, Shape, spacing_of
 
 
@@ -27,11 +29,11 @@ class Binding:
         model: With the others that answer together with it.
         grid: The scan's own, in the axis order that the network sees.
         scan_for: The scan as a model sees it; models of the same preparation share one.
-        device: Where the work is done.
+        device: As for `Field`, and so are `precision` and `chunk`.
         grant: Bytes above the loaded scan and the model; None: no bound.
-        precision, chunk: As for `Field`.
 
     Attributes:
+        device: Where the work is done.
         answer: Asked on the first model's grid: its own answer, or the mean of all.
         answers: Of each model.
         fit: How the scan lies on the first model's grid.
@@ -41,6 +43,7 @@ class Binding:
         encoder_seconds: Wall-clock time of preparing and encoding so far.
 
     Raises:
+        SettingsError: A device or a precision that is not there.
         ResourceError: The grant does not hold what segmenting the scan takes; with the default network, which encodes
             nothing before it is asked, `cover` says so.
     """
@@ -51,12 +54,14 @@ class Binding:
         grid: Grid,
         scan_for: Callable[[Model], Scan],
         *,
-        device: torch.device,
+        device: str | torch.device = "auto",
         grant: int | None = None,
         precision: Precision = "auto",
         chunk: int | None = None,
     ) -> None:
-        self.model, self.grid, self.device, self.grant = model, grid, device, grant
+        if precision not in get_args(Precision):
+            raise SettingsError("precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
+        self.model, self.grid, self.device, self.grant = model, grid, chosen_device(device), grant
         self.held = self.held_peak = 0
         started = time.perf_counter()
         models = model.answering
@@ -69,7 +74,7 @@ class Binding:
         beside = self.asking_bytes(grid) + LIBRARIES
         for one, scan in zip(models, scans, strict=True):
             left = None if grant is None else grant - self.held
-            if size := hold_where_it_pays(one.network, scan, device, left, beside):
+            if size := hold_where_it_pays(one.network, scan, self.device, left, beside):
                 self.held_peak = max(self.held_peak, self.held + scan.hold_bytes)
                 self.held += size
         with self._told_of_shares():
@@ -158,6 +163,36 @@ class Binding:
     def prediction(self, box: Box | None) -> Tensor | None:
         """What predicts the octree's first lattice in a box (as for `cover`), if the network has it."""
         return self.answer.prediction(box) if isinstance(self.answer, Coverable) else self.answer.coarse
+
+
+def chosen_device(name: str | torch.device) -> torch.device:
+    """A device by its name; "auto" is CUDA where there is one.
+
+    Raises:
+        SettingsError: There is no such device, or none that is used.
+    """
+    if str(name) == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
+    return device
+
+
+def precision_of(model: Model, precision: Precision, device: str | torch.device) -> Literal["fp32", "bf16"]:
+    """What a model is computed in; bf16 where one of several is.
+
+    Raises:
+        SettingsError: There is no such device.
+    """
+    models, place = (model, *model.others), chosen_device(device)
+    kinds = (precision_among(one.network, precision, len(models)) for one in models)
+    return "bf16" if any(computes_in_bf16(kind, place) for kind in kinds) else "fp32"
 
 
 def surface_voxels(model: Model, shape: Shape, affine: Affine) -> float:

@@ -34,6 +34,16 @@ def island_bytes(labels: LabelMap) -> int:
     return labels.data.nbytes + 6 * voxels
 
 
+def check_smallest(smallest_ml: float) -> None:
+    """Refuse a volume that is negative or not a number.
+
+    Raises:
+        SettingsError: It is one.
+    """
+    if not 0 <= smallest_ml < np.inf:
+        raise SettingsError("smallest_ml", f"is {smallest_ml}", "Give millilitres, 0 or more")
+
+
 def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float = 0.0) -> Labels:
     """The label map without small 6-connected components; what is removed becomes background.
 
@@ -45,8 +55,7 @@ def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float
     Raises:
         SettingsError: A volume that is negative or not a number.
     """
-    if not 0 <= smallest_ml < np.inf:
-        raise SettingsError("smallest_ml", f"is {smallest_ml}", "Give millilitres, 0 or more")
+    check_smallest(smallest_ml)
     voxel_ml = abs(float(np.linalg.det(labels.affine[:3, :3]))) / 1000
     out = labels.data.copy()
     boxes = ndimage.find_objects(labels.data)

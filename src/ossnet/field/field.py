@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,15 @@ from ossnet.field.binding import Binding
 from ossnet.field.engine.prepare import Precision
 from ossnet.field.engine.scan import Scan
 from ossnet.field.everywhere import slabs
-from ossnet.field.grid import Box, Grid, box_shape, check_box, moved_box
-from ossnet.field.labelling import Labelling, label_as_released, needed, prepare_released
+from ossnet.field.grid import Box, Grid, box_shape, oriented_box
+from ossnet.field.labelling import (
+    Labelling,
+    Strategy,
+    check_strategy,
+    label_as_released,
+    needed,
+    prepare_released,
+)
 from ossnet.field.memory import parse_size, question_locations
 from ossnet.field.mesh.extract import check_mesh_options, extract_mesh, mesh_bytes
 from ossnet.field.model import Model
@@ -44,8 +51,6 @@ if TYPE_CHECKING:
 
 Points = Num[np.ndarray, "N 3"] | Sequence[Sequence[float | int] | Num[np.ndarray, "3"]]
 """Three numbers a point."""
-
-Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
 
 OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
     "function",
@@ -109,8 +114,6 @@ class Field:
             raise SettingsError(
                 "volume", f"it is a {type(volume).__name__}", "Read the scan: ossnet.read(path)"
             )
-        if precision not in get_args(Precision):
-            raise SettingsError("precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
         model.require_channels(volume.channels, volume.source or "scan")
         self.model, self.volume = model, volume
         self._orientation: Orientation = model.preparation.orient(volume.affine)
@@ -121,7 +124,7 @@ class Field:
             model,
             self.grid,
             lambda one: Scan.bound(volume, one.preparation, preprocessed),
-            device=_device(device),
+            device=device,
             grant=None if memory is None else parse_size(memory),
             precision=precision,
             chunk=chunk,
@@ -204,9 +207,8 @@ class Field:
             SettingsError: Arguments that exclude each other.
             ResourceError: The grant does not hold the label map.
         """
-        if strategy not in get_args(Strategy):
-            known = ", ".join(get_args(Strategy))
-            raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
+        own_grid = spacing is None and shape is None and like is None and region is None
+        check_strategy(strategy, self.model.classes, own_grid)
         if unknown := sorted(octree.keys() - OCTREE_OPTIONS):
             near = get_close_matches(unknown[0], [*OCTREE_OPTIONS, *signature(Field.segment).parameters], 1)
             fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(OCTREE_OPTIONS))}"
@@ -214,10 +216,6 @@ class Field:
         bound, how = self._bound, str(strategy)
         stages: tuple[int, ...] = ()
         if strategy in START_STATES:
-            if spacing is not None or shape is not None or like is not None or region is not None:
-                raise SettingsError(
-                    "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
-                )
             released = prepare_released(bound, strategy, reevaluate)
             started = time.perf_counter()
             with reporting(progress) as report:
@@ -225,7 +223,7 @@ class Field:
             grid, orientation = self.grid, self._orientation
         else:
             grid, orientation = self._target(spacing, shape, like)
-            box = self._oriented_region(region, grid, orientation)
+            box = None if region is None else oriented_box(region, grid, orientation)
             if "stride" in octree:
                 octree["path"] = path_from(octree.pop("stride"))
             labelling = Labelling(bound, grid, box, strategy, **octree)
@@ -272,7 +270,7 @@ class Field:
             ResourceError: The grant does not hold the probabilities.
         """
         grid, orientation = self._target(spacing, shape, like)
-        box = self._oriented_region(region, grid, orientation)
+        box = None if region is None else oriented_box(region, grid, orientation)
         low, size = (0, 0, 0) if box is None else box[0], grid.shape if box is None else box_shape(box)
         classes = max(self.model.classes, 1)
         self._bound.make_room(4 * classes * int(np.prod(size)) + beside, "probabilities of all voxels")
@@ -343,11 +341,10 @@ class Field:
             raise SettingsError(
                 "labels", f"it is a {type(labels).__name__}", "Read it: ossnet.read_labels(path)"
             )
-        own = closest_canonical(self.volume.affine)
-        turned = labels.reoriented(closest_canonical(labels.affine))
-        if reason := same_place(self.volume.reoriented(own), turned):
+        turned = labels.in_order_of(self.volume)
+        if reason := same_place(self.volume, turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
-        return own.undo(turned.data)
+        return turned.data
 
     # Grids ------------------------------------------------------------------------------------------------------
 
@@ -375,13 +372,6 @@ class Field:
             return Grid.with_shape(self.grid, (x, y, z)), self._orientation
         return self.grid, self._orientation
 
-    def _oriented_region(self, region: Box | None, grid: Grid, orientation: Orientation) -> Box | None:
-        """A region of the stored output grid in the oriented one."""
-        if region is None:
-            return None
-        x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
-        return moved_box(check_box(region, (x, y, z)), orientation.matrix((x, y, z)))
-
 
 def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
     if space not in ("voxel", "world"):
@@ -394,20 +384,6 @@ def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
     if not np.isfinite(out).all():
         raise SettingsError("points", "some are not finite", "Leave them out")
     return out
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device", f"{name} is not there", "Use cpu, or install torch with CUDA")
-    return device
 
 
 def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:

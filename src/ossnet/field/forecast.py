@@ -17,7 +17,7 @@ from ossnet.data.preparation import Fit
 from ossnet.field.binding import Binding, surface_voxels
 from ossnet.field.engine.answer import Answer
 from ossnet.field.engine.scan import Scan
-from ossnet.field.grid import Grid
+from ossnet.field.grid import Box, Grid, oriented_box
 from ossnet.field.labelling import Labelling
 from ossnet.field.memory import LIBRARIES, label_bytes, parse_size
 from ossnet.field.model import Model
@@ -68,27 +68,30 @@ def forecast(
     affine: Affine,
     *,
     memory: str | int | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     spacing: float | tuple[float, float, float] | None = None,
+    region: Box | None = None,
     dense: bool = False,
     probabilities: bool = False,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     chunk: int | None = None,
 ) -> Forecast:
-    """Work out what `segment` will take; a region of the scan takes less.
+    """Work out what `segment` will take.
 
     Args:
         shape: Voxels as stored.
         affine: Voxel index → world mm.
         memory: The grant, as for `Field`.
         spacing: Voxel size in mm of the answer; None: the scan's own grid.
+        region: Looked at to see whether it lies on the answer's grid; it takes less than the whole, which is said.
         dense: All voxels are asked.
         probabilities: A map of them is wanted as well.
-        precision, chunk: As for `Field`.
+        device, precision, chunk: As for `Field`.
 
     The encoder and a few chunks of locations are timed on noise: seconds are this machine's, now.
 
     Raises:
+        SettingsError: A device or a precision that is not there, or a region outside of the grid.
         ResourceError: The grant does not hold what segmenting such a scan takes.
     """
     orientation = model.preparation.orient(affine)
@@ -97,6 +100,8 @@ def forecast(
     if spacing is not None and not isinstance(spacing, int | float):
         spacing = orientation.moved(spacing)
     target = grid if spacing is None else Grid.with_spacing(grid, spacing)
+    if region is not None:
+        oriented_box(region, target, orientation)
 
     def stand_in(one: Model) -> Scan:
         fit = one.preparation.fit_for(grid.shape, spacing_of(grid.affine))
@@ -105,15 +110,12 @@ def forecast(
         scan.origin = fit
         return scan
 
-    place = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        place = torch.device("cuda" if device == "auto" else device)
     started = time.perf_counter()
     bound = Binding(
         model,
         grid,
         stand_in,
-        device=place,
+        device=device,
         grant=None if memory is None else parse_size(memory),
         precision=precision,
         chunk=chunk,
@@ -126,8 +128,8 @@ def forecast(
         maps = 4 * max(model.classes, 1) * math.prod(target.shape)
         asking = max(asking, maps + label_bytes(target.shape, classes))
         bound.make_room(asking, "probabilities of all voxels")
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
+    if bound.device.type == "cuda":
+        torch.cuda.synchronize(bound.device)
     seconds = time.perf_counter() - started
     surface = surface_voxels(model, target.shape, target.affine)
     coarse, predicted = bound.answer.coarse, False

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ossnet.errors import SettingsError
-from ossnet.volume import Affine, Shape, spacing_of
+from ossnet.volume import Affine, Orientation, Shape, spacing_of
 
 Box = tuple[tuple[int, int, int], tuple[int, int, int]]
 
@@ -100,6 +100,16 @@ def check_box(box: Box, shape: Shape) -> Box:
                 "Give two corners, the second excluded",
             )
     return box
+
+
+def oriented_box(box: Box, grid: Grid, orientation: Orientation) -> Box:
+    """A box of voxels as they are stored, on the grid in another axis order.
+
+    Raises:
+        SettingsError: It is empty or leaves the grid.
+    """
+    x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
+    return moved_box(check_box(box, (x, y, z)), orientation.matrix((x, y, z)))
 
 
 def moved_box(box: Box, matrix: Float[np.ndarray, "4 4"]) -> Box:

@@ -4,7 +4,7 @@ Letters: K classes, X Y Z voxels.
 """
 
 from itertools import product
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Integer
@@ -20,7 +20,7 @@ from ossnet.field.memory import affords_lattice, lattice_bytes, question_locatio
 from ossnet.field.octree.lattice import Triple, Window, lattice_size
 from ossnet.field.octree.refinement import ask as ask_all
 from ossnet.field.octree.refinement import path_from, refine
-from ossnet.field.octree.released_stages import ReleasedStages
+from ossnet.field.octree.released_stages import START_STATES, ReleasedStages
 from ossnet.field.octree.strides import Path, check_path, parts, strides_within
 from ossnet.field.octree.tree import Octree
 from ossnet.field.progress import Report
@@ -35,6 +35,30 @@ _STAGES_BYTES = 6
 """Of the released stages for each voxel of the network's grid."""
 
 Labels = Integer[np.ndarray, "X Y Z"]
+
+
+Strategy = Literal["auto", "octree", "dense", "original", "released", "paper"]
+
+
+def check_strategy(strategy: str, classes: int, own_grid: bool) -> None:
+    """Refuse a strategy that there is none of, and the released ones where they have no answer.
+
+    Args:
+        classes: The model's.
+        own_grid: All of the scan's own grid is wanted, and nothing else.
+
+    Raises:
+        SettingsError: It is refused.
+    """
+    if strategy not in get_args(Strategy):
+        known = ", ".join(get_args(Strategy))
+        raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
+    if strategy in START_STATES and not own_grid:
+        raise SettingsError(
+            "strategy", f"{strategy!r} answers on the scan's own grid only", 'Use strategy="octree"'
+        )
+    if strategy in START_STATES and classes > 1:
+        raise SettingsError("strategy", f"{strategy!r} is for one structure", 'Use strategy="octree"')
 
 
 class Labelling:
@@ -213,11 +237,8 @@ def prepare_released(bound: Binding, strategy: str, reevaluate: bool) -> Release
     """The released stages, with room for them; all of the scan is encoded.
 
     Raises:
-        SettingsError: A model of several structures.
         ResourceError: The grant does not hold them.
     """
-    if bound.model.classes > 1:
-        raise SettingsError("strategy", f"{strategy!r} is for one structure", 'Use strategy="octree"')
     # Two grids of the network's size, and what a stage makes of them.
     stages_bytes = _STAGES_BYTES * int(np.prod(bound.fit.target))
     bound.make_room(bound.asking_bytes(bound.grid) + stages_bytes, "the released stages")

@@ -5,19 +5,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate
 from ossnet.files.dicom import marked_in
-from ossnet.volume import MARK
+from ossnet.files.nifti import read_labels
+from ossnet.volume import MARK, LabelMap
 
-_BLOCK = 4096
-"""Bytes that are looked at in one place of a file."""
-
-_BLOCKS = 256
-"""Places of a file that are looked at, the header among them."""
+Labels = TypeVar("Labels", bound=LabelMap)
 
 
 def origin(model: str, scan: str, options: Mapping[str, Any]) -> str:
@@ -33,22 +33,51 @@ def origin(model: str, scan: str, options: Mapping[str, Any]) -> str:
 
 
 def look_of(files: Sequence[Path]) -> str:
-    """A digest of a scan's files, wherever they lie: names, sizes, headers and voxels from all over them.
+    """A digest of a scan's files, wherever they lie: their names and all that is in them.
 
-    Scans that another program wrote into the same name and grid have equal names and sizes: their voxels tell them
-    apart. Files that cannot be read are refused when they are.
+    Scans that another program wrote into the same name and grid have equal names and sizes, and a scan that was
+    changed in place may differ in a few voxels only. Files that cannot be read are refused when they are.
     """
     digest = hashlib.sha256()
     for file in files:
         digest.update(Path(os.path.abspath(file)).name.encode())
         with suppress(OSError, VolumeError):
-            parts = marked_in(file) if file.is_dir() else list(dict.fromkeys(locate(file)))
-            places = max(_BLOCKS // max(len(parts), 1), 2)
-            for part in parts:
-                size = part.stat().st_size
-                digest.update(str(size).encode())
+            for part in marked_in(file) if file.is_dir() else dict.fromkeys(locate(file)):
                 with part.open("rb") as stream:
-                    for place in range(0, size, max(size // places, _BLOCK)):
-                        stream.seek(place)
-                        digest.update(stream.read(_BLOCK))
+                    digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()
+
+
+def signed(labels: Labels, made_by: str) -> Labels:
+    """Labels that say what made them (`origin`), and by a digest of their values whether they were changed since.
+
+    Both stand in the line that other programs keep; in a comment of its own the digest would be lost with them.
+    """
+    return replace(labels, origin=f"{made_by} {_digest(labels)}")
+
+
+def made_by(line: str) -> str:
+    """What made a result, of all that it says (`LabelMap.origin`)."""
+    return " ".join(line.split()[:2])
+
+
+def was_changed(file: Path, line: str) -> bool:
+    """Whether a label map is another one than was signed, or damaged; what says no digest is not looked at.
+
+    Args:
+        line: What it says.
+    """
+    digest = line.split()[2:]
+    try:
+        return bool(digest) and digest != [_digest(read_labels(file))]
+    except VolumeError:
+        return True
+
+
+def _digest(labels: LabelMap) -> str:
+    """Alike for equal labels of a grid, in whatever type and packing."""
+    dtype = np.min_scalar_type(int(labels.data.max(initial=0)))
+    total = hashlib.blake2b(str(labels.shape).encode(), digest_size=8)
+    for plane in np.moveaxis(labels.data, -1, 0):
+        total.update(plane.astype(dtype.newbyteorder("<")).tobytes(order="F"))
+    return total.hexdigest()

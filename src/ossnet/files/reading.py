@@ -11,7 +11,7 @@ from ossnet.files.dicom import Stack, is_dicom, read_series, read_stack
 from ossnet.files.memory import check_memory
 from ossnet.files.nifti import Nonfinite, read_image
 from ossnet.files.validate import Header, read_header
-from ossnet.volume import Volume, largest_corner_gap
+from ossnet.volume import Volume, same_place
 
 
 def look_at(path: Path | str) -> Header | Stack:
@@ -58,7 +58,7 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
                 "Give this file alone, or split it",
             )
     for header in others:
-        if reason := _apart(first, header):
+        if reason := same_place(first, header):
             raise VolumeError(
                 header.path,
                 f"does not lie on {first.path.name}: {reason}",
@@ -71,11 +71,3 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
 
 def _read_one(path: Path, nonfinite: Nonfinite) -> Volume:
     return read_series(path) if is_dicom(path) else read_image(path, nonfinite=nonfinite)
-
-
-def _apart(one: Header | Stack, other: Header | Stack) -> str | None:
-    """Why two files do not lie on each other (as `same_place`, before any voxel is read)."""
-    if one.shape != other.shape:
-        return f"the shapes differ: {one.shape} and {other.shape}"
-    gap = largest_corner_gap(one.affine, other.affine, one.shape)
-    return None if gap <= 1e-2 else f"corner voxels lie up to {gap:.3g} mm apart"

@@ -19,6 +19,11 @@ def fast_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def computes_in_bf16(precision: str, device: torch.device) -> bool:
+    """What a precision ("fp32", "bf16" or "auto") is on a device."""
+    return precision == "bf16" or (precision == "auto" and fast_bf16(device))
+
+
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
     """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits."""
     if device.type != "cuda":

@@ -7,7 +7,9 @@ from typing import Any
 
 from ossnet.data.layouts import images_in
 from ossnet.errors import DatasetError, SettingsError
-from ossnet.field.provenance import look_of, origin
+from ossnet.field.binding import precision_of
+from ossnet.field.model import Model
+from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
 from ossnet.files.nifti import origin_of
@@ -31,8 +33,8 @@ class Options:
     replace_nan: bool = False
     overwrite: bool = False
 
-    def deciding(self) -> dict[str, Any]:
-        """Those that decide which label map comes out; devices and grants do not."""
+    def deciding(self, model: Model) -> dict[str, Any]:
+        """Those that decide which label map comes out; devices (but for what they compute in) and grants do not."""
         return {
             "strategy": "octree" if self.strategy == "auto" else self.strategy,
             "spacing": self.spacing,
@@ -40,6 +42,7 @@ class Options:
             "largest": self.largest,
             "smallest_ml": self.smallest_ml,
             "replace_nan": self.replace_nan,
+            "precision": precision_of(model, self.precision, self.device),  # type: ignore[arg-type]
         }
 
 
@@ -65,16 +68,33 @@ class Job:
         """All that is written."""
         return (self.target, self.probabilities) if options.probabilities else (self.target,)
 
-    def origins(self, model: str, options: Options) -> tuple[str, ...]:
-        """What results that are finished may say of their making: first what new ones say, then what is as good.
 
-        Args:
-            model: Its fingerprint.
-        """
-        scan, known = look_of(self.files), options.deciding()
+class Origins(dict[str, tuple[str, ...]]):
+    """What finished results may say of their making, by names of scans: first what new ones say, then what is as good.
+
+    Worked out when it is asked for: all of a scan is read for it.
+
+    Attributes:
+        fingerprint: The model's.
+    """
+
+    def __init__(self, jobs: Sequence[Job], model: Model, options: Options) -> None:
+        self.fingerprint = model.fingerprint()
+        self._files = {job.name: job.files for job in jobs}
+        known = options.deciding(model)
+        self._kinds = [known]
         # Nothing that asking everywhere finds is missed.
-        kinds = [known, known | {"strategy": "dense"}] if known["strategy"] == "octree" else [known]
-        return tuple(origin(model, scan, kind) for kind in kinds)
+        if known["strategy"] == "octree":
+            self._kinds.append(known | {"strategy": "dense"})
+        # Who leaves it to the machine may go on with a folder on another one.
+        if options.precision == "auto":
+            other = "fp32" if known["precision"] == "bf16" else "bf16"
+            self._kinds += [kind | {"precision": other} for kind in self._kinds]
+
+    def __missing__(self, name: str) -> tuple[str, ...]:
+        scan = look_of(self._files[name])
+        self[name] = tuple(origin(self.fingerprint, scan, kind) for kind in self._kinds)
+        return self[name]
 
 
 def plan_jobs(
@@ -93,7 +113,7 @@ def plan_jobs(
         most_channels: Those that the model takes: with more files of one name and four digits these are scans.
 
     Raises:
-        DatasetError: A path that is not there, or a folder without scans.
+        DatasetError: A path that is not there, or a folder without scans; results of ours are none.
         SettingsError: One file as target for several scans, two scans with the same name, or results that would
             replace scans or be taken for them.
     """
@@ -103,7 +123,7 @@ def plan_jobs(
     else:
         for path in images:
             if path.is_dir():
-                scans += [(case.name, case.images) for case in images_in(path, most_channels)]
+                scans += _scans_in(path, most_channels)
             elif path.exists():
                 scans.append((scan_name(path), (path,)))
             else:
@@ -139,6 +159,15 @@ def plan_jobs(
     return jobs
 
 
+def _scans_in(folder: Path, most_channels: int | None) -> list[tuple[str, tuple[Path, ...]]]:
+    """Names and files."""
+    cases = images_in(folder, most_channels)
+    scans = [c for c in cases if not any(origin_of(file).startswith(MARK) for file in c.images)]
+    if not scans:
+        raise DatasetError(folder, "it holds results of ossnet and no scans", "Name the folder of the scans")
+    return [(case.name, case.images) for case in scans]
+
+
 def _folders(job: Job) -> set[Path]:
     """Those that are a scan."""
     return {file.resolve() for file in job.files if file.is_dir()}
@@ -155,20 +184,27 @@ def _require_other_files(jobs: Sequence[Job]) -> None:
 
 
 def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
-    """Refuse where files are in the way: those that are no results at all, and results of something else."""
+    """Refuse where files are in the way: those that are no results (any more), and results of something else."""
     there = [(job, file, origin_of(file)) for job in jobs for file in job.results(options) if file.is_file()]
     foreign = [file for _, file, line in there if not line.startswith(MARK)]
-    others = [file for job, file, line in there if line not in origins[job.name]]
+    changed = [file for _, file, line in there if was_changed(file, line)]
+    others = [file for job, file, line in there if made_by(line) not in origins[job.name]]
     if foreign:
         raise SettingsError(
             "--out",
             f"{_first(foreign)} and is no result of ossnet",
             "Name another output, or move it away: it may be a reference",
         )
+    if changed:
+        raise SettingsError(
+            "--out",
+            f"{_first(changed)} and was changed since ossnet made it",
+            "Name another output, or move it away: it may be corrected by hand",
+        )
     if others and not options.overwrite:
         raise SettingsError(
             "--out",
-            f"{_first(others)}, made by another model, from another scan or with other options",
+            f"{_first(others)}, made by another model or an earlier ossnet, from another scan or with other options",
             "Name another output, or replace it with --overwrite",
         )
 

@@ -3,18 +3,19 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ossnet.errors import OssnetError, SettingsError
-from ossnet.field.cohort.jobs import Job, Options
+from ossnet.field.cohort.jobs import Job, Options, Origins
 from ossnet.field.model import Model, versions
+from ossnet.field.provenance import made_by
 from ossnet.files.atomic import write_json
 from ossnet.files.containers import stem
-from ossnet.files.nifti import read_labels
+from ossnet.files.nifti import origin_of, read_labels
 from ossnet.volume import LabelMap
 
 _REPORT_SECONDS = 10.0
@@ -33,12 +34,10 @@ class Report:
         self,
         file: Path | None,
         model: Model,
-        fingerprint: str,
         options: Options,
-        origins: Mapping[str, Sequence[str]],
+        origins: Origins,
     ) -> None:
-        self.file, self.model, self.fingerprint, self.options = file, model, fingerprint, options
-        self.origins = origins
+        self.file, self.model, self.options, self.origins = file, model, options, origins
         self.scans: dict[str, Any] = {}
         """Entries of this process."""
         # The first result at once: whoever lists the folder meanwhile shall see what it holds.
@@ -60,7 +59,7 @@ class Report:
         """Enter what is finished and was not entered, as after a kill: what its label map says."""
         known = self._known()
         for job in finished:
-            if known.get(job.name, {}).get("origin") not in self.origins[job.name]:
+            if known.get(job.name, {}).get("origin") != origin_of(job.target):
                 labels = read_labels(job.target)
                 self.scans[job.name] = {"files": [str(f) for f in job.files], **said_by(job, labels)}
 
@@ -85,7 +84,7 @@ class Report:
                 "labels": self.model.label_names,
                 "mirror": list(self.model.mirror),
                 "others": len(self.model.others),
-                "fingerprint": self.fingerprint,
+                "fingerprint": self.origins.fingerprint,
             },
             "options": {k: v for k, v in asdict(self.options).items() if v is not None},
             "versions": versions(),
@@ -98,7 +97,7 @@ class Report:
 
         def done(name: str) -> bool:
             entry = known.get(name, {})
-            return entry.get("origin") in self.origins[name] and Path(entry["result"]).is_file()
+            return made_by(entry.get("origin", "")) in self.origins[name] and Path(entry["result"]).is_file()
 
         return known | {k: v for k, v in self.scans.items() if "error" not in v or not done(k)}
 

@@ -9,15 +9,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
-from ossnet.field.cohort.jobs import Job, Options, clear, finished, require_replaceable
+from ossnet.field.cohort.jobs import Job, Options, Origins, clear, finished, require_replaceable
 from ossnet.field.cohort.report import Report, report_file, said_by
 from ossnet.field.cohort.sharing import processes, take_gpu
-from ossnet.field.components import island_bytes, without_islands
+from ossnet.field.components import check_smallest, island_bytes, without_islands
 from ossnet.field.field import Field
-from ossnet.field.forecast import forecast
+from ossnet.field.forecast import Forecast, forecast
+from ossnet.field.labelling import check_strategy
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model
+from ossnet.field.provenance import signed
 from ossnet.files.reading import look_at, read_volume
 from ossnet.files.validate import VolumeWarning
 from ossnet.volume import Volume
@@ -49,10 +51,7 @@ def segment_all(
     say = say or (lambda text: None)
     rank, world = processes()
     share = list(jobs)[rank::world]
-    made_by = model.fingerprint()
-    origins = {job.name: job.origins(made_by, options) for job in share}
-    require_replaceable(share, origins, options)
-    todo = [job for job in share if options.overwrite or not finished(job, options)]
+    origins, todo = _begun(model, share, options)
     clear(todo)
     if world > 1:
         if options.device != "cpu":
@@ -60,7 +59,7 @@ def segment_all(
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
-    report = Report(report_file(jobs, rank, world), model, made_by, options, origins)
+    report = Report(report_file(jobs, rank, world), model, options, origins)
     report.complete([job for job in share if job not in todo])
     failed: list[OssnetError] = []
     count = len(share) - len(todo)
@@ -69,11 +68,18 @@ def segment_all(
             # So many label maps may wait for the disk; a grant of memory is for one scan.
             waiting = 1 if options.memory is None else 0
             written: list[tuple[Job, dict[str, Any], Future[None]]] = []
+
+            def collect() -> None:
+                """Wait until the oldest of them is on the disk."""
+                job, entry, _ = written[0]
+                report.collect(written.pop(0))
+                say(f"{job.name}: {_told(entry)} → {job.target}")
+
             try:
                 scans = _Reader(todo, reader, options)
                 for index, job in enumerate(todo):
                     while len(written) > waiting:
-                        report.collect(written.pop(0))
+                        collect()
                     try:
                         if not options.overwrite and finished(job, options):
                             say(f"{job.name} was finished by another process")
@@ -82,7 +88,6 @@ def segment_all(
                                 made_by = origins[job.name][0]
                                 entry, save = _segment(model, job, scans.take(index), options, made_by)
                             written.append((job, entry, writer.submit(save)))
-                            say(f"{job.name}: {_told(entry)} → {job.target}")
                             del save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
                         # With its traceback it would keep the scan and its field.
@@ -94,7 +99,7 @@ def segment_all(
                         done(count)
             finally:
                 while written:
-                    report.collect(written.pop(0))
+                    collect()
     finally:
         report.write()
     if failed:
@@ -102,10 +107,22 @@ def segment_all(
     return report.content()
 
 
-def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[dict[str, Any]]:
-    """What each scan would take, from its header; with a region it takes less."""
+def forecast_all(
+    model: Model, jobs: Sequence[Job], options: Options, *, with_targets: bool = False
+) -> list[dict[str, Any]]:
+    """What each scan would take, from its header; with a region it takes less. What `segment_all` refuses is refused.
+
+    Args:
+        with_targets: The targets are meant: what is finished there takes nothing, and nothing may be in the way.
+    """
+    origins, todo = _begun(model, jobs if with_targets else [], options)
+    if with_targets:
+        Report(report_file(jobs, 0, 1), model, options, origins)
     out = []
     for job in jobs:
+        if with_targets and job not in todo:
+            out.append({"scan": job.name, "finished": True, **asdict(Forecast(0, 0.0, 0, 0))})
+            continue
         headers = [look_at(file) for file in job.files]
         header = headers[0]
         model.require_channels(sum(one.channels for one in headers), header.path)
@@ -116,13 +133,28 @@ def forecast_all(model: Model, jobs: Sequence[Job], options: Options) -> list[di
             memory=options.memory,
             device=options.device,
             spacing=options.spacing,
+            region=options.region,
             dense=options.strategy == "dense" or options.probabilities,
             probabilities=options.probabilities,
             precision=options.precision,  # type: ignore[arg-type]
             chunk=options.chunk,
         )
-        out.append({"scan": job.name, **asdict(expected)})
+        out.append({"scan": job.name, "finished": False, **asdict(expected)})
     return out
+
+
+def _begun(model: Model, jobs: Sequence[Job], options: Options) -> tuple[Origins, list[Job]]:
+    """What finished results may say, and the scans that are left to do.
+
+    Raises:
+        SettingsError: Options that no scan can be segmented with, or files that are in the way.
+    """
+    own_grid = options.spacing is None and options.region is None
+    check_strategy(options.strategy, model.classes, own_grid)
+    check_smallest(options.smallest_ml)
+    origins = Origins(jobs, model, options)
+    require_replaceable(jobs, origins, options)
+    return origins, [job for job in jobs if options.overwrite or not finished(job, options)]
 
 
 def _told(entry: Mapping[str, Any]) -> str:
@@ -164,11 +196,10 @@ def _segment(
             needed = LIBRARIES + held + island_bytes(labels)
             require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
-    labels = replace(labels, origin=made_by)
     maps = maps and replace(maps, origin=made_by)
     entry = {
         "files": [str(f) for f in job.files],
-        "options": {k: v for k, v in options.deciding().items() if v not in (None, False, 0.0)},
+        "options": {k: v for k, v in options.deciding(model).items() if v not in (None, False, 0.0)},
         **said_by(job, labels),
         "strategy": labels.strategy,
         "locations": labels.evaluated,
@@ -180,7 +211,9 @@ def _segment(
     def save() -> None:
         if maps is not None:
             maps.save(job.probabilities)
-        labels.save(job.target)  # last: its presence means finished
+        result = signed(labels, made_by)
+        entry["origin"] = result.origin
+        result.save(job.target)  # last: its presence means finished
 
     return entry, save
 

@@ -15,7 +15,7 @@ from ossnet.errors import SettingsError
 from ossnet.field.engine.answer import clamped
 from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import require
-from ossnet.networks.machine import exact_float32, fast_bf16
+from ossnet.networks.machine import computes_in_bf16, exact_float32
 from ossnet.networks.unet import UNet, segment_slices
 from ossnet.volume import Shape
 
@@ -112,7 +112,7 @@ def prepare_unet(
     require(memory, max(needed, asked) + libraries, "a U-Net: it answers all voxels at once")
     # A scan that other models read as well does not keep the image.
     image = (scan if scan.held is not None else copy(scan)).hold(device or "cpu")
-    lower = precision == "bf16" or (precision == "auto" and fast_bf16(image.device))
+    lower = computes_in_bf16(precision, image.device)
     half = torch.autocast(image.device.type, torch.bfloat16, enabled=lower)
     with torch.no_grad(), exact_float32(image.device), half:
         return DenseAnswer(_logits(network, image[None], window)[0], needed)

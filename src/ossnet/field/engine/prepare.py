@@ -21,7 +21,7 @@ from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_pe
 from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import chunk_for, parse_size, require
 from ossnet.networks.blockwise import BlockwiseEncoder
-from ossnet.networks.machine import exact_float32, fast_bf16
+from ossnet.networks.machine import computes_in_bf16, exact_float32
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import UNet
@@ -191,7 +191,7 @@ def prepare_ossnet(
             encoding = encode(network.encoder, scan.held, slab)
         else:
             encoding = encode_halved(network.encoder, scan.halved(), slab)
-    half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
+    half = computes_in_bf16(precision, device)
     return FusedAnswer(
         network,
         scan,
@@ -219,7 +219,7 @@ def prepare_multiscale(
     **_: Any,
 ) -> Answer:
     """The default network: maps are made where locations are asked."""
-    half = precision == "bf16" or (precision == "auto" and fast_bf16(device))
+    half = computes_in_bf16(precision, device)
     return BlockwiseEncoder(
         network,
         scan,
