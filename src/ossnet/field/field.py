@@ -35,6 +35,7 @@ from ossnet.volume import (
     Shape,
     Volume,
     closest_canonical,
+    same_names,
     same_place,
     transform,
 )
@@ -315,7 +316,8 @@ class Field:
             options: Further arguments of `extract_mesh`.
 
         Raises:
-            SettingsError: No such structure, labels that do not lie on the scan, or the extra `mesh` is not installed.
+            SettingsError: No such structure, labels that do not lie on the scan or number structures otherwise than the
+                model, or the extra `mesh` is not installed.
             ResourceError: The grant does not hold the label map and the mesh.
         """
         label = self.model.label_of(structure)
@@ -347,6 +349,12 @@ class Field:
         turned = labels.reoriented(closest_canonical(labels.affine))
         if reason := same_place(self.volume.reoriented(own), turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
+        if reason := same_names(labels.names, self.model.label_names):
+            raise SettingsError(
+                str(labels.source or "labels"),
+                f"they number structures otherwise than the model: {reason}",
+                "Correct their numbers or their names",
+            )
         return own.undo(turned.data)
 
     # Grids ------------------------------------------------------------------------------------------------------
