@@ -316,7 +316,7 @@ def test_regions_are_judged_beside_their_parts(tmp_path: Path) -> None:
     assert "1+2" in found.out
 
 
-@pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x"])
+@pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x", "whole=1,²"])
 def test_a_region_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
     found = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), "--region", wrong)
     assert found.code == 2
