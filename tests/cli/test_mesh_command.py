@@ -95,6 +95,7 @@ def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "neither a mesh file nor a folder" in refused(tmp_path, *mesh(heart, tmp_path / "x.vtk"))
     assert "'off' is unknown" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--format", "off"))
     assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "liver"))
+    assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "²"))
     assert "below 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
     LabelMap(np.full((23, 21, 18), 7, np.uint8), ossnet.read(heart[0]).affine).save(tmp_path / "seven.nii.gz")
     foreign = mesh(heart, tmp_path / "x", "--labels", tmp_path / "seven.nii.gz")
