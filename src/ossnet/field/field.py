@@ -4,7 +4,7 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -56,6 +56,16 @@ OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
     "progress",
 }
 """Arguments of `refine` that `Field.segment` passes on."""
+
+MESH_OPTIONS = frozenset(signature(extract_mesh).parameters) - {
+    "function",
+    "shape",
+    "affine",
+    "labels",
+    "label",
+    "classes",
+}
+"""Arguments of `extract_mesh` that `Field.mesh` takes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -208,10 +218,7 @@ class Field:
         if strategy not in get_args(Strategy):
             known = ", ".join(get_args(Strategy))
             raise SettingsError("strategy", f"{strategy!r} is unknown", f"Use one of {known}")
-        if unknown := sorted(octree.keys() - OCTREE_OPTIONS):
-            near = get_close_matches(unknown[0], [*OCTREE_OPTIONS, *signature(Field.segment).parameters], 1)
-            fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(OCTREE_OPTIONS))}"
-            raise SettingsError("segment", f"there is no option {unknown[0]}", fix)
+        _check_names(Field.segment, octree, OCTREE_OPTIONS)
         bound, how = self._bound, str(strategy)
         stages: tuple[int, ...] = ()
         if strategy in START_STATES:
@@ -316,12 +323,13 @@ class Field:
             options: Further arguments of `extract_mesh`.
 
         Raises:
-            SettingsError: No such structure, labels that do not lie on the scan or number structures otherwise than the
-                model, or the extra `mesh` is not installed.
+            SettingsError: No such structure or option, labels that do not lie on the scan or number structures
+                otherwise than the model, or the extra `mesh` is not installed.
             ResourceError: The grant does not hold the label map and the mesh.
         """
         label = self.model.label_of(structure)
         # Before the scan is segmented, which may take long.
+        _check_names(Field.mesh, options, MESH_OPTIONS)
         check_mesh_options(faces, smooth, **options)
         oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
         if self._bound.grant is not None:
@@ -389,6 +397,14 @@ class Field:
             return None
         x, y, z = (grid.shape[i] for i in np.argsort(orientation.axes))
         return moved_box(check_box(region, (x, y, z)), orientation.matrix((x, y, z)))
+
+
+def _check_names(method: Callable[..., Any], given: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse further arguments of a method that it has not."""
+    if unknown := sorted(given.keys() - known):
+        near = get_close_matches(unknown[0], [*known, *signature(method).parameters], 1)
+        fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(known))}"
+        raise SettingsError(method.__name__, f"there is no option {unknown[0]}", fix)
 
 
 def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
