@@ -112,12 +112,21 @@ def test_two_files_and_folders_of_files_need_no_data_set(tmp_path: Path) -> None
     ]
 
 
-def test_label_files_may_all_have_a_suffix(tmp_path: Path) -> None:
-    for case in ("a", "b"):
-        labels(0, 1).save(tmp_path / "labels" / f"{case}_seg.nii.gz")
+@pytest.mark.parametrize("suffixes", [("_seg", "_seg"), ("_seg", ""), ("_label", "_mask")])
+def test_label_files_may_have_suffixes(tmp_path: Path, suffixes: tuple[str, str]) -> None:
+    for case, suffix in zip(("a", "b"), suffixes, strict=True):
+        labels(0, 1).save(tmp_path / "labels" / f"{case}{suffix}.nii.gz")
         labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
     found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
     assert {row["case"] for row in found["cases"]} == {"a", "b"}
+
+
+def test_suffixes_that_tell_cases_apart_stay(tmp_path: Path) -> None:
+    for case in ("a_label", "a_mask", "b_seg"):
+        labels(0, 1).save(tmp_path / "labels" / f"{case}.nii.gz")
+        labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
+    found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
+    assert {row["case"] for row in found["cases"]} == {"a_label", "a_mask", "b_seg"}
 
 
 def test_one_prediction_is_found_in_a_data_set(tmp_path: Path) -> None:

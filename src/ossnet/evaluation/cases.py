@@ -339,10 +339,12 @@ def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
 
 
 def _named_alike(files: Sequence[Path]) -> dict[str, Path]:
-    """Label files by the cases that they are named after, without a suffix that all have (`CASE_seg.nii.gz`)."""
+    """Label files by the cases that they are named after, each without its suffix (`CASE_seg.nii.gz`) unless that makes
+    two of them one."""
     names = [stem(file) for file in files]
-    suffix = next((s for s in SUFFIXES if s and all(n.endswith(s) and n != s for n in names)), "")
-    return {name.removesuffix(suffix): file for name, file in zip(names, files, strict=True)}
+    suffixes = [next((s for s in SUFFIXES if s and n.endswith(s) and n != s), "") for n in names]
+    cases = [name.removesuffix(suffix) for name, suffix in zip(names, suffixes, strict=True)]
+    return dict(zip(cases if len(set(cases)) == len(cases) else names, files, strict=True))
 
 
 def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:
