@@ -310,6 +310,14 @@ def same_place(one: OnGrid, other: OnGrid, tolerance: float | None = None) -> st
     return None
 
 
+def same_names(one: Mapping[int, str], other: Mapping[int, str]) -> str | None:
+    """None when names (label value → name) that both have stand for the same values, otherwise those that do not."""
+    shared = set(one.values()) & set(other.values())
+    pairs = ((one, other), (other, one))
+    apart = [", ".join(f"{k} {v}" for k, v in sorted(a.items() - b.items()) if v in shared) for a, b in pairs]
+    return " instead of ".join(apart) if all(apart) else None
+
+
 def summary(volume: Volume | LabelMap) -> dict[str, Any]:
     """Shape, spacing and data type, for reports."""
     return {

@@ -112,12 +112,21 @@ def test_two_files_and_folders_of_files_need_no_data_set(tmp_path: Path) -> None
     ]
 
 
-def test_label_files_may_all_have_a_suffix(tmp_path: Path) -> None:
-    for case in ("a", "b"):
-        labels(0, 1).save(tmp_path / "labels" / f"{case}_seg.nii.gz")
+@pytest.mark.parametrize("suffixes", [("_seg", "_seg"), ("_seg", ""), ("_label", "_mask")])
+def test_label_files_may_have_suffixes(tmp_path: Path, suffixes: tuple[str, str]) -> None:
+    for case, suffix in zip(("a", "b"), suffixes, strict=True):
+        labels(0, 1).save(tmp_path / "labels" / f"{case}{suffix}.nii.gz")
         labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
     found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
     assert {row["case"] for row in found["cases"]} == {"a", "b"}
+
+
+def test_suffixes_that_tell_cases_apart_stay(tmp_path: Path) -> None:
+    for case in ("a_label", "a_mask", "b_seg"):
+        labels(0, 1).save(tmp_path / "labels" / f"{case}.nii.gz")
+        labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
+    found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
+    assert {row["case"] for row in found["cases"]} == {"a_label", "a_mask", "b_seg"}
 
 
 def test_one_prediction_is_found_in_a_data_set(tmp_path: Path) -> None:
@@ -201,6 +210,46 @@ def test_structures_learnt_as_one_are_judged_as_one(tmp_path: Path) -> None:
     )
     told = json.loads(evaluate(tmp_path / "p", reference, "--only-predicted", "--json").out)
     assert [(row["name"], row["dice"]) for row in told["cases"]] == [("front and back", 1)]
+
+
+def test_structures_that_are_numbered_otherwise_are_refused(tmp_path: Path) -> None:
+    ours = replace(labels(1, 2), names={1: "front", 2: "back"}, origin="ossnet 0123")
+    ours.save(tmp_path / "ours" / "a.nii.gz")
+    swapped = dataset(tmp_path / "d", named={"background": 0, "back": 1, "front": 2})
+    replace(labels(2, 1), names={1: "back", 2: "front"}).save(tmp_path / "l" / "a.nii.gz")
+    told = (
+        "numbers structures otherwise than its reference: 1 front, 2 back instead of 1 back, 2 front. Correct"
+    )
+    for reference in (swapped, tmp_path / "l", tmp_path / "l" / "a.nii.gz"):
+        given = tmp_path / "ours" / ("a.nii.gz" if reference.is_file() else "")
+        refused(evaluate(given, reference, "--only-predicted"), str(tmp_path / "ours" / "a.nii.gz"), told)
+
+
+def test_names_go_with_the_values_of_files(tmp_path: Path) -> None:
+    """Files hold 1 and 4, classes are 1 and 2."""
+    reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "back": 4})
+    named = {"theirs": (4, ""), "ours": (2, "ossnet 0123")}
+    for folder, (value, origin) in named.items():
+        names = {1: "front", value: "back"}
+        replace(labels(1, value), names=names, origin=origin).save(tmp_path / folder / "a.nii.gz")
+        told = json.loads(evaluate(tmp_path / folder, reference, "--only-predicted", "--json").out)
+        assert [row["dice"] for row in told["cases"]] == [1, 1]
+    # Names that only one side has say nothing.
+    replace(labels(1, 4), names={1: "anterior", 4: "posterior"}).save(tmp_path / "other" / "a.nii.gz")
+    assert evaluate(tmp_path / "other", reference, "--only-predicted").code == 0
+
+
+@pytest.mark.filterwarnings("default:.*no label is in both")
+def test_labels_that_have_no_value_in_common_are_told(tmp_path: Path) -> None:
+    for case, value, other in (("a", 255, 1), ("b", 255, 0)):
+        labels(value).save(tmp_path / "p" / f"{case}.nii.gz")
+        labels(other).save(tmp_path / "l" / f"{case}.nii.gz")
+    result = evaluate(tmp_path / "p", tmp_path / "l")
+    assert result.code == 0
+    assert "predictions hold 255, and references 1: no label is in both" in result.error
+    # It is enough that both hold a label somewhere.
+    labels(1).save(tmp_path / "p" / "b.nii.gz")
+    assert "no label is in both" not in evaluate(tmp_path / "p", tmp_path / "l").error
 
 
 def refused(result: Result, *expected: str) -> None:
@@ -289,7 +338,7 @@ def test_regions_are_judged_beside_their_parts(tmp_path: Path) -> None:
     assert "1+2" in found.out
 
 
-@pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x"])
+@pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x", "whole=1,²"])
 def test_a_region_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
     found = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), "--region", wrong)
     assert found.code == 2

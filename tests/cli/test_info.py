@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests import tiny
 from tests.cli.refusals import refused, succeeded
 
 
@@ -43,6 +44,7 @@ def replaced(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
         ("model.json", replaced(b'"ossnet"', b'"transformer"'), "transformer"),
         ("model.json", replaced(b'"classes": 1', b'"classes": 5'), "size mismatch"),
         ("model.json", replaced(b'"labels"', b'"labelled"'), "labels"),
+        ("model.json", replaced(b'"channels": [', b'"channels": 1, "was": ['), "channels: Input should be"),
     ],
 )
 def test_damaged_models(
@@ -54,3 +56,30 @@ def test_damaged_models(
     assert changed != file.read_bytes()
     file.write_bytes(changed)
     assert said in refused(tmp_path, "info", tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("labels", {}, "its labels are none, and its network knows 2 structure(s). Name 1 to 2, each once"),
+        ("labels", {"1": "a"}, "its labels are 1 (a), and"),
+        ("labels", {"0": "a", "1": "b"}, "its labels are 0 (a), 1 (b), and"),
+        ("labels", {"1": "a", "5": "b"}, "its labels are 1 (a), 5 (b), and"),
+        ("labels", {"one": "a"}, "labels.one"),
+        ("extent_mm", [1, 2, 3], "extent_mm: Input should be"),
+        ("extent_mm", {"smallest": [1, 2], "largest": [3, 4, 5]}, "extent_mm.smallest"),
+        ("piece_mm", "large", "piece_mm: Input should be"),
+        ("surface_mm2", float("nan"), "surface_mm2: Input should be"),
+        ("settings", [], "settings: Input should be"),
+        ("settings", {"network": {"patch_shape": 3}}, "settings.network.patch_shape: Input should be"),
+        ("data", "Dataset004", "data: Input should be"),
+        ("regions", {"whole": 3}, "regions.whole: Input should be"),
+    ],
+)
+def test_what_a_model_says_of_itself_is_checked(tmp_path: Path, key: str, value: object, said: str) -> None:
+    tiny.model("multiscale", 3).save(tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    told = refused(tmp_path, "info", tmp_path / "model")
+    assert told.startswith(f"{file}: ")
+    assert said in told

@@ -60,6 +60,18 @@ def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "part 1 was not found in " in refused(tmp_path, *only)
 
 
+def test_a_label_map_that_numbers_structures_otherwise_is_refused(
+    heart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    scan = ossnet.read(heart[0])
+    swapped = LabelMap(np.ones(scan.shape, np.uint8), scan.affine, names={1: "part 2", 2: "part 1"})
+    swapped.save(tmp_path / "swapped.nii.gz")
+    drawn = mesh(heart, tmp_path / "x.stl", "--structure", "part 1", "--labels", tmp_path / "swapped.nii.gz")
+    said = refused(tmp_path, *drawn)
+    assert said.startswith(f"{tmp_path / 'swapped.nii.gz'}: they number structures otherwise than the model")
+    assert "1 part 2, 2 part 1 instead of 1 part 1, 2 part 2" in said
+
+
 def test_structures_of_like_names_are_files_of_their_own(heart: tuple[Path, Path], tmp_path: Path) -> None:
     model = replace(ossnet.load(heart[1]), label_names={1: "tumour (core)", 2: "Tumour core"})
     model.save(tmp_path / "model")
@@ -83,6 +95,7 @@ def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "neither a mesh file nor a folder" in refused(tmp_path, *mesh(heart, tmp_path / "x.vtk"))
     assert "'off' is unknown" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--format", "off"))
     assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "liver"))
+    assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "²"))
     assert "below 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
     LabelMap(np.full((23, 21, 18), 7, np.uint8), ossnet.read(heart[0]).affine).save(tmp_path / "seven.nii.gz")
     foreign = mesh(heart, tmp_path / "x", "--labels", tmp_path / "seven.nii.gz")

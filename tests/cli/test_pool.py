@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tests.cli.refusals import refused, succeeded
 from typer.testing import CliRunner
 
 from ossnet.cli.main import app
@@ -59,3 +60,27 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["pool", str(tmp_path / "f0")])
     assert result.exit_code == 2
     assert "its scores cannot be read" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("b,1", "b", "line 3 has another number of cells than the first"),
+        ("b,1,part", "b,1,part,", "line 3 has another number of cells than the first"),
+        ("b,1,part,0.7", "b,1,part,nan", "line 3 holds a number that is not finite"),
+        ("b,1", "a,1", "line 3 judges structure 1 of a again"),
+        ("b,1,part", "b,1,pärt", "validation.csv: is no UTF-8 text"),
+    ],
+)
+def test_a_table_that_was_changed_is_refused(tmp_path: Path, was: str, now: str, said: str) -> None:
+    table = run_folder(tmp_path / "f0", {"a": 0.5, "b": 0.7}) / "validation.csv"
+    text = table.read_text()
+    assert was in text
+    table.write_text(text.replace(was, now), encoding="latin-1")
+    assert said in refused(tmp_path, "pool", tmp_path / "f0", "--json")
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(tmp_path: Path) -> None:
+    table = run_folder(tmp_path / "f0", {"a": 0.5}, "pärt") / "validation.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert "1 pärt" in succeeded("pool", tmp_path / "f0")

@@ -249,6 +249,19 @@ def test_several_classes_are_scored_each_for_itself_and_strangers_are_ignored() 
     assert scores[300].outcome == "absent"
 
 
+def test_ids_of_an_atlas_cost_no_more_than_small_numbers() -> None:
+    shape, ids = (12, 11, 10), {1: 3, 2: 997, 3: 614_454_277, 4: 4_000_000_000}
+    draw = np.random.default_rng(3)
+    small = [draw.integers(0, 5, shape).astype(np.uint8) for _ in range(2)]
+    large = [np.vectorize({0: 0, **ids}.get, otypes=[np.uint32])(labels) for labels in small]
+    by_id = compare(*large, AFFINE, [*ids.values(), 900, (997, 614_454_277)])
+    by_number = compare(*small, AFFINE, [*ids, 9, (2, 3)])
+    assert list(by_id.values()) == list(by_number.values())
+    # A prediction may hold none of them.
+    empty = np.zeros(shape, np.uint8)
+    assert compare(empty, large[1], AFFINE, [4_000_000_000])[4_000_000_000].outcome == "missed"
+
+
 def test_empty_maps_follow_the_rule() -> None:
     something, nothing = box((10, 20, 30), (2, 2, 2), (5, 5, 5)), np.zeros((10, 20, 30), np.uint8)
     diagonal = math.sqrt((10 * 0.8) ** 2 + (20 * 1.3) ** 2 + (30 * 2.5) ** 2)

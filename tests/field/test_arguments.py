@@ -29,6 +29,11 @@ CASES = {
     "field.segment(like='a.nii.gz')": "it is a str. Read it",
     "ossnet.Volume(field.volume.data[0], field.volume.affine)": "3 axes instead of 4",
     "field.mesh(faces=2)": "faces: is 2",
+    "field.mesh(smooth=1.5)": "smooth: is 1.5. Give a whole number, at least 0",
+    "field.mesh(min_voxels='9')": "min_voxels: is '9'",
+    "field.mesh(gradient=3)": "gradient: is a int. Give a function",
+    "field.mesh(1, refinment='paper')": "mesh: there is no option refinment. Perhaps refinement is meant",
+    "field.mesh(1, classes=3)": "mesh: there is no option classes",
     "field.mesh(refinement='best')": "'best' is not known",
     "model.field(nan).segment(strategy='dense')": "voxels are NaN or infinite",
 }

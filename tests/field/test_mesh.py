@@ -19,6 +19,7 @@ from tests import tiny
 import ossnet.field.mesh.extract
 import ossnet.field.mesh.isosurface
 from ossnet.errors import InputError, SettingsError
+from ossnet.field.field import Field
 from ossnet.field.mesh.extract import drop_small_parts, extract_mesh, save_mesh, split_pinched_edges
 
 SHAPE = (56, 48, 44)
@@ -245,6 +246,7 @@ def test_files_hold_the_same_surface(ending: str, tmp_path: Path) -> None:
 
 def test_settings_without_meaning_are_refused(tmp_path: Path) -> None:
     for options in (
+        {"batch": 0},
         {"labels": np.zeros((3, 3, 3), dtype=int)},
         {"label": 0},
         {"faces": 2},
@@ -279,3 +281,12 @@ def test_a_structure_is_given_by_its_label_or_its_name() -> None:
     for unknown in (11, 0, "0", "molar"):
         with pytest.raises(SettingsError, match="none of this model's"):
             model.label_of(unknown)
+
+
+def test_options_are_checked_before_the_scan_is_segmented(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = tiny.model("multiscale").field(tiny.scan())
+    monkeypatch.setattr(Field, "segment", lambda *_: pytest.fail("it was segmented"))
+    with pytest.raises(SettingsError, match="there is no option foo"):
+        field.mesh(1, foo=1)
+    with pytest.raises(SettingsError, match="min_voxels: is -1"):
+        field.mesh(1, min_voxels=-1)

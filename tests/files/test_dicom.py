@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import InputError, OssnetError, VolumeError
+from ossnet.files.dicom import holds_scan, is_dicom
 from ossnet.files.reading import look_at, read_volume
 
 pydicom = pytest.importorskip("pydicom")
 
-from pydicom.dataset import Dataset  # noqa: E402
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.sequence import Sequence as Items  # noqa: E402
-from pydicom.uid import RLELossless  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, MediaStorageDirectoryStorage, RLELossless  # noqa: E402
 from tests.files.dicom_writer import multi_frame, slice_of, write  # noqa: E402
 
 VOXELS = np.random.default_rng(0).integers(-1000, 1000, (6, 5, 4)).astype(np.int16)
@@ -211,6 +212,33 @@ def test_slices_that_were_cut_off_are_noticed_at_the_ends(tmp_path: Path, damage
     last.write_bytes(b"" if damage == "emptied" else last.read_bytes()[132:])
     with pytest.raises(VolumeError, match=r"5\.dcm: it is damaged: DICOM's mark is not in it"):
         read_volume(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_a_last_slice_that_ends_anywhere_is_named(tmp_path: Path) -> None:
+    write(tmp_path, series(3), names=["0.dcm", "1.dcm", "2.dcm"])
+    last = tmp_path / "2.dcm"
+    whole = last.read_bytes()
+    for length in range(0, len(whole), 5):
+        last.write_bytes(whole[:length])
+        with pytest.raises(VolumeError) as caught:
+            read_volume(tmp_path)
+        assert caught.value.where == str(last), (length, caught.value)
+        assert length < 132 or holds_scan(tmp_path)
+
+
+def test_what_is_not_of_a_series_may_lie_beside_it(tmp_path: Path) -> None:
+    write(tmp_path, series())
+    write(tmp_path, [slice_of(VOXELS[0], (0, 0, 0), Modality="RTSTRUCT")], names=["contours"])
+    listing = Dataset()
+    listing.file_meta = FileMetaDataset()
+    listing.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    listing.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    listing.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    listing.FileSetID, listing.DirectoryRecordSequence = "CD", []
+    pydicom.dcmwrite(tmp_path / "DICOMDIR", listing, enforce_file_format=True)
+    assert is_dicom(tmp_path / "DICOMDIR")
+    assert read_volume(tmp_path).shape == (4, 5, 6)
 
 
 def test_a_slice_is_not_taken_for_its_series(tmp_path: Path) -> None:

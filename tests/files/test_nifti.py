@@ -317,6 +317,14 @@ def test_label_names_travel_in_the_file(tmp_path: Path, version: int) -> None:
     assert np.array_equal(np.asarray(image.dataobj), values(np.uint8) % 3)
 
 
+def test_files_say_whether_they_hold_labels(tmp_path: Path) -> None:
+    for version in (1, 2):
+        LabelMap(values(np.uint8), np.eye(4), header=FileHeader(version=version)).save(tmp_path / "a.nii")
+        assert nib.load(tmp_path / "a.nii").header.get_intent() == ("label", (), "")
+    Volume(values()[None], np.eye(4)).save(tmp_path / "b.nii")
+    assert nib.load(tmp_path / "b.nii").header.get_intent() == ("none", (), "")
+
+
 def test_same_labels_same_bytes(tmp_path: Path) -> None:
     labels = LabelMap(values(np.uint8), oblique())
     for name in ("a.nii.gz", "b.nii.gz"):

@@ -26,6 +26,17 @@ def test_a_surface_lies_in_world_mm_where_the_label_is() -> None:
     assert surface_of(ball(), 1, "nothing", "#ff0000") is None
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (9, 1, 1), (1, 9, 9)])
+def test_what_is_a_voxel_thin_has_a_surface(size: tuple[int, int, int]) -> None:
+    data = np.zeros((12, 12, 12), np.uint8)
+    data[tuple(slice(1, 1 + n) for n in size)] = 1
+    surface = surface_of(LabelMap(data, np.eye(4)), 1, "thin", "#ff0000")
+    assert surface is not None
+    extent = np.ptp(surface.vertices, axis=0)
+    assert np.abs(extent - size).max() < 1
+    assert surface.vertices.mean(axis=0) == pytest.approx([(n + 1) / 2 for n in size], abs=0.1)
+
+
 def test_large_meshes_are_simplified() -> None:
     pytest.importorskip("fast_simplification")
     surface = surface_of(ball(), 3, "ball", "#ff0000", faces=500)

@@ -72,7 +72,7 @@ def _regions(given: list[str]) -> dict[str, tuple[int, ...]]:
     for text in given:
         name, _, values = text.partition("=")
         numbers = {v.strip() for v in values.split(",")}
-        if not name.strip() or len(numbers) < 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        if not name.strip() or len(numbers) < 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise SettingsError(
                 "--region",
                 f"{text!r} is no name with several labels above 0",

@@ -32,6 +32,11 @@ def command(
             raise DatasetError(
                 run, "has no validation.csv", "Name runs that are finished and had validation cases"
             )
-        tables[str(run)] = file.read_text(encoding="utf-8")
+        try:
+            tables[str(run)] = file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
+        except UnicodeDecodeError as error:
+            raise DatasetError(
+                file, "is no UTF-8 text", "Save it as such, or let the run write it"
+            ) from error
     rows, summary = pooled(tables)
     give(rows, summary, 1.0, out, as_json)

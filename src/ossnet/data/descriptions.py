@@ -87,7 +87,7 @@ def _is_region(number: Any) -> bool:
 
 def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
     """Value → name, from either direction in which `labels` is written."""
-    if all(str(key).isdigit() for key in value):
+    if all(str(key).isdecimal() for key in value):
         return {int(key): str(name) for key, name in value.items()}
     names: dict[int, str] = {}
     parts: set[int] = set()

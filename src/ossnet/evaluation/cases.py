@@ -13,10 +13,10 @@ from ossnet.data.cases import joined_name, relabelled, values_in_files
 from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
-from ossnet.evaluation.tables import Row, label_order
+from ossnet.evaluation.tables import Row, label_order, label_text
 from ossnet.files.containers import is_image, stem
 from ossnet.files.nifti import origin_of, read_labels
-from ossnet.volume import MARK, LabelMap, same_place
+from ossnet.volume import MARK, LabelMap, same_names, same_place
 
 SUFFIXES = ("", "_seg", "-seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")
 """What may follow the name of a case in the name of its prediction, in order of preference."""
@@ -108,6 +108,7 @@ class Matched:
                 f"holds label {min(unknown)}, which the data set does not declare",
                 f"Check that it belongs to this data set; declared are {sorted(known - {0})}",
             )
+        labels = replace(labels, names={values.get(k, k): name for k, name in labels.names.items()})
         if not found & set(values):
             return labels
         return replace(labels, data=relabelled(labels.data, values))
@@ -232,7 +233,8 @@ def score(
         done: Told the number of cases finished.
 
     Raises:
-        VolumeError: A file cannot be trusted, or a prediction does not lie on its label.
+        VolumeError: A file cannot be trusted, or a prediction does not lie on its label, or names and numbers
+            structures otherwise.
     """
     # Decompressing and nearest-neighbour search run outside of Python's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -245,12 +247,29 @@ def score(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     out = _complete([row for found in rows for row in found])
+    _tell_strangers(out)
     if not matched.names:  # nothing declares labels: those that were met are known now
         met = {row.label for row in out}
         for name, parts in matched.regions.items():
             if unknown := set(parts) - met:
                 warnings.warn(f"region {name}: no file holds label {min(unknown)}", stacklevel=2)
     return out
+
+
+def _tell_strangers(rows: Sequence[Row]) -> None:
+    """Warn where no label is in a prediction and in a reference, of all cases: masks of 1 and of 255 for example."""
+    alone = [row for row in rows if not isinstance(row.label, tuple)]
+    predicted, drawn = (
+        {row.label for row in alone if row.scores.outcome in ("scored", only)}
+        for only in ("invented", "missed")
+    )
+    if predicted and drawn and not predicted & drawn:
+        held, asked = (_listed([label_text(label) for label in sorted(s)]) for s in (predicted, drawn))
+        warnings.warn(
+            f"predictions hold {held}, and references {asked}: no label is in both, so nothing can agree; "
+            "give structures the same numbers in both",
+            stacklevel=3,
+        )
 
 
 def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
@@ -264,6 +283,12 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
             "Segment the scan that the label was drawn on, or resample one onto the other",
         )
     names = matched.names or dict(reference.names) or dict(prediction.names)
+    if reason := same_names(prediction.names, names):
+        raise VolumeError(
+            pair.prediction,
+            f"numbers structures otherwise than its reference: {reason}",
+            "Correct the numbers or the names of one of them",
+        )
     regions = matched.regions
     classes = sorted(set(matched.names) - {0}) or _values(prediction, reference)
     if joined := matched.as_one(prediction):
@@ -316,10 +341,12 @@ def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
 
 
 def _named_alike(files: Sequence[Path]) -> dict[str, Path]:
-    """Label files by the cases that they are named after, without a suffix that all have (`CASE_seg.nii.gz`)."""
+    """Label files by the cases that they are named after, each without its suffix (`CASE_seg.nii.gz`) unless that makes
+    two of them one."""
     names = [stem(file) for file in files]
-    suffix = next((s for s in SUFFIXES if s and all(n.endswith(s) and n != s for n in names)), "")
-    return {name.removesuffix(suffix): file for name, file in zip(names, files, strict=True)}
+    suffixes = [next((s for s in SUFFIXES if s and n.endswith(s) and n != s), "") for n in names]
+    cases = [name.removesuffix(suffix) for name, suffix in zip(names, suffixes, strict=True)]
+    return dict(zip(cases if len(set(cases)) == len(cases) else names, files, strict=True))
 
 
 def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:

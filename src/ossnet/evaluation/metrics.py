@@ -54,6 +54,9 @@ Box = tuple[slice, slice, slice]
 Label = int | tuple[int, ...]
 """A class, or the classes of a region that is judged as one."""
 
+_HIGHEST = 2**16
+"""Labels above are numbered before their boxes are sought: memory grows with the numbers, and atlases go far up."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -327,13 +330,27 @@ def _mask(labels: Integer[np.ndarray, "X Y Z"], label: Label) -> Bool[np.ndarray
 
 
 def _boxes(labels: Integer[np.ndarray, "X Y Z"], wanted: list[int]) -> dict[int, Box]:
-    """Bounding box of each wanted label that is present."""
-    highest = max(wanted, default=0)
-    if not labels.size or highest == 0:
+    """Bounding box of each wanted label (ascending) that is present."""
+    held = [label for label in wanted if label <= np.iinfo(labels.dtype).max]
+    if not labels.size or not held:
         return {}
+    numbers = held
+    if held[-1] > _HIGHEST:
+        labels, numbers = _numbered(labels, held), [*range(1, len(held) + 1)]
     # One pass for all classes. find_objects wants non-negative values it can index by.
-    found = find_objects(np.where(labels > highest, 0, labels), max_label=highest)
-    return {label: found[label - 1] for label in wanted if found[label - 1] is not None}
+    found = find_objects(np.where(labels > numbers[-1], 0, labels), max_label=numbers[-1])
+    boxes = zip(held, (found[number - 1] for number in numbers), strict=True)
+    return {label: box for label, box in boxes if box is not None}
+
+
+def _numbered(labels: Integer[np.ndarray, "X Y Z"], wanted: list[int]) -> Integer[np.ndarray, "X Y Z"]:
+    """1 … N for the wanted labels (ascending), 0 for others."""
+    values = np.array(wanted, labels.dtype)
+    out = np.zeros_like(labels, np.uint32)
+    for plane, held in zip(out, labels, strict=True):  # places are of 64 bits
+        place = np.searchsorted(values, held).clip(max=len(values) - 1)
+        plane[...] = np.where(values[place] == held, place + 1, 0)
+    return out
 
 
 def _union(one: Box | None, other: Box | None) -> Box | None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -146,7 +147,7 @@ def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
         tables: Where each comes from → what `to_csv` wrote.
 
     Raises:
-        DatasetError: One is another kind of table, a case is in two of them, or a class has two names.
+        DatasetError: One is no such table, a case is in two of them, or a class has two names.
     """
     rows: list[Row] = []
     owner: dict[str, str] = {}
@@ -154,7 +155,7 @@ def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
     for where, text in tables.items():
         try:
             found = from_csv(text)
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, csv.Error) as error:
             raise DatasetError(
                 where, f"its scores cannot be read ({error})", "Let the run write them again"
             ) from error
@@ -264,15 +265,22 @@ def from_csv(text: str) -> list[Row]:
     """The inverse of `to_csv`, to six digits.
 
     Raises:
-        KeyError, ValueError: It is another table.
+        KeyError, ValueError, csv.Error: It is another table, or was changed so that it has no meaning.
     """
-    rows = []
-    for line in csv.DictReader(io.StringIO(text)):
+    rows: dict[tuple[str, Label], Row] = {}
+    table = csv.DictReader(io.StringIO(text))
+    for line in table:
+        if None in line or None in line.values():
+            raise ValueError(f"line {table.line_num} has another number of cells than the first")
         values = {f.name: line[f.name] for f in fields(Scores)}
         numbers = {k: float(v) if v else None for k, v in values.items() if k != "outcome"}
+        if not all(v is None or math.isfinite(v) for v in numbers.values()):
+            raise ValueError(f"line {table.line_num} holds a number that is not finite")
         scores = Scores(**numbers, outcome=values["outcome"])  # type: ignore[arg-type]
-        rows.append(Row(line["case"], label_of(line["label"]), line["name"], scores))
-    return rows
+        row = Row(line["case"], label_of(line["label"]), line["name"], scores)
+        if rows.setdefault((row.case, row.label), row) is not row:
+            raise ValueError(f"line {table.line_num} judges structure {line['label']} of {row.case} again")
+    return list(rows.values())
 
 
 def _cell(value: object) -> object:

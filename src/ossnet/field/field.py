@@ -4,7 +4,7 @@ Letters: N locations, K classes, X Y Z voxels.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from inspect import signature
@@ -42,6 +42,7 @@ from ossnet.volume import (
     Shape,
     Volume,
     closest_canonical,
+    same_names,
     same_place,
     transform,
 )
@@ -60,6 +61,16 @@ OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
     "progress",
 }
 """Arguments of `refine` that `Field.segment` passes on."""
+
+MESH_OPTIONS = frozenset(signature(extract_mesh).parameters) - {
+    "function",
+    "shape",
+    "affine",
+    "labels",
+    "label",
+    "classes",
+}
+"""Arguments of `extract_mesh` that `Field.mesh` takes."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -209,10 +220,7 @@ class Field:
         """
         own_grid = spacing is None and shape is None and like is None and region is None
         check_strategy(strategy, self.model.classes, own_grid)
-        if unknown := sorted(octree.keys() - OCTREE_OPTIONS):
-            near = get_close_matches(unknown[0], [*OCTREE_OPTIONS, *signature(Field.segment).parameters], 1)
-            fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(OCTREE_OPTIONS))}"
-            raise SettingsError("segment", f"there is no option {unknown[0]}", fix)
+        _check_names(Field.segment, octree, OCTREE_OPTIONS)
         bound, how = self._bound, str(strategy)
         stages: tuple[int, ...] = ()
         if strategy in START_STATES:
@@ -313,11 +321,13 @@ class Field:
             options: Further arguments of `extract_mesh`.
 
         Raises:
-            SettingsError: No such structure, labels that do not lie on the scan, or the extra `mesh` is not installed.
+            SettingsError: No such structure or option, labels that do not lie on the scan or number structures
+                otherwise than the model, or the extra `mesh` is not installed.
             ResourceError: The grant does not hold the label map and the mesh.
         """
         label = self.model.label_of(structure)
         # Before the scan is segmented, which may take long.
+        _check_names(Field.mesh, options, MESH_OPTIONS)
         check_mesh_options(faces, smooth, **options)
         oriented = self._orientation.apply(self.segment().data if labels is None else self._as_stored(labels))
         if self._bound.grant is not None:
@@ -344,6 +354,12 @@ class Field:
         turned = labels.in_order_of(self.volume)
         if reason := same_place(self.volume, turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
+        if reason := same_names(labels.names, self.model.label_names):
+            raise SettingsError(
+                str(labels.source or "labels"),
+                f"they number structures otherwise than the model: {reason}",
+                "Correct their numbers or their names",
+            )
         return turned.data
 
     # Grids ------------------------------------------------------------------------------------------------------
@@ -371,6 +387,14 @@ class Field:
             x, y, z = (int(n) for n in _moved_triple("shape", shape, self._orientation))
             return Grid.with_shape(self.grid, (x, y, z)), self._orientation
         return self.grid, self._orientation
+
+
+def _check_names(method: Callable[..., Any], given: Mapping[str, Any], known: Set[str]) -> None:
+    """Refuse further arguments of a method that it has not."""
+    if unknown := sorted(given.keys() - known):
+        near = get_close_matches(unknown[0], [*known, *signature(method).parameters], 1)
+        fix = f"Perhaps {near[0]} is meant" if near else f"Known are {', '.join(sorted(known))}"
+        raise SettingsError(method.__name__, f"there is no option {unknown[0]}", fix)
 
 
 def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:

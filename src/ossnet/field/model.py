@@ -18,6 +18,7 @@ from torch import nn
 
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, SettingsError, VolumeError
+from ossnet.field.description import Description
 from ossnet.files.atomic import atomic_write, write_json, write_text
 from ossnet.networks.mirrored import mirrorable, mirrored
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -146,7 +147,7 @@ class Model:
         if isinstance(structure, str):
             known = {name.lower(): value for value, name in self.label_names.items()}
             # Names first: teeth are named by numbers that are no labels.
-            found = known.get(structure.lower(), int(structure) if structure.isdigit() else None)
+            found = known.get(structure.lower(), int(structure) if structure.isdecimal() else None)
         else:
             found = structure
         if found in self.label_names:
@@ -287,11 +288,10 @@ class Model:
                 raise ModelError(
                     file, f"it has format {description['format']}", "Update ossnet to use this model"
                 )
-            network = build(description["family"], description["network"])
+            described = Description.model_validate(description)
+            network = build(described.family, described.network)
             # Weights may be stored in 16 bits; the network computes in 32.
             network.load_state_dict(load_file(folder / "weights.safetensors"), strict=True)
-            preparation = Preparation.model_validate(description["preparation"])
-            names = {int(k): str(v) for k, v in description["labels"].items()}
             axes = tuple(description.get("mirror", ()))
             if len(set(axes)) < len(axes) or any(
                 type(axis) is not int or not 0 <= axis <= 2 for axis in axes
@@ -308,8 +308,17 @@ class Model:
             raise ModelError(weights, f"it cannot be used ({_first_line(error)})", "Copy it again") from error
         known = {"format", "family", "network", "preparation", "labels", "channels", "mirror"}
         metadata = {k: v for k, v in description.items() if k not in known}
-        channels = tuple(description.get("channels", ()))
-        return cls(network, preparation, names, channels, metadata, mirror=axes if mirror else ())
+        names, channels = described.labels, described.channels
+        model = cls(network, described.preparation, names, channels, metadata, mirror=axes if mirror else ())
+        structures = max(model.classes, 2) - 1
+        if names.keys() != set(range(1, structures + 1)):
+            raise ModelError(
+                file,
+                f"its labels are {', '.join(f'{k} ({v})' for k, v in names.items()) or 'none'}, and its network knows "
+                f"{structures} structure(s)",
+                f"Name {'1' if structures == 1 else f'1 to {structures}'}, each once",
+            )
+        return model
 
     def card(self) -> str:
         """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""

@@ -24,6 +24,9 @@ from ossnet.volume import Affine, Shape, Volume
 _NO_SCANS = {"SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "SR", "PR", "KO", "REG", "FID"}
 """Modalities of what lies beside scans."""
 
+_DIRECTORY = "1.2.840.10008.1.3.10"
+"""What a DICOMDIR is, which lists the files of a medium."""
+
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _APART, _APART_MM, _TURNED = 0.02, 0.1, 1e-3
@@ -119,6 +122,12 @@ def read_stack(path: Path) -> Stack:
         header = _header(file)
         if _is_scan(header):
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
+        elif _is_cut(header):
+            raise VolumeError(
+                file,
+                "it ends within its header",
+                "Copy or export it again, or take it away if it is no slice",
+            )
         else:
             beside.append((file, header))
     # A slice that lacks something is no other picture.
@@ -198,7 +207,8 @@ def _whole_files(folder: Path) -> list[Path]:
     """DICOM files of a folder.
 
     Raises:
-        VolumeError: Some are cut off: at an end of the stack nothing else would tell that a slice is missing.
+        VolumeError: Some are cut off before DICOM's mark: at an end of the stack nothing else would tell that a slice
+            is missing. Those that are cut off later are found by what they say (`_is_cut`).
     """
     for file in _files_in(folder):
         named = file.suffix.lower() in (".dcm", ".dicom", ".ima") or file.stat().st_size == 0
@@ -250,10 +260,21 @@ def _is_scan(header: Any) -> bool:
     )
 
 
+def _is_cut(header: Any) -> bool:
+    """Whether a file that is no scan would be one, or might, if it did not end within its header."""
+    if getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID") == _DIRECTORY:
+        return False
+    if "SOPClassUID" not in header or "SeriesInstanceUID" not in header:
+        return True
+    # The name of what it is, as the standard has it: "CT Image Storage".
+    return "Image" in getattr(header.SOPClassUID, "name", "") and "Rows" not in header
+
+
 def _may_be_scan(file: Path) -> bool:
     """As `_is_scan`; where a file is damaged, or pydicom is not installed, more is said when it is read."""
     try:
-        return _is_scan(_header(file))
+        header = _header(file)
+        return _is_scan(header) or _is_cut(header)
     except InputError:
         return True
 

@@ -85,7 +85,7 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
     """Write a label map as `.nii` or `.nii.gz`, in the smallest unsigned type that holds its labels.
 
     Transform codes, units and NIfTI version are those of `labels.header`; label names, where given, go into a
-    comment in the file, which other programs skip.
+    comment in the file, which other programs skip. Its intent code says that it holds labels.
 
     Raises:
         VolumeError: The file name has another ending, or a label is negative.
@@ -103,6 +103,7 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
         labels.header,
         labels.names,
         labels.origin,
+        "label",
     )
 
 
@@ -262,6 +263,7 @@ def _write(
     kept: FileHeader,
     names: Mapping[int, str],
     origin: str = "",
+    intent: Literal["none", "label"] = "none",
 ) -> None:
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise VolumeError(path, "results are written as NIfTI", "Choose a name that ends in .nii.gz or .nii")
@@ -273,7 +275,7 @@ def _write(
         raise VolumeError(
             path, f"NIfTI cannot hold {data.dtype} voxels", "Convert them to float32 or an integer type"
         )
-    head = _header_bytes(shape, dtype, affine, kept, names, origin)
+    head = _header_bytes(shape, dtype, affine, kept, names, origin, intent)
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         if path.name.lower().endswith(".gz"):
             # No name and no time inside: the same volume gives the same bytes.
@@ -297,6 +299,7 @@ def _header_bytes(
     kept: FileHeader,
     names: Mapping[int, str],
     origin: str,
+    intent: str,
 ) -> bytes:
     """Everything before the first voxel."""
     # NIfTI-1 counts voxels in 16 bits.
@@ -306,6 +309,7 @@ def _header_bytes(
     header["datatype"] = next(code for code, d in DTYPES.items() if np.dtype(d) == dtype)
     header["bitpix"] = 8 * dtype.itemsize
     header["xyzt_units"] = kept.units
+    header.set_intent(intent)
     header["descrip"] = origin.encode("ascii", "replace")[:79]
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     write_place(header, affine, kept, (shape[0], shape[1], shape[2]))

@@ -39,8 +39,10 @@ def surface_of(labels: LabelMap, label: int, name: str, colour: str, faces: int 
         return None
     from scipy.ndimage import gaussian_filter
 
-    # A binary mask has steps; a blur of under a voxel rounds them and keeps the surface in place.
-    vertices, triangles, _, _ = marching_cubes(gaussian_filter(mask, 0.7), 0.5)  # type: ignore[no-untyped-call]
+    # A binary mask has steps; a blur of under a voxel rounds them and keeps the surface in place. Of what is a voxel
+    # thin it leaves less than a half.
+    blurred = gaussian_filter(mask, 0.7)
+    vertices, triangles, _, _ = marching_cubes(blurred, blurred.max() / 2)  # type: ignore[no-untyped-call]
     vertices, triangles = simplified(vertices, triangles, faces)
     return Surface(name, transform(vertices.astype(np.float64) - 2, labels.affine), triangles, colour)
 

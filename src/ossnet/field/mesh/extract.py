@@ -5,6 +5,7 @@ the structure is as probable as not (`field.mesh.projection`), optional smoothin
 """
 
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -84,7 +85,15 @@ def extract_mesh(
     Raises:
         SettingsError: For settings that have no meaning, or when the extra `mesh` is not installed.
     """
-    check_mesh_options(faces, smooth, refinement=refinement, refine_steps=refine_steps, batch=batch)
+    check_mesh_options(
+        faces,
+        smooth,
+        refinement=refinement,
+        refine_steps=refine_steps,
+        min_voxels=min_voxels,
+        batch=batch,
+        gradient=gradient,
+    )
     _check_labels(shape, labels, label, classes)
     steps = refine_steps if refine_steps is not None else (200 if refinement == "paper" else 8)
     values = _structure_values(function, label, np.array(shape), batch)
@@ -180,8 +189,9 @@ def check_mesh_options(
     *,
     refinement: str = "projection",
     refine_steps: int | None = None,
+    min_voxels: int = 0,
     batch: int = 1,
-    **_: Any,
+    gradient: Callable[[Any], Any] | None = None,
 ) -> None:
     """Refuse options of `extract_mesh` that have no meaning, and all of them without the extra `mesh`.
 
@@ -189,10 +199,17 @@ def check_mesh_options(
         SettingsError: So.
     """
     _trimesh()
-    if faces is not None and faces < 4:
-        raise SettingsError("faces", f"is {faces}", "Give at least 4")
-    if smooth < 0 or (refine_steps is not None and refine_steps < 0) or batch < 1:
-        raise SettingsError("smooth, refine_steps, batch", "are counts", "Give 0 or more, batch at least 1")
+    for name, count, least in (
+        ("faces", 4 if faces is None else faces, 4),
+        ("smooth", smooth, 0),
+        ("refine_steps", 0 if refine_steps is None else refine_steps, 0),
+        ("min_voxels", min_voxels, 0),
+        ("batch", batch, 1),
+    ):
+        if not isinstance(count, Integral) or count < least:
+            raise SettingsError(name, f"is {count!r}", f"Give a whole number, at least {least}")
+    if gradient is not None and not callable(gradient):
+        raise SettingsError("gradient", f"is a {type(gradient).__name__}", "Give a function")
     if refinement not in get_args(MeshRefinement):
         names = ", ".join(get_args(MeshRefinement))
         raise SettingsError("refinement", f"{refinement!r} is not known", f"Choose one of {names}")
