@@ -181,6 +181,8 @@ class _Placed:
 
     def in_order_of(self: _P, other: "OnGrid") -> _P:
         """The same voxels at the same places in the world, axes stored as those of a grid that they lie on (a view)."""
+        if same_place(self, other) is None:
+            return self
         own = closest_canonical(other.affine)
         turned = self.reoriented(closest_canonical(self.affine))
         data = own.undo(turned.data)

@@ -9,7 +9,7 @@ import pytest
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.files.nifti import write_labels, write_volume
-from ossnet.volume import MARK, LabelMap, Volume
+from ossnet.volume import MARK, LabelMap, Orientation, Volume
 
 SHAPE = (4, 5, 6)
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -380,6 +380,16 @@ def test_incomplete_cases_are_problems(tmp_path: Path) -> None:
         ("e_0007.nii.gz", "is channel 7, but only 2 are declared"),
     } <= reasons
     assert all(p.fix for p in data.problems)
+
+
+def test_labels_may_be_stored_in_another_voxel_order(tmp_path: Path) -> None:
+    root = nnunet(tmp_path)
+    plain = open_dataset(root)
+    volume, labels = plain.read(plain["b"])
+    turned = labels.reoriented(Orientation(axes=(2, 0, 1), flips=(True, False, True)))
+    write_labels(turned, root / "labelsTr" / "b.nii.gz")
+    again = open_dataset(root)
+    assert np.array_equal(again.read(again["b"])[1].data, labels.data)
 
 
 def test_image_and_label_must_lie_on_each_other(tmp_path: Path) -> None:

@@ -172,12 +172,13 @@ class Dataset:
         )
 
     def read(self, case: Case) -> tuple[Volume, LabelMap]:
-        """Read the scan and the labels of a case.
+        """Read the scan and the labels of a case, in the voxel order of the scan.
 
         Raises:
             VolumeError: As `image` and `labels`, or the two do not lie on each other.
         """
-        volume, labels = self.image(case), self.labels(case)
+        volume = self.image(case)
+        labels = self.labels(case).in_order_of(volume)
         if reason := same_place(volume, labels):
             raise VolumeError(
                 str(case.label), f"does not lie on its image: {reason}", "Resample the label onto the image"
