@@ -385,7 +385,7 @@ def test_incomplete_cases_are_problems(tmp_path: Path) -> None:
 def test_labels_may_be_stored_in_another_voxel_order(tmp_path: Path) -> None:
     root = nnunet(tmp_path)
     plain = open_dataset(root)
-    volume, labels = plain.read(plain["b"])
+    _, labels = plain.read(plain["b"])
     turned = labels.reoriented(Orientation(axes=(2, 0, 1), flips=(True, False, True)))
     write_labels(turned, root / "labelsTr" / "b.nii.gz")
     again = open_dataset(root)
