@@ -1,6 +1,7 @@
 """Grants of memory: what users write, what follows, what happens when the machine has less."""
 
 import pytest
+from tests import tiny
 
 from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
 from ossnet.field.memory import MemoryNotice, chunk_for, format_size, halving, parse_size
@@ -70,3 +71,14 @@ def test_other_errors_pass() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         halving(work, 64, 16)
+
+
+def test_what_the_machine_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = tiny.model("multiscale").field(tiny.scan())
+    field.segment()
+    monkeypatch.setattr("ossnet.field.memory.available_memory", lambda: 50_000_000)
+    field.segment()
+    with pytest.raises(ResourceError, match=r"are needed for a label map of .* voxels, 50.0 MB are free"):
+        field.segment(spacing=0.02)
+    with pytest.raises(ResourceError, match="are free"):
+        tiny.model("multiscale").forecast(tiny.scan(), spacing=0.02)

@@ -324,3 +324,19 @@ def test_a_box_beside_the_scan_is_no_error() -> None:
     encoder.cover(((200, 5, 5), (220, 20, 15)))
     assert encoder.coarse is not None
     assert torch.isfinite(encoder(torch.tensor([[210.0, 10.0, 10.0]]))).all()
+
+
+def test_what_is_kept_is_asked_first_and_not_computed_again() -> None:
+    network, volume = trained(), torch.randn(1, 96, 96, 32)
+    free = BlockwiseEncoder(network, volume, block=16)
+    locations = random_locations((96, 96, 32), 4000)
+    expected = free(locations)
+    base = sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location
+    each = (free.fixed_bytes - sum(m.bytes for m in free._coarse)) // len(free.blocks)
+    budget = (16 << 20) + base + 40 * each
+    tight = BlockwiseEncoder(network, volume, block=16, budget=budget, chunk=512)
+    tight(locations)
+    kept, before = len(tight.blocks), tight.computed
+    assert 30 < kept < len(free.blocks) == before
+    assert torch.equal(tight(locations), expected)
+    assert tight.computed - before == before - kept

@@ -15,7 +15,7 @@ from ossnet.field.engine.answer import Answer, Coverable
 from ossnet.field.engine.prepare import Precision, hold_where_it_pays, precision_among, prepare
 from ossnet.field.engine.scan import Scan
 from ossnet.field.grid import Box, Grid, box_shape
-from ossnet.field.memory import LIBRARIES, asking_bytes, require
+from ossnet.field.memory import LIBRARIES, asking_bytes, require, require_free
 from ossnet.field.model import Model
 from ossnet.field.together import MeanAnswer
 from ossnet.networks.machine import computes_in_bf16
@@ -135,8 +135,9 @@ class Binding:
         """Leave so many bytes of the grant to what is about to be made.
 
         Raises:
-            ResourceError: The grant does not hold it.
+            ResourceError: The grant, or the machine, does not hold it.
         """
+        require_free(size, what)
         require(self.grant, self.held + LIBRARIES + size, what)
         if isinstance(self.answer, Coverable):
             with self._told_of_shares():

@@ -186,7 +186,7 @@ def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, f
     size = sum(m.bytes for maps in answer.blocks.values() for m in maps) / max(len(answer.blocks), 1)
     room = math.inf if answer.room is None else answer.room
     kept = min((blocks - len(answer.blocks)) * size, room - answer.fixed_bytes)
-    again_and_again = 0 if met * size <= room else SWEEPS * met
+    again_and_again = SWEEPS * max(met - room / max(size, 1.0), 0.0)
     return again / len(some), (blocks + again_and_again) * each_block, max(kept, 0.0)
 
 

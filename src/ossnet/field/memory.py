@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
+from ossnet.files.memory import available_memory
 from ossnet.volume import Shape
 
 LIBRARIES = 96_000_000
@@ -57,6 +58,19 @@ def format_size(size: int | float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
+
+
+def require_free(size: int, what: str) -> None:
+    """Refuse what this machine cannot hold, whatever is granted: the system would end the process.
+
+    Raises:
+        ResourceError: So.
+    """
+    if size > (free := available_memory()):
+        raise ResourceError(
+            f"{format_size(size)} of memory are needed for {what}, {format_size(free)} are free. "
+            "Ask for larger voxels or a region, or use a larger machine."
+        )
 
 
 def free_bytes(device: torch.device) -> int | None:

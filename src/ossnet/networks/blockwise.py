@@ -301,15 +301,20 @@ class BlockwiseEncoder:
             self.cover((triple(n - MARGIN for n in low), triple(n + MARGIN for n in high)))
 
     def _by_block(self, places: Tensor) -> tuple[Tensor, list[tuple[Triple, int, int]]]:
-        """An order with the locations of a block next to each other, and its runs (block, first, stop)."""
+        """An order with the locations of a block next to each other, and its runs (block, first, stop).
+
+        Blocks that are kept come first: those to be computed take their room.
+        """
         edge = torch.tensor(self.block, device=self.device)
         index = (places + 0.5).floor().long() // edge
         counts = [ceil(n / b) for n, b in zip(self.padded, self.block, strict=True)]
         flat = (index[:, 0] * counts[1] + index[:, 1]) * counts[2] + index[:, 2]
+        kept = [(x * counts[1] + y) * counts[2] + z for x, y, z in self.blocks]
+        flat += prod(counts) * ~torch.isin(flat, torch.tensor(kept, dtype=flat.dtype, device=self.device))
         order = torch.argsort(flat, stable=True)
         keys, lengths = torch.unique_consecutive(flat[order], return_counts=True)
         runs, first = [], 0
-        for key, length in zip(keys.tolist(), lengths.tolist(), strict=True):
+        for key, length in zip((keys % prod(counts)).tolist(), lengths.tolist(), strict=True):
             block = (key // (counts[1] * counts[2]), key // counts[2] % counts[1], key % counts[2])
             runs.append((block, first, first + length))
             first += length
