@@ -1,10 +1,12 @@
 """How learning rates move: one factor for all of them."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ossnet.training.schedule import rate_factor
+from ossnet.training.schedule import ENOUGH_STEPS, enough_steps, rate_factor
 from ossnet.training.settings import ScheduleSettings
 
 FRACTIONS = st.floats(0, 1)
@@ -41,3 +43,11 @@ def test_root_holds_falls_with_the_root_and_ends_at_nothing() -> None:
     assert rate_factor(root, 0.0, 1199, 0) == pytest.approx(0.5)
     assert rate_factor(root, 0.5, 1199, 0) == pytest.approx(0.25)
     assert rate_factor(root, 1.2, 1199, 0) == 0
+
+
+def test_enough_is_a_number_of_passes_or_of_steps() -> None:
+    timed = ScheduleSettings(minutes=60, passes=50, batch_size=2)
+    assert enough_steps(timed, 1000) == 25_000
+    assert enough_steps(timed, 20) == ENOUGH_STEPS
+    assert enough_steps(timed.model_copy(update={"passes": 0}), 20) == math.inf
+    assert enough_steps(ScheduleSettings(epochs=3), 20) == math.inf

@@ -166,6 +166,18 @@ def test_every_variant_trains_and_answers(
     assert (out / "validation.csv").is_file()
 
 
+def test_a_training_by_minutes_ends_when_it_has_enough(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ossnet.training.schedule.ENOUGH_STEPS", 0)
+    changes = ["schedule.minutes=600", "schedule.passes=3", "schedule.batch_size=1", "validation.dense=false"]
+    out = run(balls, tmp_path / "run", "multiscale", changes)
+    assert len(losses(out)) == 1 + 3 * 8
+    rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+    assert rows[-1]["step"] == "24"
+    assert "or over 24 steps if they take less" in (out / "plan.txt").read_text()
+
+
 def test_a_run_folder_belongs_to_one_process(balls: Path, tmp_path: Path) -> None:
     with alone_in(tmp_path / "run"), pytest.raises(InputError, match="another process works in it"):
         run(balls, tmp_path / "run")

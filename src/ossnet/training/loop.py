@@ -32,7 +32,7 @@ from ossnet.training.gradients import Gradients
 from ossnet.training.illustration import Events, illustrate
 from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
-from ossnet.training.schedule import rate_factor
+from ossnet.training.schedule import enough_steps, rate_factor
 from ossnet.training.settings import Settings
 from ossnet.training.stopping import StopRequest
 from ossnet.training.validation import SampledScores, mean_of_known, validate
@@ -157,6 +157,7 @@ class Trainer:
         self._undefined = 0
         """Losses in a row that were not finite."""
         self._steps_per_epoch = 1
+        self._enough = enough_steps(self.settings.schedule, len(self.train) * self.recipe.repeats)
         self.network: nn.Module = self.model.network
         self.network.requires_grad_(True)
         self.network.train()
@@ -196,7 +197,7 @@ class Trainer:
                 if fraction >= 1:
                     return
                 self._step(next(examples), fraction)
-                validates = schedule.minutes is not None and self.state.seconds >= self._next_validation()
+                validates = schedule.minutes is not None and self._validation_is_due()
                 if validates:
                     self._validate()
                 self._checkpoint(due=validates)
@@ -312,18 +313,22 @@ class Trainer:
         return float(self.fabric.all_reduce(sent, reduce_op="mean"))  # type: ignore[arg-type]
 
     def _fraction(self) -> float:
-        """How much of the training is done, 0 to 1: by time where minutes are given, otherwise by steps."""
+        """How much of the training is done, 0 to 1: with a time limit of that or of the steps that are enough, whatever
+        ends first; otherwise of the epochs."""
         schedule = self.settings.schedule
         if schedule.minutes is not None:
-            return self.state.seconds / (60 * schedule.minutes)
+            return self._done(self.state.seconds, self.state.step)
         return (self.state.epoch + self.state.position / self._steps_per_epoch) / schedule.epochs
 
-    def _next_validation(self) -> float:
-        """Seconds at which the next validation is due, with a time limit: ten in all, a tenth of the time at most."""
-        tenth = 6 * (self.settings.schedule.minutes or 0)
-        if not self.state.rows:
-            return tenth
-        return float(self.state.rows[-1]["seconds"]) + max(tenth, 10 * self.state.validation_seconds)
+    def _done(self, seconds: float, steps: int) -> float:
+        return max(seconds / (60 * (self.settings.schedule.minutes or math.inf)), steps / self._enough)
+
+    def _validation_is_due(self) -> bool:
+        """With a time limit: ten in all, in a tenth of the time at most."""
+        last = self.state.rows[-1] if self.state.rows else {"seconds": 0, "step": 0}
+        seconds, step = float(last["seconds"]), int(last["step"])
+        rested = self.state.seconds - seconds >= 10 * self.state.validation_seconds
+        return rested and self._fraction() >= self._done(seconds, step) + 0.1
 
     def _set_rates(self, fraction: float) -> None:
         factor = rate_factor(self.settings.schedule, fraction, self.state.step, self.state.epoch)
@@ -336,17 +341,17 @@ class Trainer:
     def _watched(self) -> Sequence[CachedCase]:
         """The validation cases judged while training: with a time limit as many as take a fiftieth of it.
 
-        So there are five validations at least (`_next_validation`). The first case is timed once; the number then
+        So there are five validations at least (`_validation_is_due`). The first case is timed once; the number then
         stays, so that the scores of a training can be compared.
         """
-        minutes = self.settings.schedule.minutes
-        if minutes is None:
+        if self.settings.schedule.minutes is None:
             return self.validation
         if not self.state.watched:
+            whole = self.state.seconds / max(self._fraction(), 1e-6)
             started = time.monotonic()
             validate(self.model, self.validation[:1], self.settings, self.fabric)
             taken = self._over_processes(time.monotonic() - started)
-            affordable = int(1.2 * minutes * self.fabric.world_size / max(taken, 1e-3))
+            affordable = int(whole / 50 * self.fabric.world_size / max(taken, 1e-3))
             self.state.watched = min(max(affordable, 1), len(self.validation))
         return self.validation[: self.state.watched]
 

@@ -3,6 +3,7 @@
 Every choice that the user did not make is named with its reason.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from ossnet.training.recipes.base import Recipe
 from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
+from ossnet.training.schedule import enough_steps
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape
 
@@ -157,8 +159,14 @@ def make_plan(
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
     minutes = settings.schedule.minutes
     if minutes is not None:
+        enough = enough_steps(settings.schedule, len(train) * recipe.repeats)
         reasons.append(
             f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
+            + (
+                ""
+                if math.isinf(enough)
+                else f", or over {enough:,.0f} steps if they take less (schedule.passes)"
+            )
         )
     model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
     model.channel_names = tuple(dataset.channel_names)

@@ -4,6 +4,21 @@ import math
 
 from ossnet.training.settings import ScheduleSettings
 
+ENOUGH_STEPS = 12_000
+"""Of a training that is limited by time, at least. Whole scans, left atrium (64 cases): Dice 0.928 after 9,000 steps,
+and after 12,000; hippocampus (176 cases): 0.889 after 7,000 steps, and after 13,000; 0.887 after 23,000."""
+
+
+def enough_steps(schedule: ScheduleSettings, examples: int) -> float:
+    """Steps after which a training that is limited by time ends before it.
+
+    Args:
+        examples: In a pass through the cases.
+    """
+    if schedule.minutes is None or schedule.passes == 0:
+        return math.inf
+    return float(max(ENOUGH_STEPS, math.ceil(schedule.passes * examples / schedule.batch_size)))
+
 
 def rate_factor(schedule: ScheduleSettings, fraction: float, step: int, epoch: int) -> float:
     """What the initial learning rates are multiplied by.
