@@ -83,7 +83,7 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
 
     A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
     case has more of them than there can be; otherwise the digits number the cases. A folder of DICOM files is a scan,
-    and so is each such folder below the given one; results of ours beside them are none.
+    and so is each such folder below the given one; results of ours are none.
 
     Args:
         channels: Most channels of a scan.
@@ -106,9 +106,12 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
         cases, problems = _cases(found, None, need_labels=False)
         if problems:
             raise DatasetError(problems[0].where, problems[0].reason, problems[0].fix)
-        if series:  # which have no folder of their own for results
-            cases = tuple(c for c in cases if not any(origin_of(f).startswith(MARK) for f in c.images))
-        return (*cases, *series)
+        scans = tuple(c for c in cases if not any(origin_of(f).startswith(MARK) for f in c.images))
+        if cases and not (scans or series):
+            raise DatasetError(
+                root, "it holds results of ossnet and no scans", "Name the folder of the scans"
+            )
+        return (*scans, *series)
     if series:
         return series
     raise DatasetError(root, *files.none())

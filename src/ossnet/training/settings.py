@@ -192,7 +192,7 @@ class ScheduleSettings(_Group):
         ge=0,
         strict=True,
         description="with minutes: after so many passes through the cases, and 12,000 steps at least, a training ends "
-        "though there is time left: more only makes cases known by heart; 0: never before its time",
+        "though there is time left: more made no model better; 0: never before its time",
     )
     milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
     warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")

@@ -123,7 +123,7 @@ def plan_jobs(
     else:
         for path in images:
             if path.is_dir():
-                scans += _scans_in(path, most_channels)
+                scans += [(case.name, case.images) for case in images_in(path, most_channels)]
             elif path.exists():
                 scans.append((scan_name(path), (path,)))
             else:
@@ -157,15 +157,6 @@ def plan_jobs(
         if directory := next((job.target for job in jobs if job.target.is_dir()), None):
             raise SettingsError("--out", f"{directory} is a folder", "Name a file that is not there yet")
     return jobs
-
-
-def _scans_in(folder: Path, most_channels: int | None) -> list[tuple[str, tuple[Path, ...]]]:
-    """Names and files."""
-    cases = images_in(folder, most_channels)
-    scans = [c for c in cases if not any(origin_of(file).startswith(MARK) for file in c.images)]
-    if not scans:
-        raise DatasetError(folder, "it holds results of ossnet and no scans", "Name the folder of the scans")
-    return [(case.name, case.images) for case in scans]
 
 
 def _folders(job: Job) -> set[Path]:
