@@ -136,13 +136,17 @@ def test_a_region_with_its_halo_answers_as_the_whole() -> None:
     assert torch.allclose(part, BlockwiseEncoder(network, volume)(locations), atol=1e-5)
 
 
+def budget_for(free: BlockwiseEncoder, blocks: int) -> int:
+    """What the least work of an encoder takes with chunks of 512, and so many bytes for blocks."""
+    return (16 << 20) + sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location + blocks
+
+
 def test_memory_is_bounded_by_the_budget() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
     free = BlockwiseEncoder(network, volume, block=16)
     locations = random_locations((96, 96, 32), 2000)
     expected = free(locations)
-    base = sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location
-    budget = (16 << 20) + base + (300 << 10)
+    budget = budget_for(free, 300 << 10)
     tight = BlockwiseEncoder(network, volume, block=16, budget=budget, chunk=512)
     assert torch.equal(tight(locations), expected)
     assert tight.fixed_bytes + tight.work + tight.chunk * tight.bytes_per_location <= budget
@@ -331,10 +335,8 @@ def test_what_is_kept_is_asked_first_and_not_computed_again() -> None:
     free = BlockwiseEncoder(network, volume, block=16)
     locations = random_locations((96, 96, 32), 4000)
     expected = free(locations)
-    base = sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location
     each = (free.fixed_bytes - sum(m.bytes for m in free._coarse)) // len(free.blocks)
-    budget = (16 << 20) + base + 40 * each
-    tight = BlockwiseEncoder(network, volume, block=16, budget=budget, chunk=512)
+    tight = BlockwiseEncoder(network, volume, block=16, budget=budget_for(free, 40 * each), chunk=512)
     tight(locations)
     kept, before = len(tight.blocks), tight.computed
     assert 30 < kept < len(free.blocks) == before
