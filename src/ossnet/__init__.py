@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ossnet.field.field import Field
     from ossnet.field.model import Model, import_released
     from ossnet.field.octree.refinement import Refinement, refine
-    from ossnet.files.nifti import read_labels
+    from ossnet.files.reading import read_labels
     from ossnet.files.reading import read_volume as read
     from ossnet.volume import LabelMap, Volume
 
@@ -31,7 +31,7 @@ _WHERE = {
     "import_released": "ossnet.field.model:import_released",
     "load": "ossnet.field.model:Model.load",
     "read": "ossnet.files.reading:read_volume",
-    "read_labels": "ossnet.files.nifti:read_labels",
+    "read_labels": "ossnet.files.reading:read_labels",
     "refine": "ossnet.field.octree.refinement:refine",
 }
 

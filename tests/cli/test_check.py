@@ -81,7 +81,7 @@ def test_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["nowhere"], "no such folder"), ([".", "--layout", "x"], "no layout 'x'"), (["."], "no NIfTI images")],
+    [(["nowhere"], "no such folder"), ([".", "--layout", "x"], "no layout 'x'"), (["."], "no images")],
 )
 def test_what_cannot_be_read_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str

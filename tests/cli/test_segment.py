@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
+from tests.files.nrrd_writer import write_nrrd
 
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.nifti import write_volume
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import Volume
 
 
@@ -35,14 +37,29 @@ def test_one_scan(scan: Path, model: Path, tmp_path: Path) -> None:
     assert {p.name for p in files_in(tmp_path / "deep")} == {"seg.nii.gz", "seg_report.json"}
 
 
+def test_a_scan_of_slicer_gets_the_labels_of_its_nifti_twin(scan: Path, model: Path, tmp_path: Path) -> None:
+    volume = read_volume(scan)
+    slicer = tmp_path / "scans" / "ball.nrrd"
+    write_nrrd(slicer, volume.data[0].astype(np.float32), volume.affine)
+    write_volume(replace(volume, data=volume.data.astype(np.float32)), tmp_path / "twin.nii.gz")
+    for given, out in ((slicer.parent, tmp_path / "a"), (tmp_path / "twin.nii.gz", tmp_path / "b")):
+        succeeded(*segment(given, model, out))
+    one, two = read_labels(tmp_path / "a" / "ball.nii.gz"), read_labels(tmp_path / "b" / "twin.nii.gz")
+    np.testing.assert_array_equal(one.data, two.data)
+    np.testing.assert_allclose(one.affine, two.affine, atol=1e-5)
+    assert "1 of 1 are finished already" in succeeded(*segment(slicer.parent, model, tmp_path / "a"))
+    write_nrrd(tmp_path / "labels" / "ball.seg.nrrd", two.data.astype(np.uint8), two.affine)
+    assert "1.000" in succeeded("evaluate", tmp_path / "a", tmp_path / "labels")
+
+
 def test_paths_that_are_not_what_they_should_be(scan: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     out = tmp_path / "out"
     assert "no such file" in refused(tmp_path, *segment(tmp_path / "none.nii.gz", model, out))
     assert "no such file or folder" in refused(tmp_path, *segment(tmp_path / "none", model, out))
-    assert "no NIfTI images" in refused(tmp_path, *segment(tmp_path / "empty", model, out))
-    assert "not a NIfTI file" in refused(tmp_path, *segment(tmp_path / "file", model, out))
+    assert "no images" in refused(tmp_path, *segment(tmp_path / "empty", model, out))
+    assert "not the name of an image" in refused(tmp_path, *segment(tmp_path / "file", model, out))
     assert "no such folder" in refused(tmp_path, *segment(scan, tmp_path / "none", out))
     assert "a file, not a folder" in refused(tmp_path, *segment(scan, model, tmp_path / "file"))
     assert "a file, not a folder" in refused(tmp_path, *segment(scan, model, tmp_path / "file" / "x.nii.gz"))

@@ -12,8 +12,8 @@ from tests import tiny
 from tests.cli.refusals import refused, succeeded
 
 from ossnet.data.layouts import images_in
-from ossnet.files.nifti import read_labels, write_volume
-from ossnet.files.reading import read_volume
+from ossnet.files.nifti import write_volume
+from ossnet.files.reading import read_labels, read_volume
 
 pytest.importorskip("pydicom")
 
@@ -126,7 +126,7 @@ def test_refusals(study: Path) -> None:
     message = refused(study.parent, "segment", series, "--model", model, "--out", study.parent / "new.nii.gz")
     assert "a slice is missing between" in message
     message = refused(study, "check", study)
-    assert "there are no NIfTI images in it" in message
+    assert "there are no images in it" in message
 
 
 @pytest.mark.shared

@@ -152,7 +152,7 @@ def test_thick_slices_and_files_of_no_case_are_told(tmp_path: Path) -> None:
     )
     text = "\n".join(fingerprint(open_dataset(tmp_path)).notes)
     assert "slices lie 10 mm apart, 6.7 times the voxel size in them" in text
-    assert "1 NIfTI file in the folder belongs to no case, for example" in text
+    assert "1 image in the folder belongs to no case, for example" in text
     assert "stray.nii.gz" in text
 
 

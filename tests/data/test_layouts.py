@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.files.nrrd_writer import write_nrrd
 
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.errors import DatasetError, VolumeError
@@ -423,13 +424,13 @@ def test_descriptions_that_make_no_sense(tmp_path: Path) -> None:
 
 
 def test_what_is_no_data_set(tmp_path: Path) -> None:
-    for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no NIfTI images")):
+    for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no images")):
         with pytest.raises(DatasetError, match=reason):
             open_dataset(path)
-        with pytest.raises(DatasetError, match=r"no such file or folder|no NIfTI images"):
+        with pytest.raises(DatasetError, match=r"no such file or folder|no images"):
             images_in(path)
     image(tmp_path / "a.nii.gz")
-    with pytest.raises(DatasetError, match="among 1 NIfTI"):
+    with pytest.raises(DatasetError, match="among 1 image"):
         open_dataset(tmp_path)
     with pytest.raises(DatasetError, match="a file, not a folder"):
         open_dataset(tmp_path / "a.nii.gz")
@@ -437,6 +438,48 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
         open_dataset(tmp_path, "x")
     with pytest.raises(DatasetError, match="needs it"):
         open_dataset(tmp_path, "nnunet")
+
+
+def nrrd(path: Path, values: tuple[int, ...], names: dict[int, str] | None = None) -> None:
+    data = np.zeros(SHAPE, np.uint8)
+    data.flat[: len(values)] = values
+    write_nrrd(path, data, np.eye(4), names)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "layout"),
+    [
+        ("a.nrrd", "a.seg.nrrd", "suffix"),
+        ("a.nrrd", "a_seg.nrrd", "suffix"),
+        ("a/volume.nrrd", "a/Segmentation.seg.nrrd", "case-folders"),
+        ("images/a.nrrd", "labels/a.seg.nrrd", "folders"),
+        ("imagesTr/a_0000.nrrd", "labelsTr/a.nrrd", "nnunet"),
+    ],
+)
+def test_files_of_slicer(tmp_path: Path, images: str, labels: str, layout: str) -> None:
+    root = tmp_path / "d"
+    if layout == "nnunet":
+        named = {"background": 0, "atrium": 1, "valve": 2}
+        describe(root, channel_names={"0": "MR"}, labels=named, file_ending=".nrrd")
+    nrrd(root / images, (3, 5, 7))
+    nrrd(root / labels, (0, 1, 2), {1: "atrium", 2: "valve", 3: "nowhere"})
+    data = open_dataset(root)
+    assert (data.layout, data.names, data.problems) == (layout, ("a",), ())
+    assert dict(data.label_names) == {0: "background", 1: "atrium", 2: "valve"}
+    volume, found = data.read(data["a"])
+    np.testing.assert_allclose(volume.affine, np.eye(4))
+    assert found is not None
+    assert found.data.flat[:3].tolist() == [0, 1, 2]
+    assert [c.images for c in images_in(root)] == [(root / images,)]
+
+
+def test_segments_numbered_anew_in_each_file_are_told(tmp_path: Path) -> None:
+    for case, names in (("a", {1: "Atrium", 2: "valve"}), ("b", {1: "valve", 2: "atrium"})):
+        nrrd(tmp_path / f"{case}.nrrd", (3, 5, 7))
+        nrrd(tmp_path / f"{case}.seg.nrrd", (0, 1, 2), names)
+    (problem,) = open_dataset(tmp_path).problems
+    assert problem.where.endswith("b.seg.nrrd")
+    assert "label 1 is named 'valve', and 'Atrium' in a.seg.nrrd" in problem.reason
 
 
 @pytest.mark.parametrize(("name", "what"), [("1.dcm", "DICOM files"), ("a.mgz", "[.]mgz files")])
@@ -597,7 +640,7 @@ def test_results_of_ours_hold_classes(tmp_path: Path) -> None:
 def test_labels_are_never_taken_for_images(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "d", ("a",), 1)
     (root / "imagesTr" / "a_0000.nii.gz").unlink()
-    with pytest.raises(DatasetError, match="no NIfTI images"):
+    with pytest.raises(DatasetError, match="no images"):
         images_in(root)
 
 

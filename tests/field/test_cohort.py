@@ -21,9 +21,8 @@ from ossnet.field.cohort.jobs import Job, Options, plan_jobs
 from ossnet.field.cohort.run import forecast_all, segment_all
 from ossnet.field.cohort.sharing import take_gpu
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
-from ossnet.files.validate import VolumeWarning
+from ossnet.files.header import VolumeWarning
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import LabelMap, Volume
 
 

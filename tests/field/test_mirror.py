@@ -11,7 +11,7 @@ from tests.cli.refusals import succeeded
 
 from ossnet.errors import ModelError, ResourceError
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_labels
+from ossnet.files.reading import read_labels
 from ossnet.volume import Volume
 
 SCAN = tiny.scan((16, 12, 10))

@@ -15,8 +15,7 @@ from ossnet.errors import SettingsError
 from ossnet.field.field import Field
 from ossnet.field.grid import Grid
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import (
     LabelMap,
     Orientation,

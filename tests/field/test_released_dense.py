@@ -10,7 +10,7 @@ from scipy.ndimage import label
 import ossnet
 from ossnet.field.field import Field
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_labels
+from ossnet.files.reading import read_labels
 from ossnet.volume import Volume
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, VolumeError
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.reading import read_labels, read_volume
 
 DATA = np.random.default_rng(0).integers(0, 200, size=(5, 6, 7)).astype(np.int16)
 DATA[:, :, 5:] = 0  # a background, in which a wrong shape could hide

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, VolumeError
-from ossnet.files import memory, nifti
-from ossnet.files.nifti import read_header, read_labels, write_labels, write_volume
-from ossnet.files.reading import read_volume
-from ossnet.files.validate import VolumeWarning
+from ossnet.files import memory, voxels
+from ossnet.files.header import VolumeWarning
+from ossnet.files.nifti import write_labels, write_volume
+from ossnet.files.reading import read_header, read_labels, read_volume
 from ossnet.volume import FileHeader, LabelMap, Orientation, Volume, largest_corner_gap, same_place
 
 SHAPE = (5, 6, 7)
@@ -111,7 +111,7 @@ def test_codes_and_units_of_the_scan_are_kept(tmp_path: Path) -> None:
         assert read_labels(tmp_path / "a.nii.gz").header == header
 
 
-@pytest.mark.filterwarnings("ignore::ossnet.files.validate.VolumeWarning")
+@pytest.mark.filterwarnings("ignore::ossnet.files.header.VolumeWarning")
 @pytest.mark.parametrize("unit", [2, 3])
 def test_a_qform_elsewhere_is_kept_beside_the_sform(tmp_path: Path, unit: int) -> None:
     """As registration leaves it: labels lie on the scan for programs that go by either."""
@@ -340,7 +340,7 @@ def test_views_and_memory_orders_are_written_alike(tmp_path: Path) -> None:
 
 
 def test_large_volumes_go_through_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nifti, "_BLOCK", 64)
+    monkeypatch.setattr(voxels, "_BLOCK", 64)
     write_volume(Volume(values(np.float32, (2, *SHAPE)), np.eye(4)), tmp_path / "a.nii.gz")
     assert np.array_equal(read_volume(tmp_path / "a.nii.gz").data, values(np.float32, (2, *SHAPE)))
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from ossnet.errors import VolumeError
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
-from ossnet.files.validate import VolumeWarning
+from ossnet.files.header import VolumeWarning
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import LabelMap, Volume, closest_canonical, same_place
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -17,7 +16,7 @@ ODD = SHARED / "odd"
 pytestmark = [
     pytest.mark.shared,
     pytest.mark.skipif(not ODD.exists(), reason="needs the reference data beside the checkout"),
-    pytest.mark.filterwarnings("ignore::ossnet.files.validate.VolumeWarning"),
+    pytest.mark.filterwarnings("ignore::ossnet.files.header.VolumeWarning"),
 ]
 
 REFUSED = {

@@ -14,8 +14,7 @@ from tests.training.conftest import SMALL
 from ossnet.data.layouts import open_dataset
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.errors import SettingsError
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.training.planning import TrainingPlan, make_plan
 from ossnet.training.settings import make_settings

@@ -63,8 +63,7 @@ def command(
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
     from ossnet.files.containers import FILE_ENDINGS, scan_name
-    from ossnet.files.nifti import read_labels
-    from ossnet.files.reading import read_volume
+    from ossnet.files.reading import read_labels, read_volume
 
     endings = f".{', .'.join(MESH_FORMATS)}"
     single = out.suffix.lower().lstrip(".") in MESH_FORMATS and not out.is_dir()

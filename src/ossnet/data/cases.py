@@ -9,8 +9,7 @@ from jaxtyping import Integer
 
 from ossnet.data.splits import Split
 from ossnet.errors import DatasetError, InputError, VolumeError
-from ossnet.files.nifti import Nonfinite, read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.reading import Nonfinite, read_labels, read_volume
 from ossnet.volume import LabelMap, Volume, same_place
 
 

@@ -22,8 +22,9 @@ from ossnet.data.grey_values import Intensities, intensities
 from ossnet.data.naming import Files
 from ossnet.data.splits import require_fitting, shared_patients
 from ossnet.errors import InputError
+from ossnet.files.header import VolumeWarning
 from ossnet.files.memory import available_memory
-from ossnet.files.validate import VolumeWarning, read_header
+from ossnet.files.reading import read_header
 from ossnet.volume import Affine, Orientation, Shape, Volume, closest_canonical
 
 
@@ -370,7 +371,7 @@ def _notes(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[str]:
             notes.append(f"fold {number} has {both[0]} on both sides: validation will look better than it is")
     if strangers := _strangers(dataset):
         notes.append(
-            f"{len(strangers)} NIfTI file{'' if len(strangers) == 1 else 's'} in the folder belong"
+            f"{len(strangers)} image{'' if len(strangers) == 1 else 's'} in the folder belong"
             f"{'s' if len(strangers) == 1 else ''} to no case, for example {strangers[0]}; "
             "name the folder of one data set if they should"
         )

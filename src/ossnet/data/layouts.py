@@ -23,7 +23,7 @@ from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import stem
 from ossnet.files.dicom import dicom_folders, holds_scan
-from ossnet.files.nifti import Nonfinite, origin_of, read_header, read_image, read_labels
+from ossnet.files.reading import Nonfinite, origin_of, read_header, read_image, read_labels
 from ossnet.volume import MARK
 
 __all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "images_in", "open_dataset"]
@@ -71,7 +71,7 @@ def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonf
     if chosen is None:
         raise DatasetError(
             root,
-            f"no cases with image and label were found among {len(files)} NIfTI files",
+            f"no cases with image and label were found among {len(files)} image{'' if len(files) == 1 else 's'}",
             "Name them images/CASE.nii.gz and labels/CASE.nii.gz, or as another layout that "
             "ossnet check --help shows",
         )
@@ -98,7 +98,7 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
         raise DatasetError(root, "there is no such file or folder", "Check the path")
     root = Path(os.path.abspath(root))  # "." has no name
     if holds_scan(root):
-        # Whatever NIfTI files lie beside its slices were made from them.
+        # Whatever images lie beside its slices were made from them.
         return (Case(root.name, (root,)),)
     files = Files(root)
     series = tuple(Case("_".join(s.relative_to(root).parts), (s,)) for s in dicom_folders(root))
@@ -369,19 +369,20 @@ def consecutive(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, int
 def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int], list[Problem]]:
     """Classes from what label files hold, for data sets that nothing describes."""
 
-    def values(case: Case) -> tuple[bool, set[int]]:
+    def values(case: Case) -> tuple[bool, set[int], dict[int, str]]:
         try:
             labels = read_labels(case.label) if case.label else None
         except OssnetError:
             labels = None  # the case is read again, and its error told, by whoever uses it
         if labels is None:
-            return True, set()
-        return labels.holds_classes, {int(v) for v in np.unique(labels.data)}
+            return True, set(), {}
+        present = {int(v) for v in np.unique(labels.data)}
+        return labels.holds_classes, present, {v: n for v, n in labels.names.items() if v in present and v}
 
     with ThreadPoolExecutor() as pool:
         each = list(pool.map(values, cases))
     # Results of ours hold classes: they count where there is nothing else.
-    found = set().union(*(v for ours, v in each if not ours)) or set().union(*(v for _, v in each))
+    found = set().union(*(v for ours, v, _ in each if not ours)) or set().union(*(v for _, v, _ in each))
     if len(found) > _MANY and (len(found) > 256 or _shows_fewer(cases[0], len(found))):
         example = str(cases[0].label)
         return (
@@ -390,7 +391,22 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
             [Problem(example, f"label files hold {len(found)} values", "Are images and labels swapped?")],
         )
     names = {v: "background" if v == 0 else f"label {v}" for v in found}
-    return (*consecutive(names), [])
+    told: dict[int, tuple[str, Path | None]] = {}
+    problems: list[Problem] = []
+    for case, (_, _, own) in zip(cases, each, strict=True):
+        for value, name in own.items():
+            first, file = told.setdefault(value, (name, case.label))
+            if name.casefold() != first.casefold() and not problems:
+                problems.append(
+                    Problem(
+                        str(case.label),
+                        f"label {value} is named {name!r}, and {first!r} in {file and file.name}",
+                        # 3D Slicer numbers the segments of each file anew.
+                        "Give each structure one number in all label files",
+                    )
+                )
+    names |= {value: name for value, (name, _) in told.items() if value in found}
+    return (*consecutive(names), problems)
 
 
 def _shows_fewer(case: Case, values: int) -> bool:

@@ -15,10 +15,13 @@ from typing import Any
 from ossnet.data import descriptions
 from ossnet.data.descriptions import Description
 from ossnet.files.containers import is_image
-from ossnet.files.nifti import origin_of
+from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
-NII = r"\.nii(?:\.gz)?"
+_ENDING = r"\.(?:nii(?:\.gz)?|nrrd|nhdr|mha|mhd)"
+IMAGE = rf"(?<!\.seg){_ENDING}"
+LABEL = rf"(?:\.seg)?{_ENDING}"
+"""3D Slicer names its segmentations `NAME.seg.nrrd`."""
 _DEPTH = 4  # folders below the given one that are searched
 
 
@@ -78,7 +81,7 @@ def _by_case(
         return {name: dict(found) for name, found in images.items()}
     out: dict[str, dict[int, list[Path]]] = {}
     for name, found in images.items():
-        digits = re.compile(rf"_\d{{4}}{NII}$", re.IGNORECASE)
+        digits = re.compile(rf"_\d{{4}}{IMAGE}$", re.IGNORECASE)
         split = name not in labels and all(
             digits.search(path.name) for paths in found.values() for path in paths
         )
@@ -121,13 +124,13 @@ class Files:
 
     def none(self) -> tuple[str, str]:
         """Reason and fix where there are no images, from what is there instead."""
-        reason = "there are no NIfTI images in it"
+        reason = "there are no images in it"
         if self._others[".dcm"] or self._others[".ima"]:
             return f"{reason}, but DICOM files", "Convert them first, for example with dcm2niix"
-        kinds = (".mha", ".mhd", ".nrrd", ".mgz", ".mgh", ".mnc")
+        kinds = (".mgz", ".mgh", ".mnc", ".gipl")
         if other := [ending for ending in kinds if self._others[ending]]:
             return f"{reason}, but {' and '.join(other)} files", "Convert them to .nii.gz first"
-        return reason, "Name a folder with .nii or .nii.gz files"
+        return reason, "Name a folder with .nii.gz, .nii, .nrrd or .mha files"
 
     def matching(self, pattern: str) -> Iterator[tuple[re.Match[str], Path]]:
         """Files whose whole path, from the name of the folder on, fits the pattern."""
@@ -192,7 +195,7 @@ _ENHANCING = {4: 3, 3: 3}
 _FOUR = ("flair", "t1", "t1ce", "t2")
 _FOUR_2023 = ("t2f", "t1n", "t1c", "t2w")  # the same sequences in the same order
 # BraTS 2020 gave out the label of training case 355 under another name.
-_CASE_355 = rf"(?:.*/)?(?P<case>[^/]+)/W39_1998\.09\.19_Segm{NII}"
+_CASE_355 = rf"(?:.*/)?(?P<case>[^/]+)/W39_1998\.09\.19_Segm{LABEL}"
 
 
 _FIRST = r"(?:(?:img|image|volume|scan|label|mask|seg|segmentation)[_-]?)?"
@@ -205,24 +208,24 @@ LAYOUTS = (
     Layout(
         name="nnunet",
         example="dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz",
-        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+)_(?P<channel>\d{{4}}){NII}",),
-        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+)_(?P<channel>\d{{4}}){NII}",),
-        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){NII}",),
+        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+)_(?P<channel>\d{{4}}){IMAGE}",),
+        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+)_(?P<channel>\d{{4}}){IMAGE}",),
+        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){LABEL}",),
         describe=descriptions.nnunet,
     ),
     Layout(
         name="decathlon",
         example="dataset.json with training pairs, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz",
-        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+){NII}",),
-        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+){NII}",),
-        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){NII}",),
+        images=(rf"[^/]+/imagesTr/(?P<case>[^/]+){IMAGE}",),
+        unlabelled=(rf"[^/]+/imagesTs/(?P<case>[^/]+){IMAGE}",),
+        label=(rf"[^/]+/labelsTr/(?P<case>[^/]+){LABEL}",),
         describe=descriptions.decathlon,
     ),
     Layout(
         name="brats2020",
         example="CASE/CASE_flair.nii.gz (and _t1, _t1ce, _t2), CASE/CASE_seg.nii.gz",
-        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)_{c}{NII}" for c in _FOUR),
-        label=(rf"(?:.*/)?(?P<case>[^/]+)_seg{NII}", _CASE_355),
+        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)_{c}{IMAGE}" for c in _FOUR),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)_seg{LABEL}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
         regions=_TUMOUR,
@@ -231,8 +234,8 @@ LAYOUTS = (
     Layout(
         name="brats2023",
         example="CASE/CASE-t2f.nii.gz (and -t1n, -t1c, -t2w), CASE/CASE-seg.nii.gz",
-        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)-{c}{NII}" for c in _FOUR_2023),
-        label=(rf"(?:.*/)?(?P<case>[^/]+)-seg{NII}",),
+        images=tuple(rf"(?:.*/)?(?P<case>[^/]+)-{c}{IMAGE}" for c in _FOUR_2023),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)-seg{LABEL}",),
         channel_names=_FOUR,
         label_names=_GLIOMA,
         regions=_TUMOUR,
@@ -241,10 +244,10 @@ LAYOUTS = (
         name="brats",
         example="BraTS cases of 2020, 2021 and 2023 together",
         images=tuple(
-            rf"(?:.*/)?(?P<case>[^/]+)(?:_{old}|-{new}){NII}"
+            rf"(?:.*/)?(?P<case>[^/]+)(?:_{old}|-{new}){IMAGE}"
             for old, new in zip(_FOUR, _FOUR_2023, strict=True)
         ),
-        label=(rf"(?:.*/)?(?P<case>[^/]+)[_-]seg{NII}", _CASE_355),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)[_-]seg{LABEL}", _CASE_355),
         channel_names=_FOUR,
         label_names=_GLIOMA,
         regions=_TUMOUR,
@@ -253,9 +256,9 @@ LAYOUTS = (
     Layout(
         name="lits",
         example="volume-N.nii, segmentation-N.nii",
-        images=(rf"(?:.*/)?volume-(?P<case>\d+){NII}",),
-        unlabelled=(rf"(?:.*/)?(?:test-)?volume-(?P<case>\d+){NII}",),
-        label=(rf"(?:.*/)?segmentation-(?P<case>\d+){NII}",),
+        images=(rf"(?:.*/)?volume-(?P<case>\d+){IMAGE}",),
+        unlabelled=(rf"(?:.*/)?(?:test-)?volume-(?P<case>\d+){IMAGE}",),
+        label=(rf"(?:.*/)?segmentation-(?P<case>\d+){LABEL}",),
         case_name="volume-{}",
         channel_names=("CT",),
         label_names={0: "background", 1: "liver", 2: "tumour"},
@@ -263,20 +266,23 @@ LAYOUTS = (
     Layout(
         name="folders",
         example="images/CASE.nii.gz, labels/CASE.nii.gz",
-        images=(rf"[^/]+/{_IMAGE_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{_CHANNEL}{NII}",),
-        label=(rf"[^/]+/{LABEL_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{NII}",),
+        images=(rf"[^/]+/{_IMAGE_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{_CHANNEL}{IMAGE}",),
+        label=(rf"[^/]+/{LABEL_WORDS}(?:Tr)?/{_FIRST}(?P<case>[^/]+?){_LAST}{LABEL}",),
     ),
     Layout(
         name="case-folders",
         example="CASE/image.nii.gz, CASE/label.nii.gz",
-        images=(rf"(?:.*/)?(?P<case>[^/]+)/{_IMAGE_WORDS}{_CHANNEL}{NII}",),
-        label=(rf"(?:.*/)?(?P<case>[^/]+)/{LABEL_WORDS}{NII}",),
+        images=(rf"(?:.*/)?(?P<case>[^/]+)/{_IMAGE_WORDS}{_CHANNEL}{IMAGE}",),
+        label=(rf"(?:.*/)?(?P<case>[^/]+)/{LABEL_WORDS}{LABEL}",),
     ),
     Layout(
         name="suffix",
-        example="CASE.nii.gz, CASE_seg.nii.gz (or _label, _mask)",
-        images=(rf"(?:.*/)?(?P<case>(?!{LABEL_WORDS}\.)(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_CHANNEL}{NII}",),
-        label=(rf"(?:.*/)?(?P<case>[^/]+?)_{LABEL_WORDS}{NII}",),
+        example="CASE.nii.gz, CASE_seg.nii.gz (or _label, _mask, or CASE.seg.nrrd)",
+        images=(rf"(?:.*/)?(?P<case>(?!{LABEL_WORDS}\.)(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_CHANNEL}{IMAGE}",),
+        label=(
+            rf"(?:.*/)?(?P<case>[^/]+?)_{LABEL_WORDS}{LABEL}",
+            rf"(?:.*/)?(?P<case>[^/]+?)\.seg{_ENDING}",
+        ),
     ),
 )
 """Known layouts. Of those that explain equally many cases, the first is taken."""

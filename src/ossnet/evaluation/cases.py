@@ -15,7 +15,7 @@ from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text
 from ossnet.files.containers import is_image, stem
-from ossnet.files.nifti import origin_of, read_labels
+from ossnet.files.reading import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_names, same_place
 
 SUFFIXES = ("", "_seg", "-seg", "_pred", "_prediction", "_label", "_labels", "_mask", "_segmentation")

@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import locate
-from ossnet.files.dicom import marked_in
-from ossnet.files.nifti import read_labels
+from ossnet.files.reading import files_of, read_labels
 from ossnet.volume import MARK, LabelMap
 
 Labels = TypeVar("Labels", bound=LabelMap)
@@ -42,7 +40,7 @@ def look_of(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(Path(os.path.abspath(file)).name.encode())
         with suppress(OSError, VolumeError):
-            for part in marked_in(file) if file.is_dir() else dict.fromkeys(locate(file)):
+            for part in files_of(file):
                 with part.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "blake2b").digest())
     return digest.hexdigest()

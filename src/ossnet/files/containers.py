@@ -5,29 +5,36 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedIOBase
+from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
+from typing import Any, Literal
 
 from ossnet.errors import VolumeError
 
 FILE_ENDINGS = (
-    {".gz", ".nii", ".img", ".hdr", ".mha", ".mhd", ".nrrd", ".npy", ".npz", ".png"}
+    {".gz", ".nii", ".img", ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".npz", ".png"}
     | {".txt", ".tsv", ".csv", ".xlsx", ".md", ".html", ".json"}
     | {".stl", ".ply", ".obj", ".glb", ".gltf", ".vtk", ".vtp", ".off", ".3mf"}
 )
 """Of files that people may hope for: a folder to be made with such a name is a mistake."""
 
 
+NIFTI = (".nii.gz", ".nii", ".hdr.gz", ".hdr")
+NRRD = (".nrrd", ".nhdr")
+METAIMAGE = (".mha", ".mhd")
+
+
 def is_image(path: Path) -> bool:
     """True for file names that `read_header` takes (the `.img` of a pair is not counted)."""
     name = path.name.lower()
-    return name.endswith((".nii", ".nii.gz", ".hdr", ".hdr.gz")) and not name.startswith(".")
+    return name.endswith((*NIFTI, *NRRD, *METAIMAGE)) and not name.startswith(".")
 
 
 def stem(path: Path | str) -> str:
-    """File name without its image ending: `a/b.nii.gz` → `b`."""
+    """File name without its image ending: `a/b.nii.gz` → `b`, `a/b.seg.nrrd` → `b`."""
     name = Path(path).name
-    for ending in (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img", ".dcm"):
+    segmentations = [f".seg{ending}" for ending in NRRD]
+    for ending in (*segmentations, *NIFTI, ".img.gz", ".img", *NRRD, *METAIMAGE, ".dcm"):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -52,28 +59,29 @@ def locate(path: Path) -> tuple[Path, Path]:
     convert = "Convert it, for example: nib-convert {0} {1}.nii.gz"
     other = {
         (".mgz", ".mgh"): (
-            "a FreeSurfer image, and only NIfTI is read",
+            "a FreeSurfer image, which is not read",
             convert.format(name, name.rsplit(".", 1)[0]),
         ),
         (".mnc",): (
-            "a MINC image, and only NIfTI is read",
+            "a MINC image, which is not read",
             f"Convert it: mnc2nii {name} {name.rsplit('.', 1)[0]}.nii",
         ),
         (".dcm", ".dicom", ".ima"): (
             "named as DICOM, and no scan that can be read",
             "Convert it with dcm2niix",
         ),
-        (".nrrd", ".nhdr", ".mha", ".mhd", ".gipl"): (
-            "not a NIfTI file",
-            "Convert it to .nii.gz with the program that wrote it",
-        ),
+        (".gipl",): ("a GIPL image, which is not read", "Convert it to .nii.gz with ITK-SNAP"),
     }
     for endings, (reason, fix) in other.items():
         if lower.endswith(endings):
             raise VolumeError(path, reason, fix)
     if path.is_dir():
         raise VolumeError(path, "this is a folder, not an image", "Name a file in it")
-    raise VolumeError(path, "not a NIfTI file name", "Files must end in .nii, .nii.gz, or .hdr with .img")
+    raise VolumeError(
+        path,
+        "not the name of an image",
+        "Files must end in .nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd, or .hdr with .img",
+    )
 
 
 def _sibling(path: Path, base: str, ending: str, gz: str) -> Path:
@@ -87,9 +95,13 @@ def _sibling(path: Path, base: str, ending: str, gz: str) -> Path:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BufferedIOBase]:
-    """Open a plain or gzipped file for reading; damage becomes a `VolumeError` that says which."""
-    compressed = path.name.lower().endswith(".gz")
+def opened(path: Path, gz: bool | None = None) -> Iterator[BufferedIOBase]:
+    """Open a plain or gzipped file for reading; damage becomes a `VolumeError` that says which.
+
+    Args:
+        gz: Whether all of it is packed. None: its name says so.
+    """
+    compressed = path.name.lower().endswith(".gz") if gz is None else gz
     try:
         with path.open("rb") as raw:
             magic = raw.read(2)
@@ -102,7 +114,7 @@ def opened(path: Path) -> Iterator[BufferedIOBase]:
                     "named .gz but not compressed with gzip",
                     "Rename it to end in .nii, or download it again",
                 )
-            if not compressed and magic == b"\x1f\x8b":
+            if gz is None and not compressed and magic == b"\x1f\x8b":
                 raise VolumeError(
                     path, "compressed with gzip but not named .gz", "Rename it to end in .nii.gz"
                 )
@@ -130,6 +142,35 @@ def opened(path: Path) -> Iterator[BufferedIOBase]:
         raise VolumeError(
             path, f"cannot be read ({error.strerror or error})", "Check the disk and the path"
         ) from error
+
+
+class _Inflated(RawIOBase):
+    """What was packed by zlib, from where a stream stands to its end."""
+
+    def __init__(self, source: BufferedIOBase) -> None:
+        self._source, self._packer = source, zlib.decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._packer.eof:
+            packed = self._packer.unconsumed_tail or self._source.read(1 << 20)
+            if not packed:
+                raise EOFError
+            if part := self._packer.decompress(packed, len(buffer)):
+                buffer[: len(part)] = part
+                return len(part)
+        if self._packer.unused_data or self._source.read(1):
+            raise zlib.error("more bytes follow")
+        return 0
+
+
+def unpacked(stream: BufferedIOBase, packed: Literal["gzip", "zlib"] | None) -> BufferedIOBase:
+    """The rest of a stream that `opened` gave, without its compression; checksums are compared at its end."""
+    if packed == "gzip":
+        return gzip.GzipFile(fileobj=stream)
+    return BufferedReader(_Inflated(stream)) if packed == "zlib" else stream
 
 
 def truncated(path: Path) -> VolumeError:

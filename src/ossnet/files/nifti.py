@@ -1,70 +1,24 @@
-"""NIfTI in and out.
-
-Reading: header checks first (`ossnet.files.validate`), then exactly the voxels that the header promises, to
-the end of the file, so that a checksum is always compared. Voxels keep the type of the file where they are
-not scaled. Writing: the scan's own codes, units and version, in one atomic step.
-"""
+"""NIfTI out: the scan's own codes, units and version, in one atomic step."""
 
 import gzip
 import json
-import warnings
-from collections.abc import Iterator, Mapping
-from io import BufferedIOBase
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Integer, Num
+from jaxtyping import Num
 
 from ossnet.errors import VolumeError
 from ossnet.files.atomic import atomic_write
-from ossnet.files.containers import opened, truncated
-from ossnet.files.memory import check_memory
+from ossnet.files.nifti_header import DTYPES, HEADERS
 from ossnet.files.placement import write_place
-from ossnet.files.validate import DTYPES, HEADERS, Header, VolumeWarning, read_header
+from ossnet.files.voxels import slabs
 from ossnet.volume import Affine, FileHeader, LabelMap, Volume
 
-__all__ = ["Header", "origin_of", "read_header", "read_image", "read_labels", "write_labels", "write_volume"]
-
-_BLOCK = 1 << 22  # values or bytes handled at a time: large enough to be fast, small beside any volume
-_MOST_EXTENSION = 1 << 20  # bytes of header extension that are looked at for label names
 _COMMENT = 6  # NIfTI extension code for plain text
 # zlib's default is 6; 4 is twice as fast on scans and 3 % larger.
 _LEVEL = 4
-
-Nonfinite = Literal["refuse", "replace"]
-
-
-def read_image(path: Path | str, *, nonfinite: Nonfinite = "refuse") -> Volume:
-    """Read the scan in one file (see `files.reading.read_volume`)."""
-    header = read_header(path)
-    raw, _ = _voxels(header)
-    data = _finite(_scaled(raw, header), header, nonfinite)
-    return Volume(data=data, affine=header.affine, source=header.path, header=header.file_header)
-
-
-def read_labels(path: Path | str) -> LabelMap:
-    """Read a label map (X, Y, Z), in the smallest unsigned type that holds its labels.
-
-    Labels stored as floating point numbers are accepted where all are within 1e-3 of whole numbers.
-    Label names are read back from files that `write_labels` wrote.
-
-    Raises:
-        VolumeError: The file cannot be trusted, has several channels, or does not hold labels.
-        ResourceError: The labels do not fit into memory.
-    """
-    header = read_header(path)
-    if header.channels != 1:
-        raise VolumeError(header.path, f"holds {header.channels} volumes, one is needed", "Split the file")
-    raw, names = _voxels(header)
-    return LabelMap(
-        data=_integral(raw[0], header),
-        affine=header.affine,
-        source=header.path,
-        header=header.file_header,
-        names=names,
-        origin=header.origin,
-    )
 
 
 def write_volume(volume: Volume, path: Path | str) -> None:
@@ -107,59 +61,8 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
     )
 
 
-def origin_of(path: Path | str) -> str:
-    """What a file says of its making (`LabelMap.origin`); empty where it says nothing, or is no image."""
-    try:
-        return read_header(path).origin
-    except VolumeError:
-        return ""
-
-
-def _voxels(header: Header) -> tuple[Num[np.ndarray, "C X Y Z"], dict[int, str]]:
-    """The stored values in native byte order and the file's memory order (X fastest), and label names."""
-    check_memory(header.path, header.nbytes)
-    # From numpy, so that the array may be written to, as torch wants it.
-    flat = np.empty(header.voxels, dtype=header.dtype)
-    view = flat.data.cast("B")
-    with opened(header.data_path) as stream:
-        names = _names(_skip(stream, header))
-        done = 0
-        while done < len(view):
-            part = stream.read(min(_BLOCK, len(view) - done))
-            if not part:
-                raise truncated(header.data_path)
-            view[done : done + len(part)] = part
-            done += len(part)
-        # Going on to the end makes gzip compare its checksum. More bytes mean that the shape is not the one
-        # that was written.
-        if stream.read(1):
-            raise VolumeError(
-                header.data_path,
-                f"the file goes on after the {header.nbytes:,} bytes of voxels that its header describes",
-                "Its shape or type in the header is wrong: write it again from its source",
-            )
-    if header.swapped:
-        flat.byteswap(inplace=True)
-    x, y, z = header.shape
-    return flat.reshape(header.channels, z, y, x).transpose(0, 3, 2, 1), names
-
-
-def _skip(stream: BufferedIOBase, header: Header) -> bytes:
-    """Go to the first voxel; the last bytes before it, where extensions are."""
-    kept = b""
-    left = header.offset
-    while left > 0:
-        part = stream.read(min(_MOST_EXTENSION, left))
-        if not part:
-            raise truncated(header.data_path)
-        if len(kept) < _MOST_EXTENSION:
-            kept += part
-        left -= len(part)
-    return kept
-
-
-def _names(start: bytes) -> dict[int, str]:
-    """Label names from the comment that `write_labels` leaves; nothing where there is none of ours."""
+def names_in(start: bytes) -> dict[int, str]:
+    """Label names from the comment that `write_labels` leaves before voxels; nothing where there is none."""
     at = start.find(b'{"ossnet_labels":')
     if at < 0:
         return {}
@@ -168,91 +71,6 @@ def _names(start: bytes) -> dict[int, str]:
         return {int(k): str(v) for k, v in json.loads(text)["ossnet_labels"].items()}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return {}  # a damaged comment does not make the voxels worse
-
-
-def _slabs(array: np.ndarray) -> Iterator[tuple[slice, ...]]:
-    """Index pieces (…, z range) so that temporary arrays stay small beside the volume."""
-    depth = array.shape[-1]
-    step = max(1, _BLOCK * depth // max(array.size, 1))
-    for start in range(0, depth, step):
-        yield (..., slice(start, start + step))  # type: ignore[misc]  # an Ellipsis is an index too
-
-
-def _scaled(raw: Num[np.ndarray, "C X Y Z"], header: Header) -> Num[np.ndarray, "C X Y Z"]:
-    """Values from stored values: slope · stored + intercept, in float32; what it does not hold becomes infinite."""
-    slope, intercept = header.scale or (1.0, 0.0)
-    if header.scale is None and raw.dtype != np.float64:
-        return raw
-    check_memory(header.path, raw.size * np.dtype(np.float32).itemsize)
-    out = np.empty_like(raw, dtype=np.float32)  # same memory order
-    for piece in _slabs(raw):
-        with np.errstate(all="ignore"):
-            # Products in float64: int32 times a slope loses digits in float32.
-            out[piece] = raw[piece].astype(np.float64) * slope + intercept
-    return out
-
-
-def _finite(
-    data: Num[np.ndarray, "C X Y Z"], header: Header, nonfinite: Nonfinite
-) -> Num[np.ndarray, "C X Y Z"]:
-    if data.dtype.kind != "f":
-        return data
-    bad = sum(int((~np.isfinite(data[piece])).sum()) for piece in _slabs(data))
-    if not bad:
-        return data
-    share = f"{bad:,} of {data.size:,} voxels are NaN or infinite"
-    if header.dtype == np.float64 or header.scale is not None:
-        share += ", or too large for float32"
-    if nonfinite == "refuse" or bad == data.size:
-        raise VolumeError(
-            header.path,
-            share,
-            "There is nothing to see in it"
-            if bad == data.size
-            else "Write finite values there, or let them be replaced: --replace-nan, nonfinite='replace'",
-        )
-    warnings.warn(f"{header.path}: {share}; they are replaced.", VolumeWarning, stacklevel=4)
-    for channel in data:
-        good = channel[np.isfinite(channel)]
-        low, high = (good.min(), good.max()) if good.size else (0.0, 0.0)
-        np.nan_to_num(channel, copy=False, nan=low, posinf=high, neginf=low)
-    return data
-
-
-def _integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarray, "X Y Z"]:
-    """Labels as the smallest unsigned integers, or a refusal."""
-    if raw.dtype.kind == "f" or header.scale is not None:
-        out = np.empty_like(raw, dtype=np.int64)
-        slope, intercept = header.scale or (1.0, 0.0)
-        for piece in _slabs(raw):
-            with np.errstate(all="ignore"):
-                values = raw[piece].astype(np.float64) * slope + intercept
-            if not np.isfinite(values).all():
-                raise VolumeError(header.path, "labels are NaN or infinite", "Save the labels as integers")
-            whole = np.rint(values)
-            worst = np.abs(values - whole)
-            if worst.max() > 1e-3:
-                value = values.flat[int(worst.argmax())]
-                raise VolumeError(
-                    header.path,
-                    f"not a label map: it holds {value:.6g}, which is no whole number",
-                    "Is it an image, probabilities, or smoothly resampled? Use the label file",
-                )
-            if np.abs(whole).max() > 2**53:
-                raise VolumeError(
-                    header.path, "not a label map: its numbers are too large", "Use the label file"
-                )
-            out[piece] = whole.astype(np.int64)
-        raw = out
-    low, high = int(raw.min()), int(raw.max())
-    if low < 0:
-        raise VolumeError(
-            header.path,
-            f"a label is negative ({low})",
-            "Is it an image? Otherwise give labels from 0 upwards",
-        )
-    # By its name: numpy may answer "ulonglong", which is uint64 under a name that few know.
-    return raw.astype(np.min_scalar_type(high).str, copy=False)
 
 
 def _write(
@@ -288,7 +106,7 @@ def _write(
 def _stream(out: Any, head: bytes, data: Num[np.ndarray, "C X Y Z"], dtype: np.dtype[Any]) -> None:
     out.write(head)
     for channel in data:
-        for piece in _slabs(channel):
+        for piece in slabs(channel):
             out.write(np.asarray(channel[piece], dtype=dtype).tobytes(order="F"))
 
 

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from ossnet.errors import VolumeError
+from ossnet.files.header import sound
 from ossnet.volume import Affine, FileHeader, Shape, largest_corner_gap, spacing_of
 
 MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
@@ -34,7 +35,7 @@ def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, FileHeader, 
     if codes != (qcode, scode):
         notes.append(f"unknown affine codes (qform {qcode}, sform {scode}) are ignored")
     if codes[1]:
-        affine = _sound(np.asarray(raw.get_sform(), dtype=np.float64), "sform", path)
+        affine = sound(np.asarray(raw.get_sform(), dtype=np.float64), "sform", path, _SET)
         if codes[0]:
             try:
                 qform = _qform(raw, path)
@@ -52,10 +53,11 @@ def read_place(raw: Any, shape: Shape, path: Path) -> tuple[Affine, FileHeader, 
     elif codes[0]:
         affine = _qform(raw, path)
     else:
-        affine = _sound(
+        affine = sound(
             np.diag([*(float(p) for p in raw["pixdim"][1:4]), 1.0]),
             "pixdim, used because no affine is given,",
             path,
+            _SET,
         )
         if (np.diag(affine) < 0).any():
             raise VolumeError(path, "voxel sizes are negative and no affine is given", _SET)
@@ -125,26 +127,4 @@ def _qform(raw: Any, path: Path | str) -> Affine:
     affine = np.eye(4)
     affine[:3, :3] = _rotation(quaternion) * pixdim[1:]
     affine[:3, 3] = [float(raw[f"qoffset_{letter}"]) for letter in "xyz"]
-    return _sound(affine, "qform", path)
-
-
-def _sound(affine: np.ndarray, name: str, path: Path | str) -> Affine:
-    if not np.isfinite(affine).all():
-        raise VolumeError(path, f"the {name} holds NaN or infinity", _SET)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    with np.errstate(all="ignore"):
-        # Relative to the voxel sizes, so that micrometre voxels are not taken for flat ones.
-        volume = abs(np.linalg.det(affine[:3, :3] / sizes)) if (sizes > 0).all() else 0.0
-    if not volume > 1e-6:
-        raise VolumeError(
-            path,
-            f"the {name} is not invertible: voxels would be flat",
-            _SET,
-        )
-    if not (sizes.min() > 1e-6 and sizes.max() < 1e6):
-        raise VolumeError(
-            path,
-            f"voxels measure {sizes[0]:.3g} × {sizes[1]:.3g} × {sizes[2]:.3g}",
-            "Set valid voxel sizes",
-        )
-    return affine
+    return sound(affine, "qform", path, _SET)

@@ -1,5 +1,10 @@
-"""Scans in, whatever holds them: NIfTI files or DICOM series."""
+"""Scans and label maps in, whatever holds them: NIfTI, NRRD and MetaImage files or DICOM series.
 
+Headers are checked before anything is allocated, then exactly the voxels that they promise are read. Voxels keep the
+type of the file where they are not scaled.
+"""
+
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +12,52 @@ from pathlib import Path
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.dicom import Stack, is_dicom, read_series, read_stack
+from ossnet.files.containers import METAIMAGE, NRRD
+from ossnet.files.dicom import Stack, is_dicom, marked_in, read_series, read_stack
+from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.memory import check_memory
-from ossnet.files.nifti import Nonfinite, read_image
-from ossnet.files.validate import Header, read_header
-from ossnet.volume import Volume, same_place
+from ossnet.files.metaimage import read_metaimage_header
+from ossnet.files.nifti import names_in
+from ossnet.files.nifti_header import read_nifti_header
+from ossnet.files.nrrd import read_nrrd_header
+from ossnet.files.voxels import Nonfinite, finite, integral, read_voxels, scaled
+from ossnet.volume import LabelMap, Volume, same_place
+
+__all__ = [
+    "Nonfinite",
+    "files_of",
+    "look_at",
+    "origin_of",
+    "read_header",
+    "read_image",
+    "read_labels",
+    "read_volume",
+]
+
+
+def read_header(path: Path | str) -> Header:
+    """Read and check the header of an image file, as its name says of which format, without touching its voxels.
+
+    Customary readings of unclear headers are warned of (`VolumeWarning`).
+
+    Raises:
+        VolumeError: The file is missing, is no image, or its header cannot be trusted.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if name.endswith(NRRD):
+        header = read_nrrd_header(path)
+    elif name.endswith(METAIMAGE):
+        header = read_metaimage_header(path)
+    else:
+        header = read_nifti_header(path)
+    for note in header.warnings:
+        warnings.warn(f"{header.path}: {note}.", VolumeWarning, stacklevel=2)
+    return header
 
 
 def look_at(path: Path | str) -> Header | Stack:
-    """What a NIfTI file or a DICOM series says of its voxels: shape, affine, channels.
+    """What an image file or a DICOM series says of its voxels: shape, affine, channels.
 
     Raises:
         VolumeError: It cannot be trusted.
@@ -24,11 +66,27 @@ def look_at(path: Path | str) -> Header | Stack:
     return read_stack(path) if is_dicom(path) else read_header(path)
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The files that a scan is made of: one, a header and its voxels, or slices.
+
+    Raises:
+        VolumeError: Its header cannot be trusted.
+    """
+    if path.is_dir():
+        return tuple(marked_in(path))
+    if is_dicom(path):
+        return (path,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", VolumeWarning)
+        header = read_header(path)
+    return tuple(dict.fromkeys((header.path, header.data_path)))
+
+
 def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinite = "refuse") -> Volume:
     """Read a scan.
 
     Args:
-        paths: A NIfTI file with any number of channels (fourth axis), a folder with the DICOM files of one series, or
+        paths: An image file with any number of channels, a folder with the DICOM files of one series, or
             several of these with one channel each that lie on each other and become the channels in the order given.
         nonfinite: NaN, infinite voxels and those that float32 does not hold (fill values of doubles) are refused, or
             replaced by the nearest finite value of their channel (NaN, which most programs write outside of the scan,
@@ -67,6 +125,46 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
     volumes = [_read_one(f, nonfinite) for f in files]
     check_memory(first.path, sum(v.data.nbytes for v in volumes))
     return replace(volumes[0], data=np.concatenate([v.data for v in volumes]))
+
+
+def read_image(path: Path | str, *, nonfinite: Nonfinite = "refuse") -> Volume:
+    """Read the scan in one file (see `read_volume`)."""
+    header = read_header(path)
+    raw, _ = read_voxels(header)
+    data = finite(scaled(raw, header), header, nonfinite)
+    return Volume(data=data, affine=header.affine, source=header.path, header=header.file_header)
+
+
+def read_labels(path: Path | str) -> LabelMap:
+    """Read a label map (X, Y, Z), in the smallest unsigned type that holds its labels.
+
+    Labels stored as floating point numbers are accepted where all are within 1e-3 of whole numbers.
+    Label names are those that `write_labels` or 3D Slicer (`.seg.nrrd`) wrote.
+
+    Raises:
+        VolumeError: The file cannot be trusted, has several channels, or does not hold labels.
+        ResourceError: The labels do not fit into memory.
+    """
+    header = read_header(path)
+    if header.channels != 1:
+        raise VolumeError(header.path, f"holds {header.channels} volumes, one is needed", "Split the file")
+    raw, before = read_voxels(header)
+    return LabelMap(
+        data=integral(raw[0], header),
+        affine=header.affine,
+        source=header.path,
+        header=header.file_header,
+        names=header.names or names_in(before),
+        origin=header.origin,
+    )
+
+
+def origin_of(path: Path | str) -> str:
+    """What a file says of its making (`LabelMap.origin`); empty where it says nothing, or is no image."""
+    try:
+        return read_header(path).origin
+    except VolumeError:
+        return ""
 
 
 def _read_one(path: Path, nonfinite: Nonfinite) -> Volume:

@@ -17,7 +17,7 @@ from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model, versions
-from ossnet.files.validate import read_header
+from ossnet.files.reading import read_header
 from ossnet.networks.mirrored import mirrorable
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_stages

@@ -12,7 +12,7 @@ from ossnet.field.model import Model
 from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
-from ossnet.files.nifti import origin_of
+from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
 

@@ -15,7 +15,7 @@ from ossnet.field.model import Model, versions
 from ossnet.field.provenance import made_by
 from ossnet.files.atomic import write_json
 from ossnet.files.containers import stem
-from ossnet.files.nifti import origin_of, read_labels
+from ossnet.files.reading import origin_of, read_labels
 from ossnet.volume import LabelMap
 
 _REPORT_SECONDS = 10.0

@@ -20,8 +20,8 @@ from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model
 from ossnet.field.provenance import signed
+from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import look_at, read_volume
-from ossnet.files.validate import VolumeWarning
 from ossnet.volume import Volume
 
 

@@ -11,9 +11,8 @@ import pytest
 from ossnet.errors import VolumeError
 from ossnet.files import memory
 from ossnet.files.containers import stem
-from ossnet.files.nifti import read_header, read_labels
-from ossnet.files.reading import read_volume
-from ossnet.files.validate import VolumeWarning
+from ossnet.files.header import VolumeWarning
+from ossnet.files.reading import read_header, read_labels, read_volume
 
 DATA = np.random.default_rng(0).integers(0, 200, size=(5, 6, 7)).astype(np.int16)
 
@@ -190,8 +189,10 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         ("a.mgz", "FreeSurfer"),
         ("a.mnc", "MINC"),
         ("a.dcm", "DICOM"),
-        ("a.mha", "not a NIfTI file"),
-        ("a.txt", "not a NIfTI file name"),
+        ("a.mha", "no such file"),
+        ("a.nrrd", "no such file"),
+        ("a.gipl", "GIPL"),
+        ("a.txt", "not the name of an image"),
         (".", "a folder"),
     ],
 )

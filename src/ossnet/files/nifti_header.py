@@ -1,13 +1,12 @@
 """What a NIfTI file claims, checked before anything is allocated.
 
-`read_header` looks at the first few hundred bytes and at the size of the file, and refuses what cannot be
+`read_nifti_header` looks at the first few hundred bytes and at the size of the file, and refuses what cannot be
 trusted: the rest of the program never meets an image whose place, size or type is in doubt. Field names and
 their meaning: NIfTI-1.1 (`nifti1.h`) and NIfTI-2 (`nifti2.h`).
 """
 
 import math
-import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import locate, opened, read_up_to, truncated
+from ossnet.files.header import REWRITE, Header, check_size, times
 from ossnet.files.placement import read_place
-from ossnet.volume import Affine, FileHeader, Shape, spacing_of
+from ossnet.volume import Shape
 
 DTYPES = {
     2: np.uint8,
@@ -44,77 +44,20 @@ _REFUSED_DTYPES = {
     2304: "colours",
 }
 
-# Deflate cannot shrink anything further than this (1032:1), so a larger claim is a lie.
-_MOST_COMPRESSION = 1032
-
 # nibabel knows the fields; what they may hold is checked here. (It has no types for mypy.)
 HEADERS: dict[int, Any] = {1: nib.Nifti1Header, 2: nib.Nifti2Header}
 """NIfTI version → header structure."""
 
-_REWRITE = "Write the file again from its source"
 
-
-class VolumeWarning(UserWarning):
-    """A file is readable by a customary reading that may not be what its author meant."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a NIfTI file says about its voxels, checked.
-
-    Attributes:
-        path: The file given (for a pair: the `.hdr`).
-        shape: Voxels along X, Y, Z.
-        channels: Volumes along the fourth (or, for vectors, fifth) axis; 1 for a plain 3D file.
-        affine: (4, 4) float64, voxel index → world mm, RAS+.
-        dtype: Voxel type as stored, native byte order.
-        file_header: What a result written for this scan takes over.
-        scale: (slope, intercept), or None where the stored values are the values.
-        data_path: The file that holds the voxels.
-        offset: Bytes before the first voxel in `data_path`.
-        swapped: True when the voxels are in the other byte order.
-        origin: What the file says of its making (`descrip`).
-    """
-
-    path: Path
-    shape: Shape
-    channels: int
-    affine: Affine
-    dtype: np.dtype[Any]
-    file_header: FileHeader
-    scale: tuple[float, float] | None
-    data_path: Path
-    offset: int
-    swapped: bool
-    origin: str = ""
-    warnings: tuple[str, ...] = field(default=(), compare=False)
-
-    @property
-    def spacing(self) -> tuple[float, float, float]:
-        """Voxel size along X, Y, Z in mm."""
-        return spacing_of(self.affine)
-
-    @property
-    def voxels(self) -> int:
-        """Values stored: channels × X × Y × Z."""
-        return self.channels * math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the voxels as stored."""
-        return self.voxels * self.dtype.itemsize
-
-
-def read_header(path: Path | str) -> Header:
+def read_nifti_header(path: Path) -> Header:
     """Read and check the header of a NIfTI file without touching its voxels.
 
     Accepts `.nii`, `.nii.gz` and pairs (`.hdr` + `.img`, each also `.gz`), NIfTI-1 and NIfTI-2 in either byte
-    order. Customary readings of unclear headers are warned of (`VolumeWarning`).
+    order. Customary readings of unclear headers are noted (`Header.warnings`).
 
     Raises:
         VolumeError: The file is missing, is no NIfTI image, or its header cannot be trusted.
     """
-    path = Path(path)
     header_path, data_path = locate(path)
     raw = _parse(header_path)
     return _Check(header_path, data_path, raw).header()
@@ -138,13 +81,13 @@ def _parse(path: Path) -> Any:
                 "an ANALYZE 7.5 header, which does not say left from right"
                 if analyze
                 else f"the magic string is {block[344:348]!r} instead of b'n+1\\x00'",
-                "Convert it to NIfTI with a tool that knows its orientation" if analyze else _REWRITE,
+                "Convert it to NIfTI with a tool that knows its orientation" if analyze else REWRITE,
             )
         return HEADERS[1](block[:348], endianness=order, check=False)
     if len(block) < 540:
         raise truncated(path)
     if block[4:12] not in (b"n+2\0\r\n\x1a\n", b"ni2\0\r\n\x1a\n"):
-        raise VolumeError(path, f"the magic string is {block[4:12]!r}, which is not NIfTI-2's", _REWRITE)
+        raise VolumeError(path, f"the magic string is {block[4:12]!r}, which is not NIfTI-2's", REWRITE)
     return HEADERS[2](block, endianness=order, check=False)
 
 
@@ -178,10 +121,9 @@ class _Check:
         dtype = self.dtype()
         shape, channels = self.dimensions()
         offset = self.offset()
-        self.size(math.prod(shape) * channels * dtype.itemsize + offset)
+        claimed = math.prod(shape) * channels * dtype.itemsize + offset
+        check_size(self.path, self.data_path, claimed, self.data_path.name.lower().endswith(".gz"))
         affine, kept, notes = read_place(self.raw, shape, self.path)
-        for note in notes:
-            warnings.warn(f"{self.path}: {note}.", VolumeWarning, stacklevel=4)
         return Header(
             path=self.path,
             shape=shape,
@@ -209,7 +151,7 @@ class _Check:
             raise VolumeError(
                 self.path,
                 f"the header contradicts itself: {dtype} voxels of {int(self.raw['bitpix'])} bits",
-                _REWRITE,
+                REWRITE,
             )
         return dtype
 
@@ -217,12 +159,10 @@ class _Check:
         dim = [int(n) for n in self.raw["dim"]]
         count = dim[0]
         if not 1 <= count <= 7:
-            raise VolumeError(self.path, f"the header claims {count} dimensions", _REWRITE)
+            raise VolumeError(self.path, f"the header claims {count} dimensions", REWRITE)
         sizes = dim[1 : 1 + count]
         if min(sizes) < 1:
-            raise VolumeError(
-                self.path, f"an axis has no voxels: the header claims {_times(sizes)}", _REWRITE
-            )
+            raise VolumeError(self.path, f"an axis has no voxels: the header claims {times(sizes)}", REWRITE)
         sizes += [1] * (7 - count)
         if count == 1 and sizes[0] > 1:
             raise VolumeError(
@@ -232,7 +172,7 @@ class _Check:
         if len(more) > 1:
             raise VolumeError(
                 self.path,
-                f"more than one axis beside space: {_times(sizes[:count])}",
+                f"more than one axis beside space: {times(sizes[:count])}",
                 "Split it into files with at most four dimensions",
             )
         return (sizes[0], sizes[1], sizes[2]), (more[0] if more else 1)
@@ -254,24 +194,9 @@ class _Check:
             raise VolumeError(
                 self.path,
                 f"voxels cannot start at byte {value:g} (vox_offset must be {least} or more)",
-                _REWRITE,
+                REWRITE,
             )
         return int(value)
-
-    def size(self, claimed: int) -> None:
-        try:
-            stored = self.data_path.stat().st_size
-        except OSError:
-            stored = 0
-        most = stored * _MOST_COMPRESSION if self.data_path.name.lower().endswith(".gz") else stored
-        if claimed > most:
-            if most > stored:
-                raise VolumeError(
-                    self.path,
-                    f"the header claims {claimed / 2**30:.3g} GiB, more than {stored:,} bytes can hold",
-                    "Copy or download it again; do not trust its header",
-                )
-            raise truncated(self.data_path)
 
     def scale(self) -> tuple[float, float] | None:
         slope, intercept = float(self.raw["scl_slope"]), float(self.raw["scl_inter"])
@@ -280,10 +205,6 @@ class _Check:
             return None
         if not math.isfinite(slope) or not math.isfinite(intercept):
             raise VolumeError(
-                self.path, f"values are scaled by {slope:g} and shifted by {intercept:g}", _REWRITE
+                self.path, f"values are scaled by {slope:g} and shifted by {intercept:g}", REWRITE
             )
         return None if (slope, intercept) == (1.0, 0.0) else (slope, intercept)
-
-
-def _times(sizes: list[int]) -> str:
-    return " × ".join(str(n) for n in sizes)

@@ -1,0 +1,142 @@
+"""Headers of MetaImage files (`.mha`, `.mhd`), which ITK and its programs write.
+
+Keys and their meaning: MetaIO's documentation, itk.org/Wiki/MetaIO/Documentation. Positions are LPS. Voxels as text
+and voxels in many files are refused. ITK takes packed voxels that are damaged for an image; here they are refused.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ossnet.errors import VolumeError
+from ossnet.files.containers import truncated
+from ossnet.files.header import REWRITE, Header
+from ossnet.files.text_header import checked, numbers, start_of, voxel_file, whole
+
+_DTYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+
+
+def read_metaimage_header(path: Path) -> Header:
+    """Read and check the header of a MetaImage without touching its voxels.
+
+    Raises:
+        VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
+    """
+    keys, end = _parse(path)
+    count = whole(_need(keys, path, "NDims"), "dimensions", path)
+    if count not in (3, 4):
+        raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
+    sizes = numbers(_need(keys, path, "DimSize"), int, count, "sizes", path)
+    channel_axis = 3 if count == 4 else None
+    components = whole(keys.get("ElementNumberOfChannels", "1"), "channels", path)
+    if components != 1:
+        if channel_axis is not None and sizes[3] != 1:
+            raise VolumeError(path, "its voxels have channels and times", "Split the file")
+        sizes, channel_axis = [components, *sizes[:3]], 0
+    notes: list[str] = []
+    affine = _place(keys, count, path, notes)
+    named = _need(keys, path, "ElementType")
+    if named not in _DTYPES:
+        raise VolumeError(
+            path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
+        )
+    dtype: np.dtype[np.generic] = np.dtype(_DTYPES[named])
+    if not _true(keys, "BinaryData", default=False):
+        raise VolumeError(path, "its voxels are text", "Save it with binary voxels")
+    big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB", default=False)
+    named = keys["ElementDataFile"]
+    local = named.upper() == "LOCAL"
+    packed = _true(keys, "CompressedData", default=False)
+    skip = 0 if local else whole(keys.get("HeaderSize", "0"), "bytes to skip", path)
+    if skip < -1 or (packed and skip):
+        raise VolumeError(path, "bytes before its voxels are to be skipped", REWRITE)
+    return checked(
+        path,
+        sizes,
+        channel_axis,
+        affine,
+        dtype,
+        data_path=path if local else voxel_file(path, named or "LIST"),
+        offset=end if local else skip,
+        swapped=not np.dtype((">" if big else "<") + _DTYPES[keys["ElementType"]]).isnative,
+        packed="zlib" if packed else None,
+        notes=notes,
+    )
+
+
+def _parse(path: Path) -> tuple[dict[str, str], int]:
+    """Keys and values, and where they end."""
+    block = start_of(path)
+    keys: dict[str, str] = {}
+    at = 0
+    while at < len(block):
+        end = block.find(b"\n", at)
+        line = block[at : end if end >= 0 else len(block)].rstrip(b"\r").decode("utf-8", "replace")
+        at = end + 1 if end >= 0 else len(block)
+        key, sign, value = line.partition("=")
+        if not sign:
+            if not line.strip():
+                continue
+            # The magic of this format is its first key.
+            reason = f"its header holds {line[:60]!r}, which is no key" if keys else "not a MetaImage file"
+            raise VolumeError(path, reason, REWRITE if keys else "Check what the file is")
+        keys[key.strip()] = value.strip()
+        if key.strip() == "ElementDataFile":
+            return keys, at
+    if not keys:
+        raise VolumeError(path, "not a MetaImage file", "Check what the file is")
+    raise truncated(path)
+
+
+def _need(keys: dict[str, str], path: Path, *names: str) -> str:
+    for name in names:
+        if name in keys:
+            return keys[name]
+    raise VolumeError(path, f"its header lacks {names[0]}", REWRITE)
+
+
+def _true(keys: dict[str, str], *names: str, default: bool) -> bool:
+    values = [keys[name] for name in names if name in keys]
+    return values[0][:1].lower() in ("t", "1", "y") if values else default
+
+
+def _place(keys: dict[str, str], count: int, path: Path, notes: list[str]) -> np.ndarray:
+    """Voxel → mm, RAS+."""
+
+    def three(names: tuple[str, ...], otherwise: str) -> np.ndarray:
+        given = [keys[name] for name in names if name in keys] or [otherwise]
+        return np.array(numbers(given[0], float, count, names[0], path))[:3]
+
+    spacing = three(("ElementSpacing", "ElementSize"), " ".join("1" * count))
+    origin = three(("Offset", "Position", "Origin"), " ".join("0" * count))
+    given = [keys[name] for name in ("TransformMatrix", "Rotation", "Orientation") if name in keys]
+    directions = np.eye(count)
+    if given:
+        # One axis after the other: each row is where an axis of the voxels points.
+        directions = np.reshape(
+            numbers(given[0], float, count * count, "TransformMatrix", path), (count, count)
+        ).T
+    else:
+        notes.append("no directions are given; left and right, front and back are not known")
+    if not {"ElementSpacing", "ElementSize"} & set(keys):
+        notes.append("no voxel sizes are given; 1 mm is assumed")
+    if count == 4 and (directions[3, :3].any() or directions[:3, 3].any()):
+        raise VolumeError(path, "its fourth axis lies in space", "Use a file with a 3D scan")
+    affine = np.eye(4)
+    affine[:3, :3] = directions[:3, :3] * spacing
+    affine[:3, 3] = origin
+    turned: np.ndarray = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return turned

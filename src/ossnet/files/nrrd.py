@@ -1,0 +1,224 @@
+"""Headers of NRRD files (`.nrrd`, `.nhdr`), which 3D Slicer writes, its segmentations (`.seg.nrrd`) included.
+
+Fields and their meaning: the format's definition, teem.sourceforge.net/nrrd/format.html. Of what it allows, voxels
+as text or packed by bzip2 and voxels in many files are refused. Libraries that read it do not compare the checksum
+of packed voxels, so that damage would pass as an image; here it does not.
+"""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ossnet.errors import VolumeError
+from ossnet.files.containers import truncated
+from ossnet.files.header import REWRITE, Header
+from ossnet.files.text_header import checked, numbers, start_of, voxel_file, whole
+
+_DTYPES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
+    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), "i2"),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
+    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
+    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long"), "i8"),
+    **dict.fromkeys(("signed long long int", "int64", "int64_t"), "i8"),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int"), "u8"),
+    **dict.fromkeys(("uint64", "uint64_t"), "u8"),
+    "float": "f4",
+    "double": "f8",
+}
+
+_SPACES = {
+    **dict.fromkeys(("right-anterior-superior", "ras"), (1.0, 1.0, 1.0)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (-1.0, 1.0, 1.0)),
+    **dict.fromkeys(("left-posterior-superior", "lps"), (-1.0, -1.0, 1.0)),
+}
+"""Space → signs that bring it to RAS."""
+
+_UNITS = {"": 1.0, "mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3}
+
+
+def read_nrrd_header(path: Path) -> Header:
+    """Read and check the header of an NRRD file without touching its voxels.
+
+    Raises:
+        VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
+    """
+    fields, pairs, end = _parse(path)
+    count = whole(_need(fields, "dimension", path), "dimensions", path)
+    if count not in (3, 4):
+        raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
+    sizes = numbers(_need(fields, "sizes", path), int, count, "sizes", path)
+    kinds = fields.get("kinds", "").lower().split()
+    kinds += ["domain"] * (count - len(kinds))
+    notes: list[str] = []
+    affine, channel_axis = _place(fields, kinds, count, path, notes)
+    if channel_axis is not None and (
+        kinds[channel_axis].endswith("color") or kinds[channel_axis] == "complex"
+    ):
+        what = "complex numbers" if kinds[channel_axis] == "complex" else "colours"
+        raise VolumeError(path, f"the voxels are {what}", "Save it with integer or float voxels")
+    dtype, swapped = _type(fields, path)
+    data_path, offset, packed = _voxels(fields, end, path)
+    return checked(
+        path,
+        sizes,
+        channel_axis,
+        affine,
+        dtype,
+        data_path=data_path,
+        offset=offset,
+        swapped=swapped,
+        packed=packed,
+        notes=notes,
+        names=_segments(pairs),
+    )
+
+
+def _parse(path: Path) -> tuple[dict[str, str], dict[str, str], int | None]:
+    """Fields by their names without spaces, pairs of key and value, and where voxels begin (None: in another file)."""
+    block = start_of(path)
+    if not block.startswith(b"NRRD000"):
+        raise VolumeError(path, "not an NRRD file (it does not begin with NRRD)", "Check what the file is")
+    fields: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    at = block.find(b"\n") + 1
+    while at:
+        end = block.find(b"\n", at)
+        line = block[at : end if end >= 0 else len(block)].rstrip(b"\r").decode("utf-8", "replace")
+        at = end + 1
+        if not line:
+            return fields, pairs, None if "datafile" in fields else at or len(block)
+        if line.startswith("#"):
+            continue
+        if match := re.fullmatch(r"([^:]*):=(.*)", line):
+            pairs[match[1]] = match[2]
+        elif match := re.fullmatch(r"([^:]+): *(.*)", line):
+            fields[match[1].strip().lower().replace(" ", "")] = match[2].strip()
+        else:
+            raise VolumeError(path, f"its header holds {line[:60]!r}, which is no field", REWRITE)
+    if "datafile" not in fields:
+        raise truncated(path)
+    return fields, pairs, None
+
+
+def _need(fields: dict[str, str], name: str, path: Path) -> str:
+    if name not in fields:
+        raise VolumeError(path, f"its header lacks the field {name!r}", REWRITE)
+    return fields[name]
+
+
+def _place(
+    fields: dict[str, str], kinds: list[str], count: int, path: Path, notes: list[str]
+) -> tuple[np.ndarray, int | None]:
+    """Affine (voxel → mm, RAS+), and which axis holds channels."""
+    affine = np.eye(4)
+    if "spacedirections" in fields:
+        vectors = _vectors(fields["spacedirections"], count, path)
+        inside = [axis for axis, vector in enumerate(vectors) if vector is not None]
+        columns = [vector for vector in vectors if vector is not None]
+    else:
+        inside = [axis for axis, kind in enumerate(kinds) if kind in ("domain", "space", "???", "none")]
+        inside = inside[:3]  # four alike: the last is none in space
+        sizes = re.sub(r"\bnan\b", "1", fields.get("spacings", " ".join("1" * count)), flags=re.IGNORECASE)
+        spacings = numbers(sizes, float, count, "spacings", path)
+        columns = [spacings[axis] * np.eye(3)[i] for i, axis in enumerate(inside)]
+        notes.append(
+            "no directions are given; voxel sizes are used, and left and right, front and back are not known"
+        )
+    if len(inside) != 3:
+        raise VolumeError(path, f"{len(inside)} of its axes lie in space, not 3", "Use a file with a 3D scan")
+    affine[:3, :3] = np.stack(columns, axis=1)
+    if "spaceorigin" in fields:
+        (origin,) = _vectors(fields["spaceorigin"], 1, path)
+        if origin is not None:
+            affine[:3, 3] = origin
+    space = fields.get("space", "").lower()
+    if "spacedirections" in fields and space not in _SPACES:
+        notes.append(
+            f"the space {space!r} does not say left from right; left-posterior-superior is assumed, as ITK does"
+        )
+    signs = _SPACES.get(space, _SPACES["lps"])
+    affine = np.diag([*signs, 1.0]) @ affine * _unit(fields, notes)
+    affine[3] = (0, 0, 0, 1)
+    others = [axis for axis in range(count) if axis not in inside]
+    return affine, others[0] if others else None
+
+
+def _vectors(text: str, count: int, path: Path) -> list[np.ndarray | None]:
+    """Vectors in brackets, one an axis; None for axes that are none in space."""
+    found: list[np.ndarray | None] = []
+    for match in re.finditer(r"none|\(([^)]*)\)", text):
+        if match[1] is None:
+            found.append(None)
+            continue
+        vector = np.array(numbers(match[1].replace(",", " "), float, 3, "coordinates of a vector", path))
+        found.append(None if np.isnan(vector).all() else vector)
+    if len(found) != count:
+        raise VolumeError(path, f"{count} vectors are needed, not {text[:80]!r}", REWRITE)
+    return found
+
+
+def _unit(fields: dict[str, str], notes: list[str]) -> float:
+    """Unit of length → mm."""
+    named = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', fields.get("spaceunits", ""))}
+    named = {"um" if "micro" in unit else unit for unit in named} or {""}
+    if len(named) > 1 or not named <= set(_UNITS):
+        notes.append(f"unknown units of length ({fields['spaceunits']}); millimetres are assumed")
+        return 1.0
+    factor = _UNITS[named.pop()]
+    if factor != 1:
+        notes.append(f"lengths are in {fields['spaceunits'].split()[0]} and are converted to mm")
+    return factor
+
+
+def _type(fields: dict[str, str], path: Path) -> tuple[np.dtype[np.generic], bool]:
+    """Voxel type in native byte order, and whether the file has the other one."""
+    named = _need(fields, "type", path).lower()
+    if named not in _DTYPES:
+        raise VolumeError(
+            path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
+        )
+    dtype: np.dtype[np.generic] = np.dtype(_DTYPES[named])
+    if dtype.itemsize == 1:
+        return dtype, False
+    order = _need(fields, "endian", path).lower()
+    if order not in ("little", "big"):
+        raise VolumeError(path, f"the order of its bytes is {order[:40]!r}", REWRITE)
+    return dtype, not np.dtype(("<" if order == "little" else ">") + _DTYPES[named]).isnative
+
+
+def _voxels(
+    fields: dict[str, str], end: int | None, path: Path
+) -> tuple[Path, int, Literal["gzip", "zlib"] | None]:
+    """The file with the voxels, where they begin in it, and how they are packed."""
+    encoding = _need(fields, "encoding", path).lower()
+    if encoding not in ("raw", "gz", "gzip"):
+        raise VolumeError(
+            path, f"its voxels are encoded as {encoding[:40]!r}", "Save it with the encoding raw or gzip"
+        )
+    packed: Literal["gzip"] | None = None if encoding == "raw" else "gzip"
+    data_path = path if end is not None else voxel_file(path, fields["datafile"] or "LIST")
+    offset = end or 0
+    skip = whole(fields.get("byteskip", "0"), "bytes to skip", path)
+    lines = whole(fields.get("lineskip", "0"), "lines to skip", path)
+    if lines or (packed and skip) or skip < -1:
+        raise VolumeError(
+            path, "bytes before its voxels are to be skipped", "Save it as one file with 3D Slicer"
+        )
+    return data_path, -1 if skip == -1 else offset + skip, packed
+
+
+def _segments(pairs: dict[str, str]) -> dict[int, str]:
+    """Names of 3D Slicer's segments, by the values of their voxels."""
+    names: dict[int, str] = {}
+    for key, name in pairs.items():
+        match = re.fullmatch(r"(Segment\d+)_Name", key)
+        value = pairs.get(f"{match[1]}_LabelValue", "") if match else ""
+        # What Slicer calls a segment that nobody named says nothing.
+        if value.strip().isdecimal() and not re.fullmatch(r"Segment_\d+", name.strip()):
+            names[int(value)] = name.strip()
+    return names

@@ -1,0 +1,103 @@
+"""What NRRD and MetaImage have in common: a header of text, then the voxels, in the same file or beside it."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from ossnet.errors import VolumeError
+from ossnet.files.containers import opened, read_up_to
+from ossnet.files.header import REWRITE, Header, check_size, sound, times
+from ossnet.volume import FileHeader
+
+_T = TypeVar("_T", int, float)
+_MOST = 1 << 20
+"""Bytes of a header: those of 3D Slicer, with hundreds of segments, have some ten thousand."""
+
+
+def start_of(path: Path) -> bytes:
+    """The beginning of a file, its header for sure."""
+    with opened(path, gz=False) as stream:
+        return read_up_to(stream, _MOST)
+
+
+def numbers(text: str, kind: Callable[[str], _T], count: int | None, what: str, path: Path) -> list[_T]:
+    """The numbers in a line, as many as there must be."""
+    try:
+        found = [kind(word) for word in text.split()]
+    except ValueError:
+        raise VolumeError(path, f"{what} are no numbers: {text[:80]!r}", REWRITE) from None
+    if count is not None and len(found) != count:
+        raise VolumeError(path, f"{count} numbers are needed as {what}, not {text[:80]!r}", REWRITE)
+    return found
+
+
+def whole(text: str, what: str, path: Path) -> int:
+    """The one whole number in a line."""
+    return numbers(text, int, 1, what, path)[0]
+
+
+def voxel_file(path: Path, named: str) -> Path:
+    """The file beside a header that holds the voxels."""
+    if named.split()[0].upper() == "LIST" or re.search(r"%\d*d", named):
+        raise VolumeError(
+            path, "its voxels lie in several files", "Save it as one file with the program that wrote it"
+        )
+    data_path = path.parent / named
+    if not data_path.is_file():
+        raise VolumeError(data_path, "there is no such file", f"{path.name} keeps its voxels in it")
+    return data_path
+
+
+def checked(
+    path: Path,
+    sizes: Sequence[int],
+    channel_axis: int | None,
+    affine: np.ndarray,
+    dtype: np.dtype[np.generic],
+    *,
+    data_path: Path,
+    offset: int,
+    swapped: bool,
+    packed: Literal["gzip", "zlib"] | None,
+    notes: Sequence[str],
+    names: dict[int, str] | None = None,
+) -> Header:
+    """The header of an image whose place and size can be trusted.
+
+    Args:
+        sizes: Of the stored axes, fastest first.
+        channel_axis: Which of them is none in space.
+        affine: Voxel index → mm, RAS+.
+        offset: Bytes before the voxels; -1: they are the last bytes of the file.
+        notes: Readings that were chosen.
+
+    Raises:
+        VolumeError: It cannot be trusted.
+    """
+    if min(sizes) < 1:
+        raise VolumeError(path, f"an axis has no voxels: the header claims {times(list(sizes))}", REWRITE)
+    x, y, z = (n for axis, n in enumerate(sizes) if axis != channel_axis)
+    header = Header(
+        path=path,
+        shape=(x, y, z),
+        channels=1 if channel_axis is None else sizes[channel_axis],
+        affine=sound(affine, "place of its voxels", path, "Set valid voxel sizes and directions"),
+        dtype=dtype,
+        file_header=FileHeader(),
+        scale=None,
+        data_path=data_path,
+        offset=max(offset, 0),
+        swapped=swapped,
+        channel_axis=3 if channel_axis is None else channel_axis,
+        packed=packed,
+        names=names or {},
+        warnings=tuple(notes),
+    )
+    check_size(path, data_path, header.offset + header.nbytes, packed is not None)
+    if offset >= 0:
+        return header
+    return replace(header, offset=data_path.stat().st_size - header.nbytes)
