@@ -272,7 +272,7 @@ def segment(data: Path, run: Run, model: Path, folder: Path, cases: int, limit: 
                            "box": run.box}  # fmt: skip
                     row["check"] = step("compare", json.dumps(job), limit=limit)
                 else:
-                    from ossnet.files.validate import read_header
+                    from ossnet.files.reading import read_header
 
                     scan, found = read_header(case.images[0]), read_header(target)
                     row["lies_on_scan"] = scan.shape == found.shape and bool(

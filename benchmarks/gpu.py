@@ -184,7 +184,9 @@ def main() -> None:
             jobs.append(ct | {"family": "multiscale"})
     rows = []
     for job in jobs:
-        kept = {k: v for k, v in job.items() if k not in ("data", "ct") and v is not None}
+        kept = {k: v for k, v in job.items() if k != "data" and v is not None}
+        if given.ct and "ct" in kept:
+            kept["ct"] = given.ct.name
         rows.append(kept | measured(job, __file__))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         results = {"rows": rows, "machine": machine(), "versions": versions()}

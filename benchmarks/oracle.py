@@ -23,8 +23,7 @@ from ossnet.data.preparation import Preparation
 from ossnet.field.engine.answer import Answer, Coverable
 from ossnet.field.engine.prepare import PREPARERS, prepare_multiscale, prepare_ossnet
 from ossnet.field.model import Model
-from ossnet.files.nifti import read_labels
-from ossnet.files.reading import read_volume
+from ossnet.files.reading import read_labels, read_volume
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import plan
 from ossnet.networks.ossnet import OSSNet

@@ -252,7 +252,7 @@ def main() -> None:
     from measuring import machine, write
 
     from ossnet.field.model import Model, versions
-    from ossnet.files.validate import read_header
+    from ossnet.files.reading import read_header
     from ossnet.networks.variants import OFFERED
 
     real = given.model is not None
