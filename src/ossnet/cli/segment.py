@@ -13,7 +13,8 @@ def command(
     images: Annotated[
         list[Path],
         typer.Argument(
-            help="Scans (NIfTI, NRRD or MetaImage files, or folders with a DICOM series), or folders of scans in any known layout."
+            help="Scans (NIfTI, NRRD or MetaImage files, or folders with a DICOM series), or folders of scans in any "
+            "known layout."
         ),
     ],
     model: Models,
