@@ -81,3 +81,9 @@ def test_labels_of_another_grid_are_refused() -> None:
     volume, prediction, _ = scan()
     with pytest.raises(VolumeError, match="does not lie on the scan"):
         overlay(volume, LabelMap(prediction.data[:-1], prediction.affine))
+
+
+def test_labels_in_another_voxel_order_are_turned() -> None:
+    volume, prediction, reference = scan()
+    turned = [m.reoriented(Orientation((2, 0, 1), (True, False, True))) for m in (prediction, reference)]
+    assert overlay(volume, *turned, width_px=400) == overlay(volume, prediction, reference, width_px=400)

@@ -24,6 +24,7 @@ from ossnet.reports.page import (
     Table,
     Text,
     page_html,
+    slice_data,
     write_page,
 )
 from ossnet.reports.render import surface_of
@@ -167,6 +168,13 @@ def test_the_surface_viewer_gets_the_mesh_with_normals_outward() -> None:
     assert np.einsum("fd,fd->", a, np.cross(b, c)) > 0
     assert np.allclose(np.ptp(positions, axis=0), data["extent"], atol=1e-4)
     assert max(data["extent"]) == pytest.approx(1)
+
+
+def test_slices_show_labels_in_any_voxel_order() -> None:
+    volume, prediction, reference = scan()
+    turned = [m.reoriented(Orientation((2, 0, 1), (True, False, True))) for m in (prediction, reference)]
+    shown = [slice_data(SliceView(volume, *maps, b"", "")) for maps in ((prediction, reference), turned)]
+    assert shown[0] == shown[1]
 
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ def overlay(
 
     Args:
         volume: The scan.
-        prediction: Labels on the scan's grid, or None.
-        reference: Labels on the scan's grid, or None.
+        prediction: Labels on the scan's grid, in any voxel order, or None.
+        reference: Likewise.
         planes: One column each: 0 sagittal, 1 coronal, 2 axial.
         slices: Slices a column, spread over what is labelled (over the scan where nothing is).
         channel: Which channel is shown.
@@ -64,11 +64,7 @@ def overlay(
     Raises:
         VolumeError: A label map does not lie on the scan.
     """
-    for labels in (prediction, reference):
-        if labels is not None and (reason := same_place(volume, labels)):
-            raise VolumeError(
-                labels.source or "labels", f"does not lie on the scan: {reason}", "Use its own grid"
-            )
+    prediction, reference = (labels and on_scan(labels, volume) for labels in (prediction, reference))
     columns = [_slices(volume, prediction, reference, plane, slices, channel) for plane in planes]
     low, high = window(volume.data[channel])
     names = {**(reference.names if reference else {}), **(prediction.names if prediction else {})}
@@ -88,6 +84,20 @@ def overlay(
     figure.subplots_adjust(0.004, foot / height, 0.996, 1 - 0.004, wspace=0.01, hspace=0.01)
     _legend(figure, sorted(shown), names, prediction is not None, reference is not None, title)
     return to_png(figure)
+
+
+def on_scan(labels: LabelMap, volume: Volume) -> LabelMap:
+    """A label map that lies on a scan, in the voxel order of the scan.
+
+    Raises:
+        VolumeError: It does not lie there.
+    """
+    turned = labels.in_order_of(volume)
+    if reason := same_place(volume, turned):
+        raise VolumeError(
+            labels.source or "labels", f"does not lie on the scan: {reason}", "Use its own grid"
+        )
+    return turned
 
 
 def to_png(figure: Figure) -> bytes:

@@ -16,12 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from ossnet.errors import VolumeError
 from ossnet.files.atomic import write_text
 from ossnet.reports.colours import colour
-from ossnet.reports.figures import window
+from ossnet.reports.figures import on_scan, window
 from ossnet.reports.render import Surface, render
-from ossnet.volume import LabelMap, Volume, closest_canonical, same_place
+from ossnet.volume import LabelMap, Volume, closest_canonical
 
 _MOST_VOXELS = 8_000_000
 """Above this the slice viewer shows every second voxel: browsers limit the size of pictures."""
@@ -193,12 +192,8 @@ def _surface_png(view: SurfaceView) -> str:
 
 def slice_data(view: SliceView) -> Markup:
     """The scan and its labels as two tiled grey pictures, in canonical axes."""
-    maps = [view.prediction] if view.reference is None else [view.prediction, view.reference]
-    for labels in maps:
-        if reason := same_place(view.volume, labels):
-            raise VolumeError(
-                labels.source or "labels", f"does not lie on the scan: {reason}", "Use its own grid"
-            )
+    given = [view.prediction] if view.reference is None else [view.prediction, view.reference]
+    maps = [on_scan(labels, view.volume) for labels in given]
     turn = closest_canonical(view.volume.affine)
     grey = turn.apply(view.volume.data[0])
     step = 1 if grey.size <= _MOST_VOXELS else math.ceil((grey.size / _MOST_VOXELS) ** (1 / 3))
