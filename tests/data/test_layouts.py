@@ -451,6 +451,7 @@ def nrrd(path: Path, values: tuple[int, ...], names: dict[int, str] | None = Non
     [
         ("a.nrrd", "a.seg.nrrd", "suffix"),
         ("a.nrrd", "a_seg.nrrd", "suffix"),
+        ("a.nrrd", "a_seg.seg.nrrd", "suffix"),
         ("a/volume.nrrd", "a/Segmentation.seg.nrrd", "case-folders"),
         ("images/a.nrrd", "labels/a.seg.nrrd", "folders"),
         ("imagesTr/a_0000.nrrd", "labelsTr/a.nrrd", "nnunet"),
@@ -480,6 +481,64 @@ def test_segments_numbered_anew_in_each_file_are_told(tmp_path: Path) -> None:
     (problem,) = open_dataset(tmp_path).problems
     assert problem.where.endswith("b.seg.nrrd")
     assert "label 1 is named 'valve', and 'Atrium' in a.seg.nrrd" in problem.reason
+
+
+def test_segments_must_be_those_of_the_description(tmp_path: Path) -> None:
+    named = {"background": 0, "atrium": 1, "valve": 2}
+    describe(tmp_path, channel_names={"0": "MR"}, labels=named, file_ending=".nrrd")
+    nrrd(tmp_path / "imagesTr" / "a_0000.nrrd", (3, 5, 7))
+    nrrd(tmp_path / "labelsTr" / "a.nrrd", (0, 1, 2), {1: "Valve", 2: "atrium"})
+    data = open_dataset(tmp_path)
+    with pytest.raises(VolumeError, match="otherwise than the data set"):
+        data.labels(data["a"])
+
+
+def test_segments_of_one_name_stay_apart(tmp_path: Path) -> None:
+    nrrd(tmp_path / "a.nrrd", (3, 5, 7))
+    nrrd(tmp_path / "a.seg.nrrd", (0, 1, 2), {1: "tissue", 2: "tissue"})
+    assert dict(open_dataset(tmp_path).label_names) == {0: "background", 1: "tissue 1", 2: "tissue 2"}
+
+
+def test_names_in_results_of_ours_are_those_of_classes(tmp_path: Path) -> None:
+    image(tmp_path / "images" / "a.nii.gz")
+    image(tmp_path / "images" / "b.nii.gz")
+    label(tmp_path / "labels" / "a.nii.gz", (0, 2, 3))
+    data = np.zeros(SHAPE, np.uint8)
+    data.flat[:3] = (0, 1, 2)
+    ours = LabelMap(data, np.eye(4), names={1: "label 2", 2: "label 3"}, origin=f"{MARK} 1")
+    write_labels(ours, tmp_path / "labels" / "b.nii.gz")
+    assert dict(open_dataset(tmp_path).label_names) == {0: "background", 1: "label 2", 2: "label 3"}
+
+
+def test_copies_in_other_formats_do_not_count(tmp_path: Path) -> None:
+    for folder in ("suffix", "folders", "listed"):
+        (tmp_path / folder).mkdir()
+    image(tmp_path / "suffix" / "a.nii.gz")
+    label(tmp_path / "suffix" / "a_seg.nii.gz")
+    nrrd(tmp_path / "suffix" / "a.seg.nrrd", (0, 1))
+    image(tmp_path / "folders" / "images" / "a.nii.gz")
+    nrrd(tmp_path / "folders" / "images" / "a.nrrd", (3, 5))
+    label(tmp_path / "folders" / "labels" / "a.nii.gz")
+    root = tmp_path / "listed"
+    listed = [{"image": "imagesTr/a.nii.gz", "label": "labelsTr/a.nii.gz"}]
+    describe(root, modality={"0": "MR"}, labels={"0": "background", "1": "part"}, training=listed)
+    image(root / "imagesTr" / "a_0000.nii.gz")
+    nrrd(root / "imagesTr" / "a_0000.nrrd", (3, 5))
+    label(root / "labelsTr" / "a.nii.gz")
+    for folder in ("suffix", "folders", "listed"):
+        data = open_dataset(tmp_path / folder)
+        assert data.problems == ()
+        assert [path.name for path in (*data["a"].images, data["a"].label)] == [
+            "a_0000.nii.gz" if folder == "listed" else "a.nii.gz",
+            "a_seg.nii.gz" if folder == "suffix" else "a.nii.gz",
+        ]
+        assert [len(case.images) for case in images_in(tmp_path / folder)] == [1]
+
+
+def test_segmentations_of_slicer_are_no_scans(tmp_path: Path) -> None:
+    for name in ("a.nrrd", "b.nrrd", "Segmentation.seg.nrrd"):
+        nrrd(tmp_path / name, (0, 1))
+    assert [case.name for case in images_in(tmp_path)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("name", "what"), [("1.dcm", "DICOM files"), ("a.mgz", "[.]mgz files")])

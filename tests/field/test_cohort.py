@@ -516,6 +516,9 @@ def test_plans(scans: Path, tmp_path: Path) -> None:
         plan_jobs([scans], scans)
     with pytest.raises(SettingsError, match="neither NIfTI"):
         plan_jobs([scans], tmp_path / "out.nrrd")
+    (tmp_path / "a.seg.nrrd").write_bytes(b"")
+    with pytest.raises(DatasetError, match="not a scan"):
+        plan_jobs([tmp_path / "a.seg.nrrd"], tmp_path / "out")
     with pytest.raises(DatasetError, match="no such file"):
         plan_jobs([tmp_path / "none"], tmp_path / "out")
 

@@ -113,7 +113,16 @@ def test_what_itk_writes(
         ("a.nrrd", nrrd(space_directions="(0, -0.5, 0) (1, 0, 0)  (0, 0, 2)")),
         ("a.nrrd", nrrd(space="RAS", space_directions="(0,.5,0) (-1,0,0) (0,0,2)", space_origin="(-10,-20,30)")),
         ("a.nrrd", nrrd(space="LAS", space_directions="(0,.5,0) (1,0,0) (0,0,2)", space_origin="(10,-20,30)")),
+        ("a.nrrd", nrrd(space="right anterior superior", space_directions="(0,.5,0) (-1,0,0) (0,0,2)",
+                        space_origin="(-10,-20,30)")),
+        ("a.nrrd", nrrd(space="left-posterior-superior-time", dimension="4", sizes="5 6 7 1", kinds=None,
+                        space_directions="(0,-0.5,0,0) (1,0,0,0) (0,0,2,0) (0,0,0,30)", space_origin="(10,20,30,0)")),
         ("a.mha", meta()),
+        ("a.mha", meta(BinaryData=None, ObjectType=None, BinaryDataByteOrderMSB=None, CompressedData=None)),
+        ("a.mha", b"# a comment\n" + meta().replace(b"NDims = 3", b"NDims : 3")),
+        ("a.mha", meta(Position="1 2 3")),
+        ("a.mha", meta(Offset="1 2 3", Origin="10 20 30")),
+        ("a.mha", meta(gzip.compress(BYTES), CompressedData="True")),
         ("a.mha", meta(zlib.compress(BYTES), CompressedData="True")),
         ("a.mha", meta(DATA.astype(">i2").tobytes(order="F"), BinaryDataByteOrderMSB="True")),
         ("a.mha", meta(NDims="4", DimSize="5 6 7 1", ElementSpacing="0.5 1 2 1", Offset="10 20 30 0",
@@ -168,6 +177,27 @@ def test_times_of_a_metaimage_are_channels(tmp_path: Path) -> None:
         ),
         (
             "a.nrrd",
+            nrrd(
+                space=None, space_directions=None, space_origin=None, spacings=".5 1 2", axis_mins="10 20 30"
+            ),
+            "no directions",
+            LPS @ np.array([[0.5, 0, 0, 10.25], [0, 1, 0, 20.5], [0, 0, 2, 31], [0, 0, 0, 1]]),
+        ),
+        (
+            "a.nrrd",
+            nrrd(
+                space=None,
+                space_directions=None,
+                space_origin=None,
+                spacings="500 1000 2000",
+                units='"um" "um" "um"',
+            ),
+            "converted to mm",
+            LPS @ np.diag([0.5, 1, 2, 1]),
+        ),
+        ("a.mha", meta(ElementToIntensityFunctionSlope="2"), "a factor of its grey values", PLACE),
+        (
+            "a.nrrd",
             nrrd(space_units='"cm" "cm" "cm"'),
             "converted to mm",
             np.diag([10.0, 10, 10, 1]) @ PLACE,
@@ -190,8 +220,10 @@ def test_times_of_a_metaimage_are_channels(tmp_path: Path) -> None:
 def test_what_is_unclear_is_told(
     tmp_path: Path, name: str, whole: bytes, note: str, place: np.ndarray
 ) -> None:
-    with pytest.warns(VolumeWarning, match=note):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         found = read_volume(written(tmp_path / name, whole))
+    assert any(w.category is VolumeWarning and note in str(w.message) for w in told)
     np.testing.assert_allclose(found.affine, place)
     np.testing.assert_array_equal(found.data[0], DATA)
 
@@ -223,7 +255,12 @@ def test_what_is_unclear_is_told(
         ("a.nrrd", nrrd(pairs="nonsense\n"), "'nonsense', which is no field"),
         ("a.nrrd", nrrd(data_file="none.raw"), "no such file"),
         ("a.nrrd", nrrd(data_file="slice%03d.raw 1 7 1"), "in several files"),
-        ("a.nrrd", nrrd(data_file="LIST"), "in several files"),
+        ("a.nrrd", nrrd(data_file="LIST\na.raw\nb.raw"), "in several files"),
+        ("a.nrrd", nrrd(data_file="n" * 300), "no such file"),
+        ("a.nrrd", nrrd(gzip.compress(BYTES), sizes=" ".join(["9" * 200] * 3), encoding="gzip"), "voxels"),
+        ("a.nrrd", nrrd(pairs="key:=" + "x" * (1 << 20) + "\n"), "does not end within"),
+        ("a.nrrd", nrrd(space="lps-time", dimension="4", sizes="5 6 7 1", kinds=None,
+                        space_directions="(0,-0.5,0,1) (1,0,0,0) (0,0,2,0) (0,0,0,30)"), "fourth axis"),
         (
             "a.nrrd",
             nrrd(dimension="4", sizes="3 5 6 7", kinds="RGB-color domain domain domain",
@@ -243,6 +280,7 @@ def test_what_is_unclear_is_told(
         ("a.mha", meta(file="LIST"), "in several files"),
         ("a.mha", meta(file="slice%03d.raw 1 7 1"), "in several files"),
         ("a.mha", meta(file="none.raw"), "no such file"),
+        ("a.mha", meta(file="list of.raw"), "no such file"),
         ("a.mha", meta(zlib.compress(BYTES) + b"more", CompressedData="True"), "more bytes follow"),
         ("a.mha", meta(BYTES, CompressedData="True"), "damaged"),
     ],
@@ -255,7 +293,9 @@ def test_what_cannot_be_trusted_is_refused(tmp_path: Path, name: str, whole: byt
 def test_voxels_beside_the_header(tmp_path: Path) -> None:
     written(tmp_path / "v.raw", b"head" + BYTES)
     written(tmp_path / "v.raw.gz", gzip.compress(BYTES))
+    written(tmp_path / "v%03d.raw", BYTES)
     for name, whole in (
+        ("c.mhd", meta(b"", file="v%03d.raw")),
         ("a.nhdr", nrrd(b"", data_file="v.raw", byte_skip="4")),
         ("b.nhdr", nrrd(b"", data_file="v.raw.gz", encoding="gz")[:-1]),  # not even an empty line at its end
         ("a.mhd", meta(b"", file="v.raw", HeaderSize="4")),
@@ -269,7 +309,31 @@ def test_voxels_beside_the_header(tmp_path: Path) -> None:
     [
         ("a.nrrd", nrrd()),
         ("a.nrrd", nrrd(gzip.compress(BYTES, mtime=0), encoding="gzip")),
+        (
+            "a.nrrd",
+            nrrd(
+                space="right anterior superior",
+                space_directions="(0,.5,0) (-1,0,0) (0,0,2)",
+                space_origin="(-10,-20,30)",
+            ),
+        ),
+        (
+            "a.nrrd",
+            nrrd(
+                space="left-posterior-superior-time",
+                dimension="4",
+                sizes="5 6 7 1",
+                kinds=None,
+                space_directions="(0,-0.5,0,0) (1,0,0,0) (0,0,2,0) (0,0,0,30)",
+                space_origin="(10,20,30,0)",
+            ),
+        ),
         ("a.mha", meta()),
+        ("a.mha", meta(BinaryData=None, ObjectType=None, BinaryDataByteOrderMSB=None, CompressedData=None)),
+        ("a.mha", b"# a comment\n" + meta().replace(b"NDims = 3", b"NDims : 3")),
+        ("a.mha", meta(Position="1 2 3")),
+        ("a.mha", meta(Offset="1 2 3", Origin="10 20 30")),
+        ("a.mha", meta(gzip.compress(BYTES), CompressedData="True")),
         ("a.mha", meta(zlib.compress(BYTES), CompressedData="True")),
     ],
 )
@@ -321,3 +385,22 @@ def test_segments_of_slicer_have_names(tmp_path: Path) -> None:
     found = read_labels(written(tmp_path / "case.seg.nrrd", whole))
     np.testing.assert_array_equal(found.data, labels)
     assert dict(found.names) == {1: "left atrium"}
+    layers = nrrd(
+        bytes(2 * labels.size),
+        type="uint8",
+        endian=None,
+        dimension="4",
+        sizes="2 5 6 7",
+        kinds="list domain domain domain",
+        space_directions="none (1,0,0) (0,1,0) (0,0,1)",
+    )
+    with pytest.raises(VolumeError, match="segments overlap"):
+        read_labels(written(tmp_path / "layers.seg.nrrd", layers))
+
+
+def test_voxels_may_look_packed(tmp_path: Path) -> None:
+    voxels = b"\x1f\x8b" + BYTES[2:]
+    for name in ("v.raw", "v.gz"):
+        written(tmp_path / name, voxels)
+        found = read_volume(written(tmp_path / "a.nhdr", nrrd(b"", data_file=name)))
+        np.testing.assert_array_equal(found.data[0].ravel(order="F"), np.frombuffer(voxels, "<i2"))

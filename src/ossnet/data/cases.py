@@ -10,7 +10,7 @@ from jaxtyping import Integer
 from ossnet.data.splits import Split
 from ossnet.errors import DatasetError, InputError, VolumeError
 from ossnet.files.reading import Nonfinite, read_labels, read_volume
-from ossnet.volume import LabelMap, Volume, same_place
+from ossnet.volume import LabelMap, Volume, same_names, same_place
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Dataset:
         if case.label is None:
             raise DatasetError(case.images[0], "has no label", "Add its label file")
         labels = read_labels(case.label)
+        self._require_same_names(labels, case.label)
         return LabelMap(
             data=self._classes(labels.data, case.label, {} if labels.holds_classes else self.label_map),
             affine=labels.affine,
@@ -169,6 +170,18 @@ class Dataset:
             header=labels.header,
             names=dict(self.label_names),
         )
+
+    def _require_same_names(self, labels: LabelMap, where: Path) -> None:
+        """Refuse a label file whose own names say that it numbers structures otherwise than the data set."""
+        classes = {} if labels.holds_classes else self.label_map
+        ours = {v: self.label_names.get(classes.get(v, v), "").casefold() for v in labels.names}
+        theirs = {v: name.casefold() for v, name in labels.names.items()}
+        if reason := same_names(theirs, ours):
+            raise VolumeError(
+                where,
+                f"numbers structures otherwise than the data set: {reason}",
+                "Give each structure its number",
+            )
 
     def read(self, case: Case) -> tuple[Volume, LabelMap]:
         """Read the scan and the labels of a case, in the voxel order of the scan.
@@ -180,7 +193,9 @@ class Dataset:
         labels = self.labels(case).in_order_of(volume)
         if reason := same_place(volume, labels):
             raise VolumeError(
-                str(case.label), f"does not lie on its image: {reason}", "Resample the label onto the image"
+                str(case.label),
+                f"does not lie on its image: {reason}",
+                "Resample the label onto the image, or export it on the image's grid",
             )
         return volume, labels
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ossnet.errors import DatasetError
-from ossnet.files.containers import is_image, stem
+from ossnet.files.containers import is_image, nifti_first, stem
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def read_description(root: Path) -> Mapping[str, Any] | None:
 def nnunet(value: Mapping[str, Any], path: Path) -> Description:
     """nnU-Net raw, version 2: `channel_names`, `labels` name → value, optionally `dataset` case → files."""
     ending = str(value.get("file_ending", ".nii.gz"))
-    if not is_image(Path(f"case{ending}")):
+    if not is_image(Path(f"case{ending}")) or ".hdr" in ending:
         raise DatasetError(path, f"images are {ending} files, which are not read", "Convert them to .nii.gz")
     listed = None
     if isinstance(value.get("dataset"), Mapping):
@@ -62,7 +62,8 @@ def decathlon(value: Mapping[str, Any], path: Path) -> Description:
         if not (path.parent / image).exists():
             # nnU-Net version 1 lists case.nii.gz and stores case_0000.nii.gz, case_0001.nii.gz, …
             base = path.parent / image
-            found = sorted(f for f in base.parent.glob(f"{stem(base)}_[0-9][0-9][0-9][0-9].*") if is_image(f))
+            numbered = sorted(base.parent.glob(f"{stem(base)}_[0-9][0-9][0-9][0-9].*"))
+            found = nifti_first([f for f in numbered if is_image(f)])
             files = [str(f.relative_to(path.parent)) for f in found] or files
         listed.append((stem(label), tuple(files), label))
     if len({name for name, _, _ in listed}) < len(listed):

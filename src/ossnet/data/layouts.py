@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ossnet.data.descriptions import Description, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
-from ossnet.files.containers import stem
+from ossnet.files.containers import is_slicer_segmentation, nifti_first, stem
 from ossnet.files.dicom import dicom_folders, holds_scan
 from ossnet.files.reading import Nonfinite, origin_of, read_header, read_image, read_labels
 from ossnet.volume import MARK
@@ -177,12 +178,16 @@ def _fixed(files: Files, channels: int | None) -> Found | None:
 
 
 def _below(files: Files) -> list[Path]:
-    """All images but those in folders that are named after labels."""
-    return [file for file in files.all() if not names_labels(file.parent)]
+    """All images but those in folders that are named after labels, and segmentations of 3D Slicer."""
+    return [f for f in files.all() if not names_labels(f.parent) and not is_slicer_segmentation(f)]
 
 
 def _plain(files: Sequence[Path], channels: int | None) -> dict[str, dict[int, list[Path]]]:
     """Images as cases, by their names; four digits at the end number channels or cases."""
+    named: dict[Path, list[Path]] = {}
+    for file in files:
+        named.setdefault(file.with_name(stem(file)), []).append(file)
+    files = [file for paths in named.values() for file in nifti_first(paths)]
     images: dict[str, dict[int, list[Path]]] = {}
     for file in files:
         match = re.fullmatch(r"(.+)_(\d{4})", stem(file))
@@ -382,7 +387,9 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
     with ThreadPoolExecutor() as pool:
         each = list(pool.map(values, cases))
     # Results of ours hold classes: they count where there is nothing else.
-    found = set().union(*(v for ours, v, _ in each if not ours)) or set().union(*(v for _, v, _ in each))
+    if any(v for ours, v, _ in each if not ours):
+        each = [(ours, set(), {}) if ours else (ours, v, names) for ours, v, names in each]
+    found = set().union(*(v for _, v, _ in each))
     if len(found) > _MANY and (len(found) > 256 or _shows_fewer(cases[0], len(found))):
         example = str(cases[0].label)
         return (
@@ -405,7 +412,8 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
                         "Give each structure one number in all label files",
                     )
                 )
-    names |= {value: name for value, (name, _) in told.items() if value in found}
+    named = Counter(name for name, _ in told.values())
+    names |= {v: name if named[name] == 1 else f"{name} {v}" for v, (name, _) in told.items()}
     return (*consecutive(names), problems)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 from ossnet.data import descriptions
 from ossnet.data.descriptions import Description
-from ossnet.files.containers import is_image
+from ossnet.files.containers import is_image, is_slicer_segmentation, nifti_first
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
-_ENDING = r"\.(?:nii(?:\.gz)?|nrrd|nhdr|mha|mhd)"
-IMAGE = rf"(?<!\.seg){_ENDING}"
-LABEL = rf"(?:\.seg)?{_ENDING}"
-"""3D Slicer names its segmentations `NAME.seg.nrrd`."""
+_SLICER = r"\.seg\.n(?:rrd|hdr)"
+"""How 3D Slicer's segmentations end."""
+IMAGE = r"(?:\.nii(?:\.gz)?|\.mha|\.mhd|(?<!\.seg)\.n(?:rrd|hdr))"
+LABEL = rf"(?:{IMAGE}|{_SLICER})"
 _DEPTH = 4  # folders below the given one that are searched
 
 
@@ -62,6 +62,7 @@ class Layout:
         for pattern in self.label:
             for match, path in files.matching(pattern):
                 labels.setdefault(self.case_name.format(match["case"]), []).append(path)
+        labels = {name: nifti_first(paths) for name, paths in labels.items()}
         patterns = self.images if labelled else (self.unlabelled or self.images)
         images: dict[str, dict[int, list[Path]]] = {}
         for number, pattern in enumerate(patterns):
@@ -69,6 +70,7 @@ class Layout:
                 channel = int(match.groupdict().get("channel") or number)
                 name = self.case_name.format(match["case"])
                 images.setdefault(name, {}).setdefault(channel, []).append(path)
+        images = {n: {c: nifti_first(paths) for c, paths in found.items()} for n, found in images.items()}
         return Found(images if self.describe else _by_case(images, labels), labels)
 
 
@@ -144,8 +146,9 @@ class Files:
         return [path for _, path in self._files]
 
     def flat(self) -> list[Path]:
-        """Those directly in the folder."""
-        return [path for name, path in self._files if name.count("/") == 1]
+        """Those directly in the folder that may be scans."""
+        flat = [path for name, path in self._files if name.count("/") == 1]
+        return [path for path in flat if not is_slicer_segmentation(path)]
 
 
 def _is_run(files: Sequence[str]) -> bool:
@@ -281,7 +284,7 @@ LAYOUTS = (
         images=(rf"(?:.*/)?(?P<case>(?!{LABEL_WORDS}\.)(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_CHANNEL}{IMAGE}",),
         label=(
             rf"(?:.*/)?(?P<case>[^/]+?)_{LABEL_WORDS}{LABEL}",
-            rf"(?:.*/)?(?P<case>[^/]+?)\.seg{_ENDING}",
+            rf"(?:.*/)?(?P<case>(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_SLICER}",
         ),
     ),
 )

@@ -22,6 +22,7 @@ FILE_ENDINGS = (
 NIFTI = (".nii.gz", ".nii", ".hdr.gz", ".hdr")
 NRRD = (".nrrd", ".nhdr")
 METAIMAGE = (".mha", ".mhd")
+_SEGMENTATIONS = (".seg.nrrd", ".seg.nhdr")
 
 
 def is_image(path: Path) -> bool:
@@ -30,11 +31,20 @@ def is_image(path: Path) -> bool:
     return name.endswith((*NIFTI, *NRRD, *METAIMAGE)) and not name.startswith(".")
 
 
+def is_slicer_segmentation(path: Path) -> bool:
+    """True for the names that 3D Slicer gives to segmentations."""
+    return path.name.lower().endswith(_SEGMENTATIONS)
+
+
+def nifti_first(paths: list[Path]) -> list[Path]:
+    """Of files for one thing those that are NIfTI, if some are: people keep what they converted."""
+    return [path for path in paths if path.name.lower().endswith(NIFTI)] or paths
+
+
 def stem(path: Path | str) -> str:
     """File name without its image ending: `a/b.nii.gz` → `b`, `a/b.seg.nrrd` → `b`."""
     name = Path(path).name
-    segmentations = [f".seg{ending}" for ending in NRRD]
-    for ending in (*segmentations, *NIFTI, ".img.gz", ".img", *NRRD, *METAIMAGE, ".dcm"):
+    for ending in (*_SEGMENTATIONS, *NIFTI, ".img.gz", ".img", *NRRD, *METAIMAGE, ".dcm"):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
@@ -145,10 +155,10 @@ def opened(path: Path, gz: bool | None = None) -> Iterator[BufferedIOBase]:
 
 
 class _Inflated(RawIOBase):
-    """What was packed by zlib, from where a stream stands to its end."""
+    """What was packed by zlib, or gzip, from where a stream stands to its end."""
 
     def __init__(self, source: BufferedIOBase) -> None:
-        self._source, self._packer = source, zlib.decompressobj()
+        self._source, self._packer = source, zlib.decompressobj(zlib.MAX_WBITS | 32)
 
     def readable(self) -> bool:
         return True

@@ -40,7 +40,8 @@ class Header:
         swapped: True when the voxels are in the other byte order.
         channel_axis: Which stored axis the channels are, fastest first: 0 where a voxel's values lie together, 3 where
             each channel is a volume.
-        packed: How the voxels alone are compressed. (A whole file that is, as `.nii.gz`, says so by its name.)
+        packed: How the voxels alone are compressed.
+        named: Whether the name of the voxel file says that all of it is compressed, as `.nii.gz`.
         names: Label value → name, where the header tells.
         origin: What the file says of its making (`descrip` of NIfTI).
         warnings: Customary readings that were chosen.
@@ -58,6 +59,7 @@ class Header:
     swapped: bool
     channel_axis: int = 3
     packed: Literal["gzip", "zlib"] | None = None
+    named: bool = True
     names: Mapping[int, str] = field(default_factory=dict)
     origin: str = ""
     warnings: tuple[str, ...] = field(default=(), compare=False)

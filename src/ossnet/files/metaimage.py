@@ -1,17 +1,18 @@
 """Headers of MetaImage files (`.mha`, `.mhd`), which ITK and its programs write.
 
-Keys and their meaning: MetaIO's documentation, itk.org/Wiki/MetaIO/Documentation. Positions are LPS. Voxels as text
-and voxels in many files are refused. ITK takes packed voxels that are damaged for an image; here they are refused.
+Keys and their meaning: MetaIO's documentation, itk.org/Wiki/MetaIO/Documentation; of two keys for one thing, the one
+that ITK takes. Positions are LPS. Voxels as text and voxels in many files are refused, and so are packed ones that are
+damaged, which ITK takes for an image.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import truncated
 from ossnet.files.header import REWRITE, Header
-from ossnet.files.text_header import checked, numbers, start_of, voxel_file, whole
+from ossnet.files.text_header import checked, numbers, start_of, unfinished, voxel_file, whole
 
 _DTYPES = {
     "MET_CHAR": "i1",
@@ -36,10 +37,10 @@ def read_metaimage_header(path: Path) -> Header:
         VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
     """
     keys, end = _parse(path)
-    count = whole(_need(keys, path, "NDims"), "dimensions", path)
+    count = whole(_need(keys, "NDims", path), "dimensions", path)
     if count not in (3, 4):
         raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
-    sizes = numbers(_need(keys, path, "DimSize"), int, count, "sizes", path)
+    sizes = numbers(_need(keys, "DimSize", path), int, count, "sizes", path)
     channel_axis = 3 if count == 4 else None
     components = whole(keys.get("ElementNumberOfChannels", "1"), "channels", path)
     if components != 1:
@@ -48,18 +49,20 @@ def read_metaimage_header(path: Path) -> Header:
         sizes, channel_axis = [components, *sizes[:3]], 0
     notes: list[str] = []
     affine = _place(keys, count, path, notes)
-    named = _need(keys, path, "ElementType")
+    named = _need(keys, "ElementType", path)
     if named not in _DTYPES:
         raise VolumeError(
             path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
         )
     dtype: np.dtype[np.generic] = np.dtype(_DTYPES[named])
-    if not _true(keys, "BinaryData", default=False):
+    if not _true(keys, "BinaryData", default=True):
         raise VolumeError(path, "its voxels are text", "Save it with binary voxels")
-    big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB", default=False)
+    if keys.get("ElementToIntensityFunctionSlope", "1") not in ("1", "1.0"):
+        notes.append("a factor of its grey values is ignored, as ITK does")
+    big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
     named = keys["ElementDataFile"]
     local = named.upper() == "LOCAL"
-    packed = _true(keys, "CompressedData", default=False)
+    packed = _true(keys, "CompressedData")
     skip = 0 if local else whole(keys.get("HeaderSize", "0"), "bytes to skip", path)
     if skip < -1 or (packed and skip):
         raise VolumeError(path, "bytes before its voxels are to be skipped", REWRITE)
@@ -69,7 +72,7 @@ def read_metaimage_header(path: Path) -> Header:
         channel_axis,
         affine,
         dtype,
-        data_path=path if local else voxel_file(path, named or "LIST"),
+        data_path=path if local else voxel_file(path, named),
         offset=end if local else skip,
         swapped=not np.dtype((">" if big else "<") + _DTYPES[keys["ElementType"]]).isnative,
         packed="zlib" if packed else None,
@@ -86,29 +89,28 @@ def _parse(path: Path) -> tuple[dict[str, str], int]:
         end = block.find(b"\n", at)
         line = block[at : end if end >= 0 else len(block)].rstrip(b"\r").decode("utf-8", "replace")
         at = end + 1 if end >= 0 else len(block)
-        key, sign, value = line.partition("=")
-        if not sign:
-            if not line.strip():
-                continue
+        if not line.strip() or line.startswith("#"):
+            continue
+        match = re.fullmatch(r"([^=:]*)[=:](.*)", line)
+        if not match:
             # The magic of this format is its first key.
             reason = f"its header holds {line[:60]!r}, which is no key" if keys else "not a MetaImage file"
             raise VolumeError(path, reason, REWRITE if keys else "Check what the file is")
-        keys[key.strip()] = value.strip()
-        if key.strip() == "ElementDataFile":
+        keys[match[1].strip()] = match[2].strip()
+        if match[1].strip() == "ElementDataFile":
             return keys, at
     if not keys:
         raise VolumeError(path, "not a MetaImage file", "Check what the file is")
-    raise truncated(path)
+    raise unfinished(path, block)
 
 
-def _need(keys: dict[str, str], path: Path, *names: str) -> str:
-    for name in names:
-        if name in keys:
-            return keys[name]
-    raise VolumeError(path, f"its header lacks {names[0]}", REWRITE)
+def _need(keys: dict[str, str], name: str, path: Path) -> str:
+    if name not in keys:
+        raise VolumeError(path, f"its header lacks {name}", REWRITE)
+    return keys[name]
 
 
-def _true(keys: dict[str, str], *names: str, default: bool) -> bool:
+def _true(keys: dict[str, str], *names: str, default: bool = False) -> bool:
     values = [keys[name] for name in names if name in keys]
     return values[0][:1].lower() in ("t", "1", "y") if values else default
 
@@ -121,7 +123,7 @@ def _place(keys: dict[str, str], count: int, path: Path, notes: list[str]) -> np
         return np.array(numbers(given[0], float, count, names[0], path))[:3]
 
     spacing = three(("ElementSpacing", "ElementSize"), " ".join("1" * count))
-    origin = three(("Offset", "Position", "Origin"), " ".join("0" * count))
+    origin = three(("Origin", "Offset", "Position"), " ".join("0" * count))
     given = [keys[name] for name in ("TransformMatrix", "Rotation", "Orientation") if name in keys]
     directions = np.eye(count)
     if given:

@@ -1,8 +1,7 @@
 """Headers of NRRD files (`.nrrd`, `.nhdr`), which 3D Slicer writes, its segmentations (`.seg.nrrd`) included.
 
 Fields and their meaning: the format's definition, teem.sourceforge.net/nrrd/format.html. Of what it allows, voxels
-as text or packed by bzip2 and voxels in many files are refused. Libraries that read it do not compare the checksum
-of packed voxels, so that damage would pass as an image; here it does not.
+as text or packed by bzip2 and voxels in many files are refused. What it leaves open is read as ITK does.
 """
 
 import re
@@ -12,9 +11,8 @@ from typing import Literal
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import truncated
 from ossnet.files.header import REWRITE, Header
-from ossnet.files.text_header import checked, numbers, start_of, voxel_file, whole
+from ossnet.files.text_header import checked, numbers, start_of, unfinished, voxel_file, whole
 
 _DTYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
@@ -32,11 +30,11 @@ _DTYPES = {
 }
 
 _SPACES = {
-    **dict.fromkeys(("right-anterior-superior", "ras"), (1.0, 1.0, 1.0)),
-    **dict.fromkeys(("left-anterior-superior", "las"), (-1.0, 1.0, 1.0)),
-    **dict.fromkeys(("left-posterior-superior", "lps"), (-1.0, -1.0, 1.0)),
+    **dict.fromkeys(("rightanteriorsuperior", "ras"), (1.0, 1.0, 1.0)),
+    **dict.fromkeys(("leftanteriorsuperior", "las"), (-1.0, 1.0, 1.0)),
+    **dict.fromkeys(("leftposteriorsuperior", "lps"), (-1.0, -1.0, 1.0)),
 }
-"""Space → signs that bring it to RAS."""
+"""Space, its words together → signs that bring it to RAS. (With time, the fourth axis is none in space.)"""
 
 _UNITS = {"": 1.0, "mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3}
 
@@ -98,10 +96,12 @@ def _parse(path: Path) -> tuple[dict[str, str], dict[str, str], int | None]:
             pairs[match[1]] = match[2]
         elif match := re.fullmatch(r"([^:]+): *(.*)", line):
             fields[match[1].strip().lower().replace(" ", "")] = match[2].strip()
+            if fields.get("datafile", "").startswith("LIST"):
+                break  # names of files follow
         else:
             raise VolumeError(path, f"its header holds {line[:60]!r}, which is no field", REWRITE)
     if "datafile" not in fields:
-        raise truncated(path)
+        raise unfinished(path, block)
     return fields, pairs, None
 
 
@@ -116,15 +116,16 @@ def _place(
 ) -> tuple[np.ndarray, int | None]:
     """Affine (voxel → mm, RAS+), and which axis holds channels."""
     affine = np.eye(4)
+    space = re.sub(r"[-_ ]", "", fields.get("space", "").lower())
+    dimensions = 4 if fields.get("spacedimension") == "4" or space.endswith("time") else 3
     if "spacedirections" in fields:
-        vectors = _vectors(fields["spacedirections"], count, path)
+        vectors = _vectors(fields["spacedirections"], count, dimensions, path)
         inside = [axis for axis, vector in enumerate(vectors) if vector is not None]
         columns = [vector for vector in vectors if vector is not None]
     else:
         inside = [axis for axis, kind in enumerate(kinds) if kind in ("domain", "space", "???", "none")]
         inside = inside[:3]  # four alike: the last is none in space
-        sizes = re.sub(r"\bnan\b", "1", fields.get("spacings", " ".join("1" * count)), flags=re.IGNORECASE)
-        spacings = numbers(sizes, float, count, "spacings", path)
+        spacings = _each(fields, "spacings", 1.0, count, path)
         columns = [spacings[axis] * np.eye(3)[i] for i, axis in enumerate(inside)]
         notes.append(
             "no directions are given; voxel sizes are used, and left and right, front and back are not known"
@@ -133,30 +134,45 @@ def _place(
         raise VolumeError(path, f"{len(inside)} of its axes lie in space, not 3", "Use a file with a 3D scan")
     affine[:3, :3] = np.stack(columns, axis=1)
     if "spaceorigin" in fields:
-        (origin,) = _vectors(fields["spaceorigin"], 1, path)
+        (origin,) = _vectors(fields["spaceorigin"], 1, dimensions, path)
         if origin is not None:
             affine[:3, 3] = origin
-    space = fields.get("space", "").lower()
-    if "spacedirections" in fields and space not in _SPACES:
+    elif "axismins" in fields and "spacedirections" not in fields:
+        # Where voxels begin: at their borders, or at their centres.
+        centred = "node" in fields.get("centerings", fields.get("centers", "")).lower()
+        mins = _each(fields, "axismins", 0.0, count, path)
+        affine[:3, 3] = [mins[axis] + (0 if centred else spacings[axis] / 2) for axis in inside]
+    if "spacedirections" in fields and space.removesuffix("time") not in _SPACES:
         notes.append(
-            f"the space {space!r} does not say left from right; left-posterior-superior is assumed, as ITK does"
+            f"the space {fields.get('space', '')!r} does not say left from right; left-posterior-superior is "
+            "assumed, as ITK does"
         )
-    signs = _SPACES.get(space, _SPACES["lps"])
+    signs = _SPACES.get(space.removesuffix("time"), _SPACES["lps"])
     affine = np.diag([*signs, 1.0]) @ affine * _unit(fields, notes)
     affine[3] = (0, 0, 0, 1)
     others = [axis for axis in range(count) if axis not in inside]
     return affine, others[0] if others else None
 
 
-def _vectors(text: str, count: int, path: Path) -> list[np.ndarray | None]:
-    """Vectors in brackets, one an axis; None for axes that are none in space."""
+def _each(fields: dict[str, str], name: str, otherwise: float, count: int, path: Path) -> list[float]:
+    """A number an axis; `otherwise` where it is not known."""
+    given = fields.get(name, " ".join(["nan"] * count))
+    return [otherwise if n != n else n for n in numbers(given, float, count, name, path)]
+
+
+def _vectors(text: str, count: int, dimensions: int, path: Path) -> list[np.ndarray | None]:
+    """Vectors in brackets, one an axis; None for axes that are none in space, as the last of four dimensions."""
     found: list[np.ndarray | None] = []
-    for match in re.finditer(r"none|\(([^)]*)\)", text):
+    for match in re.finditer(r"none|\(([^()]*)\)", text):
         if match[1] is None:
             found.append(None)
             continue
-        vector = np.array(numbers(match[1].replace(",", " "), float, 3, "coordinates of a vector", path))
-        found.append(None if np.isnan(vector).all() else vector)
+        what = "coordinates of a vector"
+        vector = np.array(numbers(match[1].replace(",", " "), float, dimensions, what, path))
+        if count > 1 and dimensions == 4 and vector[3] and vector[:3].any():
+            raise VolumeError(path, "its fourth axis lies in space", "Use a file with a 3D scan")
+        outside = count > 1 and dimensions == 4 and not vector[:3].any()
+        found.append(None if outside or np.isnan(vector).all() else vector[:3])
     if len(found) != count:
         raise VolumeError(path, f"{count} vectors are needed, not {text[:80]!r}", REWRITE)
     return found
@@ -164,14 +180,15 @@ def _vectors(text: str, count: int, path: Path) -> list[np.ndarray | None]:
 
 def _unit(fields: dict[str, str], notes: list[str]) -> float:
     """Unit of length → mm."""
-    named = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', fields.get("spaceunits", ""))}
+    given = fields.get("spaceunits", "" if "spacedirections" in fields else fields.get("units", ""))
+    named = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', given)[:3]}
     named = {"um" if "micro" in unit else unit for unit in named} or {""}
     if len(named) > 1 or not named <= set(_UNITS):
-        notes.append(f"unknown units of length ({fields['spaceunits']}); millimetres are assumed")
+        notes.append(f"unknown units of length ({given}); millimetres are assumed")
         return 1.0
     factor = _UNITS[named.pop()]
     if factor != 1:
-        notes.append(f"lengths are in {fields['spaceunits'].split()[0]} and are converted to mm")
+        notes.append(f"lengths are in {given.split()[0]} and are converted to mm")
     return factor
 
 
@@ -201,7 +218,7 @@ def _voxels(
             path, f"its voxels are encoded as {encoding[:40]!r}", "Save it with the encoding raw or gzip"
         )
     packed: Literal["gzip"] | None = None if encoding == "raw" else "gzip"
-    data_path = path if end is not None else voxel_file(path, fields["datafile"] or "LIST")
+    data_path = path if end is not None else voxel_file(path, fields["datafile"])
     offset = end or 0
     skip = whole(fields.get("byteskip", "0"), "bytes to skip", path)
     lines = whole(fields.get("lineskip", "0"), "lines to skip", path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import METAIMAGE, NRRD
+from ossnet.files.containers import METAIMAGE, NRRD, is_slicer_segmentation
 from ossnet.files.dicom import Stack, is_dicom, marked_in, read_series, read_stack
 from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.memory import check_memory
@@ -147,7 +147,10 @@ def read_labels(path: Path | str) -> LabelMap:
     """
     header = read_header(path)
     if header.channels != 1:
-        raise VolumeError(header.path, f"holds {header.channels} volumes, one is needed", "Split the file")
+        fix = "Split the file"
+        if is_slicer_segmentation(header.path):
+            fix = "Its segments overlap: export them to a label map in 3D Slicer"
+        raise VolumeError(header.path, f"holds {header.channels} volumes, one is needed", fix)
     raw, before = read_voxels(header)
     return LabelMap(
         data=integral(raw[0], header),

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import opened, read_up_to
+from ossnet.files.containers import opened, read_up_to, truncated
 from ossnet.files.header import REWRITE, Header, check_size, sound, times
 from ossnet.volume import FileHeader
 
@@ -19,9 +19,16 @@ _MOST = 1 << 20
 
 
 def start_of(path: Path) -> bytes:
-    """The beginning of a file, its header for sure."""
+    """The beginning of a file, in which its header must end."""
     with opened(path, gz=False) as stream:
         return read_up_to(stream, _MOST)
+
+
+def unfinished(path: Path, block: bytes) -> VolumeError:
+    """The error for a header that does not end in what `start_of` read."""
+    if len(block) < _MOST:
+        return truncated(path)
+    return VolumeError(path, f"its header does not end within {_MOST:,} bytes", REWRITE)
 
 
 def numbers(text: str, kind: Callable[[str], _T], count: int | None, what: str, path: Path) -> list[_T]:
@@ -42,14 +49,17 @@ def whole(text: str, what: str, path: Path) -> int:
 
 def voxel_file(path: Path, named: str) -> Path:
     """The file beside a header that holds the voxels."""
-    if named.split()[0].upper() == "LIST" or re.search(r"%\d*d", named):
+    data_path = path.parent / named
+    try:
+        if data_path.is_file():
+            return data_path
+    except OSError:
+        pass  # a name that is too long, or may not be looked for
+    if named.split()[:1] in ([], ["LIST"]) or re.search(r"%\d*d", named):
         raise VolumeError(
             path, "its voxels lie in several files", "Save it as one file with the program that wrote it"
         )
-    data_path = path.parent / named
-    if not data_path.is_file():
-        raise VolumeError(data_path, "there is no such file", f"{path.name} keeps its voxels in it")
-    return data_path
+    raise VolumeError(path, f"its voxels are in {named[:80]!r}, and there is no such file", "Copy it as well")
 
 
 def checked(
@@ -80,6 +90,8 @@ def checked(
     """
     if min(sizes) < 1:
         raise VolumeError(path, f"an axis has no voxels: the header claims {times(list(sizes))}", REWRITE)
+    if max(sizes) > 1 << 40:
+        raise VolumeError(path, f"an axis has {max(sizes):.3g} voxels", REWRITE)
     x, y, z = (n for axis, n in enumerate(sizes) if axis != channel_axis)
     header = Header(
         path=path,
@@ -94,6 +106,7 @@ def checked(
         swapped=swapped,
         channel_axis=3 if channel_axis is None else channel_axis,
         packed=packed,
+        named=False,
         names=names or {},
         warnings=tuple(notes),
     )

@@ -32,7 +32,7 @@ def read_voxels(header: Header) -> tuple[Num[np.ndarray, "C X Y Z"], bytes]:
     # From numpy, so that the array may be written to, as torch wants it.
     flat = np.empty(header.voxels, dtype=header.dtype)
     view = flat.data.cast("B")
-    with opened(header.data_path, gz=False if header.packed else None) as stream:
+    with opened(header.data_path, gz=None if header.named else False) as stream:
         before = _skip(stream, header)
         values = unpacked(stream, header.packed)
         done = 0

@@ -11,7 +11,7 @@ from ossnet.field.binding import precision_of
 from ossnet.field.model import Model
 from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
-from ossnet.files.containers import FILE_ENDINGS, scan_name, stem
+from ossnet.files.containers import FILE_ENDINGS, is_slicer_segmentation, scan_name, stem
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
@@ -124,6 +124,8 @@ def plan_jobs(
         for path in images:
             if path.is_dir():
                 scans += [(case.name, case.images) for case in images_in(path, most_channels)]
+            elif is_slicer_segmentation(path):
+                raise DatasetError(path, "a segmentation of 3D Slicer, not a scan", "Leave it out")
             elif path.exists():
                 scans.append((scan_name(path), (path,)))
             else:
