@@ -453,6 +453,7 @@ def nrrd(path: Path, values: tuple[int, ...], names: dict[int, str] | None = Non
         ("a.nrrd", "a_seg.nrrd", "suffix"),
         ("a.nrrd", "a_seg.seg.nrrd", "suffix"),
         ("a/volume.nrrd", "a/Segmentation.seg.nrrd", "case-folders"),
+        ("a/MRHead.nrrd", "a/Segmentation.seg.nrrd", "slicer"),
         ("images/a.nrrd", "labels/a.seg.nrrd", "folders"),
         ("imagesTr/a_0000.nrrd", "labelsTr/a.nrrd", "nnunet"),
     ],
@@ -533,6 +534,18 @@ def test_copies_in_other_formats_do_not_count(tmp_path: Path) -> None:
             "a_seg.nii.gz" if folder == "suffix" else "a.nii.gz",
         ]
         assert [len(case.images) for case in images_in(tmp_path / folder)] == [1]
+
+
+def test_scenes_of_slicer(tmp_path: Path) -> None:
+    for case in ("p1", "p2"):
+        nrrd(tmp_path / case / "2 T1 MPRAGE.nrrd", (3, 5))
+        nrrd(tmp_path / case / "Segmentation.seg.nrrd", (0, 1))
+    data = open_dataset(tmp_path)
+    assert (data.layout, data.names, data.problems) == ("slicer", ("p1", "p2"), ())
+    assert [case.name for case in images_in(tmp_path)] == ["p1", "p2"]
+    nrrd(tmp_path / "p1" / "T2.nrrd", (3, 5))
+    (problem,) = open_dataset(tmp_path).problems
+    assert "second image" in problem.reason
 
 
 def test_segmentations_of_slicer_are_no_scans(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def command(
     - `folders`: images/CASE.nii.gz, labels/CASE.nii.gz
     - `case-folders`: CASE/image.nii.gz, CASE/label.nii.gz
     - `suffix`: CASE.nii.gz, CASE_seg.nii.gz (or _label, _mask, or CASE.seg.nrrd)
+    - `slicer`: CASE/SCAN.nrrd, CASE/Segmentation.seg.nrrd
     """
     from ossnet.data.fingerprint import fingerprint
     from ossnet.data.layouts import open_dataset

@@ -287,6 +287,12 @@ LAYOUTS = (
             rf"(?:.*/)?(?P<case>(?![^/]+_{LABEL_WORDS}\.)[^/]+?){_SLICER}",
         ),
     ),
+    Layout(
+        name="slicer",
+        example="CASE/SCAN.nrrd, CASE/Segmentation.seg.nrrd",
+        images=(rf"[^/]+/(?:.*/)?(?P<case>[^/]+)/[^/]+{IMAGE}",),
+        label=(rf"[^/]+/(?:.*/)?(?P<case>[^/]+)/[^/]+{_SLICER}",),
+    ),
 )
 """Known layouts. Of those that explain equally many cases, the first is taken."""
 
