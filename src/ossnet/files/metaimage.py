@@ -12,7 +12,16 @@ import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.header import REWRITE, Header
-from ossnet.files.text_header import checked, numbers, start_of, unfinished, voxel_file, whole
+from ossnet.files.text_header import (
+    axes,
+    checked,
+    numbers,
+    start_of,
+    unfinished,
+    voxel_file,
+    voxel_type,
+    whole,
+)
 
 _DTYPES = {
     "MET_CHAR": "i1",
@@ -37,9 +46,7 @@ def read_metaimage_header(path: Path) -> Header:
         VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
     """
     keys, end = _parse(path)
-    count = whole(_need(keys, "NDims", path), "dimensions", path)
-    if count not in (3, 4):
-        raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
+    count = axes(_need(keys, "NDims", path), path)
     sizes = numbers(_need(keys, "DimSize", path), int, count, "sizes", path)
     channel_axis = 3 if count == 4 else None
     components = whole(keys.get("ElementNumberOfChannels", "1"), "channels", path)
@@ -49,17 +56,12 @@ def read_metaimage_header(path: Path) -> Header:
         sizes, channel_axis = [components, *sizes[:3]], 0
     notes: list[str] = []
     affine = _place(keys, count, path, notes)
-    named = _need(keys, "ElementType", path)
-    if named not in _DTYPES:
-        raise VolumeError(
-            path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
-        )
-    dtype: np.dtype[np.generic] = np.dtype(_DTYPES[named])
+    big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
+    dtype, swapped = voxel_type(_need(keys, "ElementType", path), _DTYPES, big, path)
     if not _true(keys, "BinaryData", default=True):
         raise VolumeError(path, "its voxels are text", "Save it with binary voxels")
     if keys.get("ElementToIntensityFunctionSlope", "1") not in ("1", "1.0"):
         notes.append("a factor of its grey values is ignored, as ITK does")
-    big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
     named = keys["ElementDataFile"]
     local = named.upper() == "LOCAL"
     packed = _true(keys, "CompressedData")
@@ -74,7 +76,7 @@ def read_metaimage_header(path: Path) -> Header:
         dtype,
         data_path=path if local else voxel_file(path, named),
         offset=end if local else skip,
-        swapped=not np.dtype((">" if big else "<") + _DTYPES[keys["ElementType"]]).isnative,
+        swapped=swapped,
         packed="zlib" if packed else None,
         notes=notes,
     )

@@ -12,7 +12,16 @@ import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.header import REWRITE, Header
-from ossnet.files.text_header import checked, numbers, start_of, unfinished, voxel_file, whole
+from ossnet.files.text_header import (
+    axes,
+    checked,
+    numbers,
+    start_of,
+    unfinished,
+    voxel_file,
+    voxel_type,
+    whole,
+)
 
 _DTYPES = {
     **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
@@ -46,9 +55,7 @@ def read_nrrd_header(path: Path) -> Header:
         VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
     """
     fields, pairs, end = _parse(path)
-    count = whole(_need(fields, "dimension", path), "dimensions", path)
-    if count not in (3, 4):
-        raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
+    count = axes(_need(fields, "dimension", path), path)
     sizes = numbers(_need(fields, "sizes", path), int, count, "sizes", path)
     kinds = fields.get("kinds", "").lower().split()
     kinds += ["domain"] * (count - len(kinds))
@@ -195,17 +202,10 @@ def _unit(fields: dict[str, str], notes: list[str]) -> float:
 def _type(fields: dict[str, str], path: Path) -> tuple[np.dtype[np.generic], bool]:
     """Voxel type in native byte order, and whether the file has the other one."""
     named = _need(fields, "type", path).lower()
-    if named not in _DTYPES:
-        raise VolumeError(
-            path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
-        )
-    dtype: np.dtype[np.generic] = np.dtype(_DTYPES[named])
-    if dtype.itemsize == 1:
-        return dtype, False
-    order = _need(fields, "endian", path).lower()
+    order = "little" if _DTYPES.get(named, "")[1:] == "1" else _need(fields, "endian", path).lower()
     if order not in ("little", "big"):
         raise VolumeError(path, f"the order of its bytes is {order[:40]!r}", REWRITE)
-    return dtype, not np.dtype(("<" if order == "little" else ">") + _DTYPES[named]).isnative
+    return voxel_type(named, _DTYPES, order == "big", path)
 
 
 def _voxels(

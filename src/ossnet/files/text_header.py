@@ -1,7 +1,7 @@
 """What NRRD and MetaImage have in common: a header of text, then the voxels, in the same file or beside it."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -45,6 +45,31 @@ def numbers(text: str, kind: Callable[[str], _T], count: int | None, what: str, 
 def whole(text: str, what: str, path: Path) -> int:
     """The one whole number in a line."""
     return numbers(text, int, 1, what, path)[0]
+
+
+def axes(text: str, path: Path) -> int:
+    """How many axes are stored."""
+    count = whole(text, "dimensions", path)
+    if count not in (3, 4):
+        raise VolumeError(path, f"it has {count} axes, a scan has 3, or 4 with channels", "Use another file")
+    return count
+
+
+def voxel_type(
+    named: str, types: Mapping[str, str], big: bool, path: Path
+) -> tuple[np.dtype[np.generic], bool]:
+    """Voxel type in native byte order, and whether the file has the other one.
+
+    Args:
+        types: Name → numpy's.
+        big: The first byte of a value is its most significant.
+    """
+    if named not in types:
+        raise VolumeError(
+            path, f"its voxels are of the type {named[:40]!r}", "Save it with integer or float voxels"
+        )
+    stored: np.dtype[np.generic] = np.dtype((">" if big else "<") + types[named])
+    return np.dtype(types[named]), not stored.isnative
 
 
 def voxel_file(path: Path, named: str) -> Path:
