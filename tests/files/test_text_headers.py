@@ -309,41 +309,17 @@ def test_voxels_beside_the_header(tmp_path: Path) -> None:
     [
         ("a.nrrd", nrrd()),
         ("a.nrrd", nrrd(gzip.compress(BYTES, mtime=0), encoding="gzip")),
-        (
-            "a.nrrd",
-            nrrd(
-                space="right anterior superior",
-                space_directions="(0,.5,0) (-1,0,0) (0,0,2)",
-                space_origin="(-10,-20,30)",
-            ),
-        ),
-        (
-            "a.nrrd",
-            nrrd(
-                space="left-posterior-superior-time",
-                dimension="4",
-                sizes="5 6 7 1",
-                kinds=None,
-                space_directions="(0,-0.5,0,0) (1,0,0,0) (0,0,2,0) (0,0,0,30)",
-                space_origin="(10,20,30,0)",
-            ),
-        ),
         ("a.mha", meta()),
-        ("a.mha", meta(BinaryData=None, ObjectType=None, BinaryDataByteOrderMSB=None, CompressedData=None)),
-        ("a.mha", b"# a comment\n" + meta().replace(b"NDims = 3", b"NDims : 3")),
-        ("a.mha", meta(Position="1 2 3")),
-        ("a.mha", meta(Offset="1 2 3", Origin="10 20 30")),
-        ("a.mha", meta(gzip.compress(BYTES), CompressedData="True")),
         ("a.mha", meta(zlib.compress(BYTES), CompressedData="True")),
     ],
 )
 def test_damage(tmp_path: Path, name: str, whole: bytes) -> None:
-    for length in range(0, len(whole), 3):
+    for length in range(0, len(whole), 7):
         with pytest.raises(VolumeError):
             read_volume(written(tmp_path / name, whole[:length]))
     voxels = whole.rindex(b"\n\n") + 2 if name.endswith("nrrd") else whole.index(b"LOCAL\n") + 6
     packed = len(whole) - voxels != len(BYTES)
-    for at in range(0, len(whole), 2):
+    for at in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
         with warnings.catch_warnings(), suppress(VolumeError, ResourceError):
