@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.files.nrrd_writer import write_nrrd
 from typer.testing import CliRunner
 
 from ossnet.cli.main import app
@@ -127,6 +128,14 @@ def test_suffixes_that_tell_cases_apart_stay(tmp_path: Path) -> None:
         labels(0, 1).save(tmp_path / "found" / f"{case}.nii.gz")
     found = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)
     assert {row["case"] for row in found["cases"]} == {"a_label", "a_mask", "b_seg"}
+
+
+def test_copies_in_other_formats_are_left_out(tmp_path: Path) -> None:
+    for folder in ("labels", "found"):
+        labels(0, 1).save(tmp_path / folder / "a.nii.gz")
+        write_nrrd(tmp_path / folder / "a.seg.nrrd", labels(0, 1, size=9).data.astype(np.uint8), np.eye(4))
+    (row,) = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)["cases"]
+    assert (row["case"], row["dice"]) == ("a", 1.0)
 
 
 def test_one_prediction_is_found_in_a_data_set(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ossnet.data.descriptions import Description, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
-from ossnet.files.containers import is_slicer_segmentation, nifti_first, stem
+from ossnet.files.containers import is_slicer_segmentation, stem, without_copies
 from ossnet.files.dicom import dicom_folders, holds_scan
 from ossnet.files.reading import Nonfinite, origin_of, read_header, read_image, read_labels
 from ossnet.volume import MARK
@@ -184,10 +184,7 @@ def _below(files: Files) -> list[Path]:
 
 def _plain(files: Sequence[Path], channels: int | None) -> dict[str, dict[int, list[Path]]]:
     """Images as cases, by their names; four digits at the end number channels or cases."""
-    named: dict[Path, list[Path]] = {}
-    for file in files:
-        named.setdefault(file.with_name(stem(file)), []).append(file)
-    files = [file for paths in named.values() for file in nifti_first(paths)]
+    files = without_copies(files)
     images: dict[str, dict[int, list[Path]]] = {}
     for file in files:
         match = re.fullmatch(r"(.+)_(\d{4})", stem(file))

@@ -14,7 +14,7 @@ from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text
-from ossnet.files.containers import is_image, stem
+from ossnet.files.containers import is_image, stem, without_copies
 from ossnet.files.reading import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_names, same_place
 
@@ -379,7 +379,7 @@ def _predictions(given: Path, cases: Iterable[str]) -> dict[str, Path]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_file() and is_image(f) and not f.name.startswith("."))
+    return without_copies(sorted(f for f in folder.iterdir() if f.is_file() and is_image(f)))
 
 
 def _listed(names: Sequence[str], most: int = 5) -> str:

@@ -3,7 +3,7 @@
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase, BufferedReader, RawIOBase
 from pathlib import Path
@@ -39,6 +39,14 @@ def is_slicer_segmentation(path: Path) -> bool:
 def nifti_first(paths: list[Path]) -> list[Path]:
     """Of files for one thing those that are NIfTI, if some are: people keep what they converted."""
     return [path for path in paths if path.name.lower().endswith(NIFTI)] or paths
+
+
+def without_copies(files: Iterable[Path]) -> list[Path]:
+    """Files, without those that lie beside a NIfTI file of the same name."""
+    named: dict[Path, list[Path]] = {}
+    for file in files:
+        named.setdefault(file.with_name(stem(file)), []).append(file)
+    return [file for paths in named.values() for file in nifti_first(paths)]
 
 
 def stem(path: Path | str) -> str:
