@@ -133,7 +133,7 @@ def test_suffixes_that_tell_cases_apart_stay(tmp_path: Path) -> None:
 def test_copies_in_other_formats_are_left_out(tmp_path: Path) -> None:
     for folder in ("labels", "found"):
         labels(0, 1).save(tmp_path / folder / "a.nii.gz")
-        write_nrrd(tmp_path / folder / "a.seg.nrrd", labels(0, 1, size=9).data.astype(np.uint8), np.eye(4))
+        write_nrrd(tmp_path / folder / "a.nrrd", labels(0, 1, size=9).data.astype(np.uint8), np.eye(4))
     (row,) = json.loads(evaluate(tmp_path / "found", tmp_path / "labels", "--json").out)["cases"]
     assert (row["case"], row["dice"]) == ("a", 1.0)
 
