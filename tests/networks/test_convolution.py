@@ -5,9 +5,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from ossnet.networks.convolution import convolve
+from ossnet.networks.convolution import (
+    Conv2d,
+    Conv3d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    convolve,
+    sure,
+)
 from ossnet.networks.machine import exact_float32
+from ossnet.networks.unet import UNet, UNetSpec
 
 Triple = tuple[int, int, int]
 SIZES = st.tuples(*[st.integers(4, 9)] * 3)
@@ -63,3 +72,63 @@ def test_exact_float32_leaves_other_choices_alone(monkeypatch: pytest.MonkeyPatc
         assert torch.backends.cudnn.enabled
         assert not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize("kind", [Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d])
+@pytest.mark.parametrize(
+    ("last", "kernel", "stride", "small"),
+    [(2, 3, 1, True), (3, 3, 1, False), (3, 3, 2, False), (2, 3, 2, True), (4, 2, 2, False), (4, 5, 1, True)],
+)
+def test_small_maps_are_convolved_in_float32_on_a_cpu(
+    kind: type[nn.Module], last: int, kernel: int, stride: int, small: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = kind(8, 16, kernel, stride, (kernel - 1) // 2)
+    x = torch.randn(1, 8, *(9, 8, last)[-2 if kind in (Conv2d, ConvTranspose2d) else -3 :])
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    # Rounded once, at the end.
+    assert torch.equal(found, exact.to(torch.bfloat16)) == small
+
+
+def test_thin_maps_have_right_values_and_gradients_in_half_precision() -> None:
+    """oneDNN's come from memory that nothing was written to, on many processors."""
+    for extents, kernel, stride in [
+        ((20, 18, 2), 3, 2),
+        ((2, 12, 9), 3, 1),
+        ((9, 10, 3), 2, 2),
+        ((6, 6, 2), 4, 2),
+        ((3, 8, 8), 5, 1),
+    ]:
+        x, weight = (
+            torch.randn(1, 16, *extents),
+            torch.randn(24, 16, kernel, kernel, kernel) / kernel**1.5 / 4,
+        )
+        padding, steps = ((kernel - 1) // 2,) * 3, (stride,) * 3
+        wanted = F.conv3d(x, weight.requires_grad_(), None, steps, padding)
+        gradient = torch.randn_like(wanted)
+        (of_weight,) = torch.autograd.grad(wanted, weight, gradient)
+        junk = [torch.full((n,), float("nan")) for n in (1 << 10, 1 << 12, 1 << 14, 1 << 16)]
+        del junk
+        with torch.autocast("cpu", torch.bfloat16):
+            found = convolve(x, weight, None, steps, padding)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), wanted, atol=0.05, rtol=0.05)
+        (half,) = torch.autograd.grad(found, weight, gradient.to(found.dtype))
+        torch.testing.assert_close(half, of_weight, atol=0.05 * float(of_weight.abs().max()), rtol=0.05)
+
+
+def test_networks_that_others_built_become_sure() -> None:
+    built = sure(nn.Sequential(nn.Conv3d(1, 2, 3), nn.Sequential(nn.ConvTranspose2d(1, 2, 2), nn.ReLU())))
+    assert [type(m) for m in built.modules()] == [
+        nn.Sequential,
+        Conv3d,
+        nn.Sequential,
+        ConvTranspose2d,
+        nn.ReLU,
+    ]
+    for variant in ("unet3d", "unet2d", "monai-unet"):
+        kinds = {type(m) for m in UNet(UNetSpec(variant=variant, channels=1)).modules()}
+        assert not kinds & {nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d}

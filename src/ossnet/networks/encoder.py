@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ossnet.networks.convolution import Conv3d
 from ossnet.networks.normalisation import BatchNorm3d
 from ossnet.networks.pade import Pade
 from ossnet.networks.variants import NetworkSpec
@@ -34,18 +35,16 @@ class ResidualBlock3d(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.main_mapping = nn.Sequential(
-            nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False),
+            Conv3d(channels_in, channels_out, 3, padding=1, bias=False),
             BatchNorm3d(channels_out),
             Pade(),
             nn.AvgPool3d(2),
             nn.Dropout(p=0.0),  # never drops (SPEC §7.31); holds its place in the state dict's numbering
-            nn.Conv3d(channels_out, channels_out, 3, padding=1, bias=False),
+            Conv3d(channels_out, channels_out, 3, padding=1, bias=False),
             BatchNorm3d(channels_out),
         )
         self.residual_mapping = (
-            nn.Identity()
-            if channels_in == channels_out
-            else nn.Conv3d(channels_in, channels_out, 1, bias=False)
+            nn.Identity() if channels_in == channels_out else Conv3d(channels_in, channels_out, 1, bias=False)
         )
         self.final_activation = Pade()
 
@@ -66,7 +65,7 @@ class OutputMapping(nn.Sequential):
     def __init__(self, channels: int, grid: tuple[int, int, int]) -> None:
         super().__init__(
             nn.AdaptiveMaxPool3d(grid),
-            nn.Conv3d(channels, channels // 2, 5, padding=2, bias=False),
+            Conv3d(channels, channels // 2, 5, padding=2, bias=False),
             BatchNorm3d(channels // 2),
             Pade(),
         )
@@ -85,11 +84,11 @@ class Encoder(nn.Module):
         )
         features = sum(c // 2 for c in spec.blocks) if spec.skip else spec.blocks[-1]
         self.final_mapping = nn.Sequential(
-            nn.Conv3d(features, spec.latent_rows, 5, padding=2), BatchNorm3d(spec.latent_rows), Pade()
+            Conv3d(features, spec.latent_rows, 5, padding=2), BatchNorm3d(spec.latent_rows), Pade()
         )
         # A sequence of one: the released head has a (parameterless) sigmoid behind the convolution.
         self.segmentation_mapping = (
-            nn.Sequential(nn.Conv3d(spec.blocks[-1], spec.head_channels, 5, padding=2, bias=False))
+            nn.Sequential(Conv3d(spec.blocks[-1], spec.head_channels, 5, padding=2, bias=False))
             if spec.head
             else None
         )

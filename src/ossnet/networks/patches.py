@@ -6,6 +6,7 @@ Letters: B volumes, N locations, C patch channels.
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ossnet.networks.convolution import Conv3d
 from ossnet.networks.pade import Pade
 from ossnet.networks.variants import PATCH_SIZE
 
@@ -19,10 +20,10 @@ class PatchEncoder(nn.Module):
         super().__init__()
         hidden = max(channels // 2, 1)
         self.mapping = nn.Sequential(
-            nn.Conv3d(channels, hidden, PATCH_SIZE, padding=PATCH_SIZE // 2),
+            Conv3d(channels, hidden, PATCH_SIZE, padding=PATCH_SIZE // 2),
             Pade(),
             nn.Dropout(p=0.0),  # never drops (SPEC §7.31); holds its place in the state dict's numbering
-            nn.Conv3d(hidden, 1, PATCH_SIZE, padding=PATCH_SIZE // 2),
+            Conv3d(hidden, 1, PATCH_SIZE, padding=PATCH_SIZE // 2),
             Pade(),
         )
 

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ossnet.errors import SettingsError
+from ossnet.networks.convolution import sure
 
 Kind = Literal["unet3d", "unet2d", "monai-unet"]
 
@@ -129,7 +130,7 @@ class UNet(nn.Module):
         """Axes of the scan along which it is mirrored, and the answer back (`networks.mirrored`)."""
         f, d = spec.filters, spec.dimensions
         if spec.variant == "monai-unet":
-            self.whole = whole(d, spec.channels, spec.classes, f, spec.strides, num_res_units=2)
+            self.whole = sure(whole(d, spec.channels, spec.classes, f, spec.strides, num_res_units=2))
             return
         self.encoder = nn.ModuleList(
             unit(d, i, o, strides=stride, norm=_groups(o))
@@ -143,6 +144,7 @@ class UNet(nn.Module):
         )
         self.decoder = nn.ModuleList(unit(d, 2 * high, high, norm=_groups(high)) for _, high, _ in downwards)
         self.head = (nn.Conv2d if d == 2 else nn.Conv3d)(f[0], spec.classes, 1)
+        sure(self)
 
     def forward(self, x: Float[Tensor, "B C *space"]) -> Float[Tensor, "B K *space"]:
         """Logits of every pixel or voxel.
