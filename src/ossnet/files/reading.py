@@ -6,13 +6,14 @@ type of the file where they are not scaled.
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ossnet.errors import VolumeError
-from ossnet.files.containers import METAIMAGE, NRRD, is_slicer_segmentation
+from ossnet.files.containers import METAIMAGE, NRRD, is_slicer_segmentation, locate
 from ossnet.files.dicom import Stack, is_dicom, marked_in, read_series, read_stack
 from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.memory import check_memory
@@ -67,19 +68,21 @@ def look_at(path: Path | str) -> Header | Stack:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The files that a scan is made of: one, a header and its voxels, or slices.
+    """The files that a scan is made of, as far as they say: one, a header and its voxels, or slices.
 
     Raises:
-        VolumeError: Its header cannot be trusted.
+        VolumeError: It is none that can be read, or its voxels are missing.
     """
     if path.is_dir():
         return tuple(marked_in(path))
     if is_dicom(path):
         return (path,)
-    with warnings.catch_warnings():
+    if not path.name.lower().endswith((*NRRD, *METAIMAGE)):
+        return tuple(dict.fromkeys(locate(path)))
+    with warnings.catch_warnings(), suppress(VolumeError):
         warnings.simplefilter("ignore", VolumeWarning)
-        header = read_header(path)
-    return tuple(dict.fromkeys((header.path, header.data_path)))
+        return tuple(dict.fromkeys((path, read_header(path).data_path)))
+    return (path,)
 
 
 def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinite = "refuse") -> Volume:

@@ -2,7 +2,8 @@
 
 Widths are padded with zeros to multiples of 32: products of odd widths run at half the speed. Rows come in
 multiples of 16: products over fewer rows add up in another order, and an answer must not depend on what else
-is asked.
+is asked. (In bfloat16 on processors with AMX it does, by a rounding, whatever the multiple; what is close to a decision
+is asked in float32.)
 
 Letters: N rows (locations), I inputs, F features, K classes, P patch channels.
 """
