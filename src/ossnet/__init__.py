@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ossnet.field.field import Field
     from ossnet.field.model import Model, import_released
     from ossnet.field.octree.refinement import Refinement, refine
+    from ossnet.files.dicom_seg import write_dicom_seg
     from ossnet.files.reading import read_labels
     from ossnet.files.reading import read_volume as read
     from ossnet.volume import LabelMap, Volume
@@ -33,6 +34,7 @@ _WHERE = {
     "read": "ossnet.files.reading:read_volume",
     "read_labels": "ossnet.files.reading:read_labels",
     "refine": "ossnet.field.octree.refinement:refine",
+    "write_dicom_seg": "ossnet.files.dicom_seg:write_dicom_seg",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "read",
     "read_labels",
     "refine",
+    "write_dicom_seg",
 ]
 
 

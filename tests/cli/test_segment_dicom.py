@@ -147,3 +147,44 @@ def test_real_series(tmp_path: Path) -> None:
     volumes = read_labels(out).volumes_ml()
     assert 0.8 < volumes[1] < 3, told
     assert 0.8 < volumes[2] < 3, told
+
+
+def test_dicom_segmentations(study: Path) -> None:
+    pytest.importorskip("highdicom")
+    from tests.files.test_dicom_seg import STUDY
+
+    model, out = study.parent / "model", study.parent / "out"
+    voxels = tiny.scan((14, 12, 10)).data[0].transpose(2, 1, 0)
+    series = write(
+        study.parent / "identified" / "t1",
+        [slice_of(np.ascontiguousarray(s), (0, 0, 2 * k), **STUDY) for k, s in enumerate(voxels)],
+    )
+    given = ["segment", series.parent, "--model", model, "--out", out, "--dicom-seg"]
+    succeeded(*given)
+    assert {f.name for f in out.iterdir()} == {"t1.nii.gz", "t1.dcm", "report.json"}
+    assert "1 of 1 are finished already" in succeeded(*given)
+    (out / "t1.dcm").unlink()
+    assert "already" not in succeeded(*given)
+    assert (out / "t1.dcm").is_file()
+    assert "grid of its series" in refused(study.parent, *given, "--spacing", "2")
+    write_volume(read_volume(series), study.parent / "twin.nii.gz")
+    plain = [
+        "segment",
+        study.parent / "twin.nii.gz",
+        "--model",
+        model,
+        "--out",
+        study.parent / "o",
+        "--dicom-seg",
+    ]
+    assert "no DICOM series" in refused(study.parent, *plain)
+    nobody = [
+        "segment",
+        study / "series" / "t1",
+        "--model",
+        model,
+        "--out",
+        study.parent / "p",
+        "--dicom-seg",
+    ]
+    assert "no segmentation can be made" in refused(study.parent, *nobody)

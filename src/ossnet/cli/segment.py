@@ -35,6 +35,9 @@ def command(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write probabilities (asks everywhere).")
     ] = False,
+    dicom_seg: Annotated[
+        bool, typer.Option("--dicom-seg", help="Also write DICOM segmentations; for DICOM series only.")
+    ] = False,
     largest: Annotated[
         bool, typer.Option("--largest", help="Keep only the largest component of each structure.")
     ] = False,
@@ -82,6 +85,7 @@ def command(
         spacing=None if spacing is None else _spacing(spacing),
         region=((x0, y0, z0), (x1, y1, z1)) if region is not None else None,
         probabilities=probabilities,
+        dicom_seg=dicom_seg,
         largest=largest,
         smallest_ml=smallest_ml,
         device=device,

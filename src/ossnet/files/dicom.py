@@ -92,6 +92,11 @@ def marked_in(folder: Path, most: int | None = None) -> list[Path]:
     return list(islice((file for file in _files_in(folder) if _has_mark(file)), most))
 
 
+def maker_of(file: Path) -> str:
+    """What a DICOM segmentation of ours says of its making."""
+    return str(header_of(file).get("DeviceSerialNumber", ""))
+
+
 def holds_scan(folder: Path) -> bool:
     """Whether some DICOM file in a folder is a slice, or may be one."""
     return any(_may_be_scan(file) for file in marked_in(folder))
@@ -119,7 +124,7 @@ def read_stack(path: Path) -> Stack:
     series: dict[str, list[tuple[Path, Any]]] = {}
     beside: list[tuple[Path, Any]] = []
     for file in _whole_files(path) if path.is_dir() else [path]:
-        header = _header(file)
+        header = header_of(file)
         if _is_scan(header):
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
         elif _is_cut(header):
@@ -147,7 +152,7 @@ def read_stack(path: Path) -> Stack:
     frames = [frame for file, header in found for frame in _frames(file, header)]
     if path.is_file() and len(frames) == 1:
         for other in marked_in(path.parent):
-            if not other.samefile(path) and str(_header(other).get("SeriesInstanceUID", "")) == uid:
+            if not other.samefile(path) and str(header_of(other).get("SeriesInstanceUID", "")) == uid:
                 raise VolumeError(path, "it is one slice of a series", f"Name its folder: {path.parent}")
     return _stacked(path, frames)
 
@@ -240,7 +245,12 @@ def _damage_told(file: Path, what: str) -> Iterator[None]:
         raise VolumeError(file, f"{what} cannot be read ({reason[:200]})", "Export it again") from error
 
 
-def _header(file: Path) -> Any:
+def header_of(file: Path) -> Any:
+    """All but the pixels.
+
+    Raises:
+        VolumeError: The file is damaged.
+    """
     pydicom = _pydicom()
     with _damage_told(file, "its header"):
         return pydicom.dcmread(file, stop_before_pixels=True)
@@ -273,7 +283,7 @@ def _is_cut(header: Any) -> bool:
 def _may_be_scan(file: Path) -> bool:
     """As `_is_scan`; where a file is damaged, or pydicom is not installed, more is said when it is read."""
     try:
-        header = _header(file)
+        header = header_of(file)
         return _is_scan(header) or _is_cut(header)
     except InputError:
         return True

@@ -14,7 +14,7 @@ import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.containers import METAIMAGE, NRRD, is_slicer_segmentation, locate
-from ossnet.files.dicom import Stack, is_dicom, marked_in, read_series, read_stack
+from ossnet.files.dicom import Stack, is_dicom, maker_of, marked_in, read_series, read_stack
 from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.memory import check_memory
 from ossnet.files.metaimage import read_metaimage_header
@@ -167,8 +167,9 @@ def read_labels(path: Path | str) -> LabelMap:
 
 def origin_of(path: Path | str) -> str:
     """What a file says of its making (`LabelMap.origin`); empty where it says nothing, or is no image."""
+    path = Path(path)
     try:
-        return read_header(path).origin
+        return maker_of(path) if is_dicom(path) else read_header(path).origin
     except VolumeError:
         return ""
 

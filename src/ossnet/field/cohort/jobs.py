@@ -12,6 +12,7 @@ from ossnet.field.model import Model
 from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, is_slicer_segmentation, scan_name, stem
+from ossnet.files.dicom import is_dicom
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
@@ -24,6 +25,7 @@ class Options:
     spacing: float | tuple[float, float, float] | None = None
     region: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     probabilities: bool = False
+    dicom_seg: bool = False
     largest: bool = False
     smallest_ml: float = 0.0
     device: str = "auto"
@@ -64,9 +66,15 @@ class Job:
         """Where probabilities go."""
         return self.target.with_name(f"{stem(self.target)}_probabilities.nii.gz")
 
+    @property
+    def dicom_seg(self) -> Path:
+        """Where the DICOM segmentation goes."""
+        return self.target.with_name(f"{stem(self.target)}.dcm")
+
     def results(self, options: Options) -> tuple[Path, ...]:
         """All that is written."""
-        return (self.target, self.probabilities) if options.probabilities else (self.target,)
+        more = ((options.probabilities, self.probabilities), (options.dicom_seg, self.dicom_seg))
+        return (self.target, *(file for wanted, file in more if wanted))
 
 
 class Origins(dict[str, tuple[str, ...]]):
@@ -169,7 +177,7 @@ def _folders(job: Job) -> set[Path]:
 def _require_other_files(jobs: Sequence[Job]) -> None:
     scans = {file.resolve() for job in jobs for file in job.files}
     for job in jobs:
-        for target in (job.target, job.probabilities):
+        for target in (job.target, job.probabilities, job.dicom_seg):
             if target.resolve() in scans:
                 raise SettingsError(
                     "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
@@ -202,6 +210,22 @@ def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]
         )
 
 
+def require_series(jobs: Sequence[Job], options: Options) -> None:
+    """Refuse DICOM segmentations of what is no DICOM series, or on another grid than the series'."""
+    if not options.dicom_seg:
+        return
+    if options.spacing is not None or options.region is not None:
+        raise SettingsError(
+            "--dicom-seg",
+            "a DICOM segmentation lies on the grid of its series",
+            "Leave out --spacing and --region",
+        )
+    if other := next((job for job in jobs if not is_dicom(job.files[0])), None):
+        raise SettingsError(
+            "--dicom-seg", f"{other.files[0]} is no DICOM series", "Leave it out for other scans"
+        )
+
+
 def _first(targets: Sequence[Path]) -> str:
     more = f" (and {len(targets) - 1} more)" if len(targets) > 1 else ""
     return f"{targets[0]} is there{more}"
@@ -219,3 +243,4 @@ def clear(jobs: Sequence[Job]) -> None:
             for job in jobs:
                 clear_unfinished(job.target)
                 clear_unfinished(job.probabilities)
+                clear_unfinished(job.dicom_seg)

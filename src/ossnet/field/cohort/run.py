@@ -9,7 +9,15 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
-from ossnet.field.cohort.jobs import Job, Options, Origins, clear, finished, require_replaceable
+from ossnet.field.cohort.jobs import (
+    Job,
+    Options,
+    Origins,
+    clear,
+    finished,
+    require_replaceable,
+    require_series,
+)
 from ossnet.field.cohort.report import Report, report_file, said_by
 from ossnet.field.cohort.sharing import processes, take_gpu
 from ossnet.field.components import check_smallest, island_bytes, without_islands
@@ -18,8 +26,9 @@ from ossnet.field.forecast import Forecast, forecast
 from ossnet.field.labelling import check_strategy
 from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
-from ossnet.field.model import Model
+from ossnet.field.model import Model, versions
 from ossnet.field.provenance import signed
+from ossnet.files.dicom_seg import write_dicom_seg
 from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import look_at, read_volume
 from ossnet.volume import Volume
@@ -152,6 +161,7 @@ def _begun(model: Model, jobs: Sequence[Job], options: Options) -> tuple[Origins
     own_grid = options.spacing is None and options.region is None
     check_strategy(options.strategy, model.classes, own_grid)
     check_smallest(options.smallest_ml)
+    require_series(jobs, options)
     origins = Origins(jobs, model, options)
     require_replaceable(jobs, origins, options)
     return origins, [job for job in jobs if options.overwrite or not finished(job, options)]
@@ -211,6 +221,9 @@ def _segment(
     def save() -> None:
         if maps is not None:
             maps.save(job.probabilities)
+        if options.dicom_seg:
+            own = replace(labels, origin=made_by)
+            write_dicom_seg(own, job.files[0], job.dicom_seg, version=versions()["ossnet"])
         result = signed(labels, made_by)
         entry["origin"] = result.origin
         result.save(job.target)  # last: its presence means finished

@@ -1,0 +1,117 @@
+"""DICOM segmentations out: the label map of a series as an object beside it, for archives and their viewers.
+
+What such an object holds: DICOM PS3.3, A.51. Each structure is a binary segment; frames without voxels are left out.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt16
+
+from ossnet.errors import InputError, VolumeError
+from ossnet.files.atomic import atomic_write
+from ossnet.files.dicom import Stack, header_of, read_stack
+from ossnet.volume import LabelMap, same_place
+
+
+def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, version: str = "") -> None:
+    """Write a label map as the DICOM segmentation of a series.
+
+    Args:
+        labels: On the grid of the series, in any voxel order. `labels.origin` goes into the device's serial number.
+        series: A folder with the files of one series, or a file with all of its slices.
+        path: The file to be written.
+        version: Of what drew them.
+
+    Raises:
+        InputError: highdicom is not installed.
+        VolumeError: The labels do not lie on the series, hold nothing, or the series lacks what a segmentation must
+            name.
+        ResourceError: The disk is full.
+    """
+    highdicom = _highdicom()
+    series, path = Path(series), Path(path)
+    stack = read_stack(series)
+    turned = labels.in_order_of(stack)
+    if reason := same_place(stack, turned):
+        raise VolumeError(
+            path, f"labels do not lie on {series.name}: {reason}", "Segment the series on its own grid"
+        )
+    names = _names(turned)
+    if not names:
+        raise VolumeError(path, "there is no structure, and a DICOM segmentation needs one", "Use NIfTI")
+    files = list(dict.fromkeys(frame.file for frame in stack.frames))
+    try:
+        made = highdicom.seg.Segmentation(
+            source_images=[header_of(file) for file in files],
+            pixel_array=_frames(turned, stack, list(names)),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=[
+                _segment(highdicom, n, name, version) for n, name in enumerate(names.values(), 1)
+            ],
+            series_instance_uid=highdicom.UID(),
+            series_number=1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="ossnet",
+            manufacturer_model_name="ossnet",
+            software_versions=version or "unknown",
+            device_serial_number=labels.origin[:64] or "unknown",
+            content_label="SEGMENTATION",
+            series_description="Segmentation",
+        )
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VolumeError(series, f"no segmentation can be made for it ({reason})", "Use NIfTI") from error
+    with atomic_write(path) as temporary:
+        made.save_as(temporary)
+
+
+def _highdicom() -> Any:
+    """Imported here because it is optional."""
+    try:
+        import highdicom
+    except ImportError as error:
+        raise InputError(
+            "DICOM segmentations",
+            "they need highdicom, which is not installed",
+            'Run pip install "ossnet[dicom]"',
+        ) from error
+    return highdicom
+
+
+def _names(labels: LabelMap) -> Mapping[int, str]:
+    """Value → name of all structures that there are or might have been."""
+    present = {int(v) for v in np.unique(labels.data)}
+    return {v: labels.names.get(v) or f"label {v}" for v in sorted(present | set(labels.names)) if v}
+
+
+def _frames(labels: LabelMap, stack: Stack, values: list[int]) -> UInt16[np.ndarray, "Z Y X"]:
+    """Numbers of segments (0: none), in the order of the series' files and of the pictures in them."""
+    numbers = np.zeros(max(values) + 1, np.uint16)
+    numbers[values] = np.arange(1, len(values) + 1)
+    slices: np.ndarray = numbers[labels.data].transpose(2, 1, 0)
+    if len({frame.file for frame in stack.frames}) > 1:
+        return np.ascontiguousarray(slices)
+    out = np.empty_like(slices)
+    for place, frame in enumerate(stack.frames):
+        out[frame.index] = slices[place]
+    return out
+
+
+def _segment(highdicom: Any, number: int, name: str, version: str) -> Any:
+    """A segment; what kind of tissue a name means is left open, as 3D Slicer does."""
+    tissue = highdicom.sr.CodedConcept("85756007", "SCT", "Tissue")
+    family = highdicom.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name[:64],
+        segmented_property_category=tissue,
+        segmented_property_type=tissue,
+        algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            "ossnet", family, version or "unknown"
+        ),
+    )
