@@ -26,15 +26,9 @@ STUDY = {
     "StudyInstanceUID": generate_uid(),
     "FrameOfReferenceUID": generate_uid(),
     "PatientID": "1",
-    "PatientName": "A^B",
-    "PatientBirthDate": "",
-    "PatientSex": "",
     "StudyDate": "20200101",
-    "StudyTime": "120000",
-    "StudyID": "1",
-    "AccessionNumber": "",
-    "ReferringPhysicianName": "",
 }
+"""Of a series whose names were removed."""
 
 
 @pytest.fixture(params=["slices", "frames"])

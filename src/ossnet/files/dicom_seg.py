@@ -15,6 +15,19 @@ from ossnet.files.atomic import atomic_write
 from ossnet.files.dicom import Stack, header_of, read_stack
 from ossnet.volume import LabelMap, same_place
 
+_MAY_BE_EMPTY = (
+    "PatientID",
+    "PatientName",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+"""Of the patient and the study (type 2 in PS3.3, C.7)."""
+
 
 def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, version: str = "") -> None:
     """Write a label map as the DICOM segmentation of a series.
@@ -45,7 +58,7 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
     files = list(dict.fromkeys(frame.file for frame in stack.frames))
     try:
         made = highdicom.seg.Segmentation(
-            source_images=[header_of(file) for file in files],
+            source_images=[_source(file) for file in files],
             pixel_array=_frames(turned, stack, list(names)),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[
@@ -67,6 +80,15 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
         raise VolumeError(series, f"no segmentation can be made for it ({reason})", "Use NIfTI") from error
     with atomic_write(path) as temporary:
         made.save_as(temporary)
+
+
+def _source(file: Path) -> Any:
+    """What a slice says of patient and study; what may be empty, and is missing where names were removed, is empty."""
+    header = header_of(file)
+    for name in _MAY_BE_EMPTY:
+        if name not in header:
+            setattr(header, name, "")
+    return header
 
 
 def _highdicom() -> Any:
