@@ -394,24 +394,29 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
             {},
             [Problem(example, f"label files hold {len(found)} values", "Are images and labels swapped?")],
         )
-    names = {v: "background" if v == 0 else f"label {v}" for v in found}
+    told, problem = _told_names({case.label: names for case, (_, _, names) in zip(cases, each, strict=True)})
+    names = {v: "background" if v == 0 else told.get(v, f"label {v}") for v in found}
+    return (*consecutive(names), [] if problem is None else [problem])
+
+
+def _told_names(files: Mapping[Path | None, Mapping[int, str]]) -> tuple[dict[int, str], Problem | None]:
+    """Value → name, from label files that name their values; and the first that names one otherwise than others do.
+
+    3D Slicer numbers the segments of each file anew.
+    """
     told: dict[int, tuple[str, Path | None]] = {}
-    problems: list[Problem] = []
-    for case, (_, _, own) in zip(cases, each, strict=True):
-        for value, name in own.items():
-            first, file = told.setdefault(value, (name, case.label))
-            if name.casefold() != first.casefold() and not problems:
-                problems.append(
-                    Problem(
-                        str(case.label),
-                        f"label {value} is named {name!r}, and {first!r} in {file and file.name}",
-                        # 3D Slicer numbers the segments of each file anew.
-                        "Give each structure one number in all label files",
-                    )
+    problem = None
+    for file, names in files.items():
+        for value, name in names.items():
+            first, where = told.setdefault(value, (name, file))
+            if name.casefold() != first.casefold() and problem is None:
+                problem = Problem(
+                    str(file),
+                    f"label {value} is named {name!r}, and {first!r} in {where and where.name}",
+                    "Give each structure one number in all label files",
                 )
-    named = Counter(name for name, _ in told.values())
-    names |= {v: name if named[name] == 1 else f"{name} {v}" for v, (name, _) in told.items()}
-    return (*consecutive(names), problems)
+    count = Counter(name for name, _ in told.values())
+    return {v: name if count[name] == 1 else f"{name} {v}" for v, (name, _) in told.items()}, problem
 
 
 def _shows_fewer(case: Case, values: int) -> bool:
