@@ -17,7 +17,7 @@ from ossnet.files.reading import read_labels, read_volume
 
 pytest.importorskip("pydicom")
 
-from tests.files.dicom_writer import slice_of, write
+from tests.files.dicom_writer import multi_frame, slice_of, write
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -178,6 +178,11 @@ def test_dicom_segmentations(study: Path) -> None:
         "--dicom-seg",
     ]
     assert "no DICOM series" in refused(study.parent, *plain)
+    places = np.array([(0, 0, 3.0 * k) for k in range(len(voxels))])
+    frames = write(study.parent / "frames", [multi_frame(voxels, places)], names=["t.dcm"]) / "t.dcm"
+    beside = ["segment", frames, "--model", model, "--out", frames.with_name("t.nii.gz")]
+    assert "would be replaced" in refused(study.parent, *beside, "--dicom-seg")
+    succeeded(*beside)
     nobody = [
         "segment",
         study / "series" / "t1",

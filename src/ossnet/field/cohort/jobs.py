@@ -177,7 +177,7 @@ def _folders(job: Job) -> set[Path]:
 def _require_other_files(jobs: Sequence[Job]) -> None:
     scans = {file.resolve() for job in jobs for file in job.files}
     for job in jobs:
-        for target in (job.target, job.probabilities, job.dicom_seg):
+        for target in (job.target, job.probabilities):
             if target.resolve() in scans:
                 raise SettingsError(
                     "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
@@ -223,6 +223,11 @@ def require_series(jobs: Sequence[Job], options: Options) -> None:
     if other := next((job for job in jobs if not is_dicom(job.files[0])), None):
         raise SettingsError(
             "--dicom-seg", f"{other.files[0]} is no DICOM series", "Leave it out for other scans"
+        )
+    scans = {file.resolve() for job in jobs for file in job.files}
+    if twin := next((job.dicom_seg for job in jobs if job.dicom_seg.resolve() in scans), None):
+        raise SettingsError(
+            "--dicom-seg", f"{twin} is one of the scans and would be replaced", "Name another output"
         )
 
 
