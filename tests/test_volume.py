@@ -72,6 +72,31 @@ def test_one_grid_in_the_order_of_another(affine: np.ndarray, orientation: Orien
     np.testing.assert_allclose(again.affine, scan.affine, atol=1e-6)
 
 
+@given(affine=affines, orientation=st.sampled_from(ORIENTATIONS), start=st.tuples(*[st.integers(0, 3)] * 3))
+def test_a_cropped_segmentation_is_surrounded_by_background(
+    affine: np.ndarray, orientation: Orientation, start: tuple[int, int, int]
+) -> None:
+    whole = np.zeros((4, 5, 6), np.uint8)
+    box = tuple(slice(first, first + 2) for first in start)
+    whole[box] = RNG.integers(1, 5, whole[box].shape)
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ start
+    part = LabelMap(whole[box], moved, cropped=True).reoriented(orientation)
+    found = part.in_order_of(volume(affine))
+    assert not found.cropped
+    assert np.array_equal(found.data, whole)
+    assert np.array_equal(found.affine, affine)
+
+
+@pytest.mark.parametrize("start", [(0.5, 0, 0), (-1, 0, 0), (0, 0, 5), (0, 40, 0)])
+def test_a_cropped_segmentation_elsewhere_stays_as_it_is(start: tuple[float, float, float]) -> None:
+    affine = np.eye(4)
+    affine[:3, 3] = start
+    part = LabelMap(np.ones((2, 2, 2), np.uint8), affine, cropped=True)
+    assert same_place(part.in_order_of(volume()), part) is None
+    assert LabelMap(part.data, np.eye(4)).in_order_of(volume()).shape == (2, 2, 2)
+
+
 @given(affine=affines)
 def test_canonical_axes_point_right_anterior_superior(affine: np.ndarray) -> None:
     turned = volume(affine).reoriented(closest_canonical(affine)).affine[:3, :3]

@@ -234,10 +234,12 @@ class LabelMap(_Placed):
         affine: (4, 4) float64, voxel index → world mm.
         names: Label value → name.
         origin: What made it, at most 79 letters; read from and written into files (`descrip` of a NIfTI header).
+        cropped: Whether it may be a part of its scan with background beyond, as 3D Slicer saves segmentations.
     """
 
     data: Integer[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
+    cropped: bool = False
 
     def __post_init__(self) -> None:
         if np.ndim(self.data) != 3:
@@ -245,6 +247,23 @@ class LabelMap(_Placed):
                 self.source or "label map", f"its data has {np.ndim(self.data)} axes", "Give (x, y, z)"
             )
         super().__post_init__()
+
+    def in_order_of(self, other: "OnGrid") -> "LabelMap":
+        """As of any voxels; what is cropped is surrounded by background where it lies on voxels of the other grid."""
+        turned = super().in_order_of(other)
+        if not self.cropped or turned.shape == other.shape:
+            return turned
+        first = np.rint(transform(turned.affine[None, :3, 3], np.linalg.inv(other.affine))[0])
+        moved = other.affine @ np.block([[np.eye(3), first[:, None]], [np.zeros(3), 1.0]])
+        if same_place(turned, replace(turned, affine=moved)):
+            return turned
+        start = first.astype(int)
+        stop = start + turned.shape
+        data = np.zeros(other.shape, turned.data.dtype)
+        if (start < 0).any() or (stop > data.shape).any():
+            return turned
+        data[tuple(map(slice, start, stop))] = turned.data
+        return replace(turned, data=data, affine=other.affine, cropped=False)
 
     @property
     def holds_classes(self) -> bool:

@@ -307,6 +307,17 @@ def test_a_map_may_be_stored_in_another_voxel_order(tmp_path: Path) -> None:
     assert row["dice"] == 1.0
 
 
+def test_a_reference_of_slicer_may_be_cropped(tmp_path: Path) -> None:
+    drawn = labels(1)
+    drawn.reoriented(Orientation((1, 2, 0), (True, False, True))).save(tmp_path / "a.nii.gz")
+    moved = AFFINE.copy()
+    moved[:3, 3] += AFFINE[:3, :3] @ (0, 1, 1)
+    write_nrrd(tmp_path / "drawn" / "a.seg.nrrd", drawn.data[:5, 1:4, 1:4], moved)
+    result = evaluate(tmp_path / "a.nii.gz", tmp_path / "drawn" / "a.seg.nrrd", "--json")
+    assert result.code == 0, result.error
+    assert json.loads(result.out)["cases"][0]["dice"] == 1
+
+
 def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -> None:
     reference = dataset(tmp_path / "d")
     given = predictions(tmp_path / "p")

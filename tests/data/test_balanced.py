@@ -36,7 +36,7 @@ def test_every_structure_is_met_however_small() -> None:
     assert (labels.ravel()[uniform] == 2).sum() <= 2
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     shape=st.tuples(*[st.integers(1, 30)] * 3),
     seed=st.integers(0, 99),

@@ -13,7 +13,7 @@ SEEDS = st.integers(0, 10_000)
 ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, zoom=ZOOMS, flips=st.sampled_from([(), (0,), (0, 2)]))
 def test_the_crop_shows_what_lies_where_the_map_says(
     seed: int, zoom: tuple[float, float, float], flips: tuple[int, ...]
@@ -28,7 +28,7 @@ def test_the_crop_shows_what_lies_where_the_map_says(
     np.testing.assert_allclose(crop.numpy().reshape(3, -1).T, expected, atol=2e-3)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, zoom=ZOOMS, spacing=st.permutations([1.0, 1.5, 4.0]))
 def test_labels_of_a_crop_are_those_where_the_map_says(
     seed: int, zoom: tuple[float, float, float], spacing: list[float]
@@ -44,7 +44,7 @@ def test_labels_of_a_crop_are_those_where_the_map_says(
     assert (labels != expected.reshape(crop)).mean() < 2e-3
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS)
 def test_the_map_is_inverted(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_grid_and_scan_coordinates_invert_each_other() -> None:
     np.testing.assert_allclose(to_grid(to_scan(points, (2.0, 0.5, 1.1)), (2.0, 0.5, 1.1)), points, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=SEEDS, thin=st.integers(1, 12), axis=st.integers(0, 2), spatial=st.sampled_from([0.0, 1.0]))
 @example(seed=9, thin=1, axis=0, spatial=1.0)
 def test_few_slices_stay_in_sight(seed: int, thin: int, axis: int, spatial: float) -> None:
@@ -99,7 +99,7 @@ def test_the_longest_spacing_is_not_rotated_even_where_all_are_apart() -> None:
         assert draw_map(ball((60, 60, 60)), plan, np.random.default_rng(0)).axes == (1, 2)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, extent=st.integers(16, 64))
 def test_nothing_is_folded(seed: int, extent: int) -> None:
     plan = replace(ISO, crop=(extent, extent, extent), spatial=1.0, elastic=8.0)

@@ -15,7 +15,7 @@ SEEDS = st.integers(0, 10_000)
 ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, zoom=ZOOMS, classes=st.sampled_from([1, 3]))
 def test_examples_are_complete_and_pure(seed: int, zoom: tuple[float, float, float], classes: int) -> None:
     source = ball(classes=classes, zoom=zoom)
@@ -113,7 +113,7 @@ def test_a_scan_without_the_structure_and_one_of_a_single_slice() -> None:
     assert bool(torch.isfinite(made["image"]).all())
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=SEEDS, zoom=ZOOMS)
 def test_places_are_those_of_the_scan_or_of_its_mirror_image(
     seed: int, zoom: tuple[float, float, float]

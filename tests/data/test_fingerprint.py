@@ -50,7 +50,7 @@ def test_facts_of_a_case(tmp_path: Path) -> None:
     assert done == [1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(
         [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint64, np.float32, np.float64]
@@ -225,7 +225,6 @@ def test_the_papers_shapes_follow() -> None:
     assert propose_fit([(240, 240, 155)] * 3, "resize").kind == "resize"
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(*[st.integers(1, 600)] * 3), min_size=1, max_size=8))
 def test_a_fit_suits_the_network(shapes: list[tuple[int, int, int]]) -> None:
     fit = propose_fit(shapes)

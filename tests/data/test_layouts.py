@@ -475,6 +475,23 @@ def test_files_of_slicer(tmp_path: Path, images: str, labels: str, layout: str) 
     assert [c.images for c in images_in(root)] == [(root / images,)]
 
 
+def test_a_segmentation_of_slicer_may_be_cropped(tmp_path: Path) -> None:
+    nrrd(tmp_path / "a.nrrd", (3, 5, 7))
+    affine = np.eye(4)
+    affine[:3, 3] = (1, 2, 0)
+    for ending in (".seg.nrrd", "_seg.nrrd"):
+        write_nrrd(tmp_path / f"a{ending}", np.ones((2, 1, 2), np.uint8), affine, {1: "atrium"})
+        data = open_dataset(tmp_path)
+        if ending == "_seg.nrrd":  # any other label map is expected to be whole
+            with pytest.raises(VolumeError, match="the shapes differ"):
+                data.read(data["a"])
+            continue
+        volume, found = data.read(data["a"])
+        assert found.shape == volume.shape
+        assert np.argwhere(found.data).tolist() == [[x, 2, z] for x in (1, 2) for z in (0, 1)]
+        (tmp_path / "a.seg.nrrd").unlink()
+
+
 def test_segments_numbered_anew_in_each_file_are_told(tmp_path: Path) -> None:
     for case, names in (("a", {1: "Atrium", 2: "valve"}), ("b", {1: "valve", 2: "atrium"})):
         nrrd(tmp_path / f"{case}.nrrd", (3, 5, 7))

@@ -70,7 +70,7 @@ def test_patches_between_voxels_interpolate() -> None:
     assert patches[0, 1, 3, 3, 3].item() == pytest.approx(base - 0.5 * (2 - 1 + 0.5), abs=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(source=SHAPES, extra=st.tuples(*[st.integers(0, 5)] * 3), resize=st.booleans())
 def test_locations_map_there_and_back(
     source: tuple[int, int, int], extra: tuple[int, int, int], resize: bool

@@ -65,7 +65,7 @@ def test_a_small_band_is_taken_whole(resize: bool) -> None:
     assert everything.shape == (100, 3)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     target=st.tuples(*[st.integers(2, 20)] * 3),
     wanted=st.integers(1, 400),
@@ -85,7 +85,7 @@ def test_a_resized_band_is_drawn_from_without_repeats(
     assert fitted[tuple(found.T)].all()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**31), include=st.booleans())
 def test_uniform_locations_stay_inside(seed: int, include: bool) -> None:
     found = uniform_locations(np.random.default_rng(seed), (5, 7, 9), 2000, include)
@@ -107,7 +107,7 @@ def test_euclidean_band_knows_the_spacing() -> None:
     assert abs(int(band[:, 10, 10].sum()) * 2.0 - 12.0) <= 4.0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 10**6),
     spacing=st.sampled_from([(1.0, 1.0, 1.0), (1.0, 1.0, 5.0), (0.7, 3.0, 1.4)]),

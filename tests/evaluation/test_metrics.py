@@ -137,7 +137,7 @@ def ambiguous(mask: np.ndarray) -> bool:
     return False
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_nearest_distances_match_brute_force_over_skimage_triangles(seed: int) -> None:
     """Areas and places from scikit-image's meshes of the whole mask in all 48 orientations, on average.
@@ -180,7 +180,7 @@ def test_nearest_distances_match_brute_force_over_skimage_triangles(seed: int) -
     assert found.mean() == pytest.approx(mean, abs=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), axes=st.permutations([0, 1, 2]), flips=st.tuples(*[st.booleans()] * 3))
 def test_scores_do_not_depend_on_the_stored_orientation(
     seed: int, axes: list[int], flips: tuple[bool, bool, bool]
@@ -195,7 +195,7 @@ def test_scores_do_not_depend_on_the_stored_orientation(
         assert getattr(here, name) == pytest.approx(getattr(there, name)), name
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_swapping_the_maps_changes_only_the_sign_of_the_volume(seed: int) -> None:
     one, other = random_masks(seed)

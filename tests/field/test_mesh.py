@@ -98,7 +98,7 @@ def test_moving_the_vertices_is_what_makes_them_exact() -> None:
     assert distance(ellipsoid, steep, np.eye(4)).max() < 0.02
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), label=st.integers(1, 2))
 def test_noise_in_any_orientation_is_closed_and_encloses_the_mask(seed: int, label: int) -> None:
     """Structures of all topologies, many of them leaving the volume."""

@@ -68,7 +68,7 @@ def answered(octree: Octree, answer: Callable[[Any], Any]) -> np.ndarray:
     return hit > 0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.tuples(*[st.integers(1, 40)] * 3),
@@ -107,7 +107,7 @@ def test_every_component_hit_is_exactly_right(
         assert known[:-1][differ].all()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(radius=st.floats(7, 20), shift=st.tuples(*[st.floats(-3, 3)] * 3))
 def test_a_ball_is_exact_and_cheap(radius: float, shift: tuple[float, float, float]) -> None:
     shape = (56, 48, 52)
@@ -416,7 +416,7 @@ def asked_for(octree: Octree, answer: Callable[[Any], Any]) -> np.ndarray:
     return octree.labels()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     blur=st.floats(0.6, 5),

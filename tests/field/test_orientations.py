@@ -241,7 +241,7 @@ def affines(draw: Any) -> np.ndarray:
     return out
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(affines(), st.sampled_from(ORIENTATIONS))
 def test_any_affine(models: dict[str, Model], affine: np.ndarray, orientation: Orientation) -> None:
     scan = tiny.scan((10, 9, 7), affine=affine)
@@ -254,7 +254,7 @@ def test_any_affine(models: dict[str, Model], affine: np.ndarray, orientation: O
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(affines(), st.sampled_from(ORIENTATIONS))
 def test_the_canonical_order_does_not_depend_on_the_stored_one(
     affine: np.ndarray, orientation: Orientation

@@ -30,7 +30,7 @@ def series(count: int = 6, step: float = 2.0, **changes: Any) -> list[Dataset]:
     return [slice_of(VOXELS[k], (10, 20, 30 + k * step), **changes) for k in range(count)]
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10_000), st.permutations(range(6)), st.booleans())
 def test_slices_lie_where_they_say(tmp_path: Path, seed: int, order: list[int], tilted: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -254,7 +254,7 @@ def test_positions_that_were_rounded(tmp_path: Path) -> None:
     assert read_volume(write(tmp_path, rounded)).spacing[2] == pytest.approx(0.76)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damage_of_any_kind_is_told(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes that changed, and files that end early: a message, or a scan."""

@@ -20,7 +20,7 @@ PLAIN = nib.Nifti1Image(DATA, np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes()
 PLAIN2 = nib.Nifti2Image(DATA, np.diag([1.0, 2.0, 3.0, 1.0])).to_bytes()
 PACKED = gzip.compress(PLAIN, mtime=0)
 
-fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def try_reading(file: Path) -> None:

@@ -22,7 +22,7 @@ from ossnet.volume import FileHeader, LabelMap, Orientation, Volume, largest_cor
 SHAPE = (5, 6, 7)
 TYPES = [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.float32]
 ORIENTATIONS = [Orientation(a, f) for a in permutations(range(3)) for f in product([False, True], repeat=3)]
-once = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+once = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def values(dtype: type = np.int16, shape: tuple[int, ...] = SHAPE) -> np.ndarray:

@@ -62,7 +62,7 @@ def written(file: Path, whole: bytes) -> Path:
     return file
 
 
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @fuzz

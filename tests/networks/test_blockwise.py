@@ -52,7 +52,7 @@ def random_locations(shape: tuple[int, ...], count: int = 400) -> torch.Tensor:
     return torch.rand(count, 3) * (torch.tensor(shape) - 1.0)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     shape=st.tuples(st.integers(1, 70), st.integers(9, 50), st.integers(1, 30)),
     block=st.sampled_from([8, 16, 24]),

@@ -22,7 +22,7 @@ Triple = tuple[int, int, int]
 SIZES = st.tuples(*[st.integers(4, 9)] * 3)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     shape=SIZES,
     kinds=st.tuples(*[st.sampled_from([(1, 1, 0), (3, 1, 1), (2, 2, 0), (4, 2, 1)])] * 3),

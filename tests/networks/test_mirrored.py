@@ -29,7 +29,7 @@ def anisotropic(position: bool, classes: int) -> MultiscaleNetwork:
     return network
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(AXES, st.booleans(), st.sampled_from([1, 3]), st.integers(0, 100))
 def test_the_default_network_through_its_weights(
     axes: list[int], position: bool, classes: int, seed: int

@@ -128,7 +128,7 @@ def test_positions_reach_from_border_to_border() -> None:
     assert found.tolist() == [[-1, -1, -1], [0, 0, 0], [1, 1, 1]]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     spacing=st.tuples(*[st.floats(0.3, 10)] * 3),
     shape=st.tuples(*[st.integers(1, 700)] * 3),

@@ -38,7 +38,7 @@ def test_negative_denominators_count_by_their_size(arrays: Read) -> None:
     assert_relative(pade(case["x"], case["numerator_2"], case["denominator_2"]), case["y_2"])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     x=st.lists(finite.filter(lambda v: abs(v) > 0.01), min_size=1, max_size=4),
     numerator=st.lists(finite, min_size=6, max_size=6),

@@ -26,7 +26,7 @@ def small(variant: str = "C") -> NetworkSpec:
     return replace(spec_for(variant, 2, 1, (16, 16, 8), blocks=(4, 6)), width=8)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     variant=st.sampled_from(list(VARIANTS)),
     channels=st.integers(1, 5),

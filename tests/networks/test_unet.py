@@ -33,7 +33,7 @@ def test_filters_of_the_paper(variant: Any, filters: tuple[int, ...], multiple: 
     assert kinds == {"GroupNorm"}
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.tuples(*[st.integers(3, 13)] * 3), st.integers(1, 3))
 def test_inputs_of_any_size(shape: tuple[int, int, int], classes: int) -> None:
     spec = UNetSpec(

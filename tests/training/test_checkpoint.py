@@ -24,7 +24,7 @@ TREES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(tree=TREES)
 def test_trees_come_back(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
     file = tmp_path_factory.mktemp("state") / "s.safetensors"

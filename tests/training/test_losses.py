@@ -53,7 +53,7 @@ def test_reference(case: dict[str, Tensor]) -> None:
     assert scores.iou[2].item() == scores.dice[2].item() == 0  # the empty label
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(-40, 40), st.floats(0, 1)), min_size=1, max_size=20))
 def test_clamped_probabilities(pairs: list[tuple[float, float]]) -> None:
     logits, targets = torch.tensor(pairs, dtype=torch.float64).T

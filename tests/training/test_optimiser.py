@@ -149,7 +149,7 @@ def test_groups_of_a_network() -> None:
     assert len(parameter_groups(nn.Linear(1, 1))) == 1
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 2**31))
 def test_newton_schulz_on_the_gram_matrix(rows: int, columns: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

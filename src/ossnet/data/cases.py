@@ -1,7 +1,7 @@
 """A data set: its cases, what their channels and labels mean, and reading them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,12 +163,11 @@ class Dataset:
             raise DatasetError(case.images[0], "has no label", "Add its label file")
         labels = read_labels(case.label)
         self._require_same_names(labels, case.label)
-        return LabelMap(
+        return replace(
+            labels,
             data=self._classes(labels.data, case.label, {} if labels.holds_classes else self.label_map),
-            affine=labels.affine,
-            source=labels.source,
-            header=labels.header,
             names=dict(self.label_names),
+            origin="",  # of the file as it was
         )
 
     def _require_same_names(self, labels: LabelMap, where: Path) -> None:

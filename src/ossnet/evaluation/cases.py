@@ -273,9 +273,11 @@ def _tell_strangers(rows: Sequence[Row]) -> None:
 
 
 def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
-    reference = matched.reference(pair)
+    reference, prediction = matched.reference(pair), matched.prediction(pair)
+    if reference.cropped:
+        reference = reference.in_order_of(prediction)
     # Programs may store what they segmented with axes reversed or swapped.
-    prediction = matched.prediction(pair).in_order_of(reference)
+    prediction = prediction.in_order_of(reference)
     if reason := same_place(prediction, reference):
         raise VolumeError(
             pair.prediction,

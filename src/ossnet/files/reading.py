@@ -162,6 +162,7 @@ def read_labels(path: Path | str) -> LabelMap:
         header=header.file_header,
         names=header.names or names_in(before),
         origin=header.origin,
+        cropped=is_slicer_segmentation(header.path),
     )
 
 
