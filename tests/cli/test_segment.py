@@ -74,9 +74,7 @@ def test_scans_are_not_replaced(balls: Path, model: Path, tmp_path: Path) -> Non
         shutil.copy(balls / "imagesTr" / "ball_00_0000.nii.gz", folder / name)
     before = (folder / "a.nii.gz").read_bytes()
     assert "would be replaced" in refused(tmp_path, *segment(folder / "a.nii.gz", model, folder / "a.nii.gz"))
-    assert "would be replaced" in refused(
-        tmp_path, *segment(folder / "a.nii.gz", model, folder, "--overwrite")
-    )
+    assert "holds the scans" in refused(tmp_path, *segment(folder / "a.nii.gz", model, folder, "--overwrite"))
     assert "holds the scans" in refused(tmp_path, *segment(folder, model, folder))
     assert "one file for 2 scans" in refused(tmp_path, *segment(folder, model, tmp_path / "seg.nii.gz"))
     twice = ["segment", folder / "a.nii.gz", folder / "a.nii.gz", "--model", model, "--out", tmp_path / "o"]

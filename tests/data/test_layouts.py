@@ -9,6 +9,7 @@ from tests.files.nrrd_writer import write_nrrd
 
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.errors import DatasetError, VolumeError
+from ossnet.files.header import VolumeWarning
 from ossnet.files.nifti import write_labels, write_volume
 from ossnet.volume import MARK, LabelMap, Orientation, Volume
 
@@ -423,6 +424,28 @@ def test_descriptions_that_make_no_sense(tmp_path: Path) -> None:
     refused("not a JSON object")
 
 
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ({"background": 0, "a": -1}, "gives 'a' the label -1"),
+        ({"background": 0, "a": 1, "b": 1}, "gives 'a' and 'b' the same label 1"),
+        ({"background": 0, "a": 1e999}, "is not as the format wants it"),
+    ],
+)
+def test_labels_that_mean_nothing_are_refused(tmp_path: Path, labels: dict[str, float], reason: str) -> None:
+    root = nnunet(tmp_path / "d")
+    description = json.loads((root / "dataset.json").read_text())
+    describe(root, **{**description, "labels": labels})
+    with pytest.raises(DatasetError, match=reason):
+        open_dataset(root)
+
+
+def test_a_description_of_windows(tmp_path: Path) -> None:
+    file = nnunet(tmp_path / "d") / "dataset.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert open_dataset(file.parent).names == ("a_1", "b")
+
+
 def test_what_is_no_data_set(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "no", "no such folder"), (tmp_path, "no images")):
         with pytest.raises(DatasetError, match=reason):
@@ -605,6 +628,20 @@ def test_folders_name_scans_of_one_name(tmp_path: Path) -> None:
         label(root / pair["label"])
     describe(root, modality={"0": "CT"}, labels={"0": "background", "1": "x"}, training=listed)
     assert open_dataset(root).names == ("p1", "p2")
+
+
+def test_one_name_in_many_folders_is_many_scans(tmp_path: Path) -> None:
+    for file in ("P1/t1.nii.gz", "P2/t1.nii.gz", "P2/t2_0000.nii.gz"):
+        image(tmp_path / file)
+    assert [c.name for c in images_in(tmp_path)] == ["P1_t1", "P2_t1", "P2_t2"]
+
+
+def test_images_that_are_left_out_are_told(tmp_path: Path) -> None:
+    for file in ("P1/a.nii.gz", "P2/b.nii.gz", "labels/c.nii.gz", "template.nii.gz"):
+        image(tmp_path / file)
+    with pytest.warns(VolumeWarning, match=r"2 more images are not \(P1.a\.nii\.gz, P2.b\.nii\.gz\)"):
+        (case,) = images_in(tmp_path)
+    assert case.name == "template"
 
 
 def test_sessions_of_a_subject_belong_together(tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 import gc
 import json
+import os
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 from tests import tiny
 
-from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError
+from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError, VolumeError
 from ossnet.field.cohort import run as cohort
 from ossnet.field.cohort.jobs import Job, Options, plan_jobs
 from ossnet.field.cohort.run import forecast_all, segment_all
@@ -510,7 +513,7 @@ def test_plans(scans: Path, tmp_path: Path) -> None:
         plan_jobs([scans], single)
     with pytest.raises(SettingsError, match="two scans are named"):
         plan_jobs([scans, scans / "scan_0.nii.gz"], tmp_path / "out")
-    with pytest.raises(SettingsError, match="replaced"):
+    with pytest.raises(SettingsError, match="holds the scans"):
         plan_jobs([scans / "scan_0.nii.gz"], scans)
     with pytest.raises(SettingsError, match="holds the scans"):
         plan_jobs([scans], scans)
@@ -521,6 +524,46 @@ def test_plans(scans: Path, tmp_path: Path) -> None:
         plan_jobs([tmp_path / "a.seg.nrrd"], tmp_path / "out")
     with pytest.raises(DatasetError, match="no such file"):
         plan_jobs([tmp_path / "none"], tmp_path / "out")
+
+
+def test_results_replace_neither_scans_nor_each_other(model: Model, scans: Path, tmp_path: Path) -> None:
+    one = scans / "scan_0.nii.gz"
+    for work in (segment_all, partial(forecast_all, with_targets=True)):
+        with pytest.raises(SettingsError, match="one of the scans and would be replaced"):
+            work(model, plan_jobs([one], one), Options())
+    tiny.scan().save(scans / "scan_0_probabilities.nii.gz")
+    jobs = plan_jobs([scans], tmp_path / "out")
+    with pytest.raises(SettingsError, match="a result of scan_0 and of scan_0_probabilities"):
+        segment_all(model, jobs, Options(probabilities=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_cannot_be_written_does_not_stop_the_others(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LabelMap.save
+
+    def refusing(labels: LabelMap, path: Path) -> None:
+        if "scan_1" in str(path):
+            raise VolumeError(path, "its name is too long", "Shorten it")
+        save(labels, path)
+
+    monkeypatch.setattr(LabelMap, "save", refusing)
+    with pytest.raises(VolumeError, match="too long"):
+        run(model, scans, tmp_path / "out")
+    assert set(times(tmp_path / "out")) == {f"scan_{i}.nii.gz" for i in (0, 2, 3, 4)}
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["scans"]
+    assert "too long" in told["scan_1"]["error"]
+    assert "origin" in told["scan_4"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_names_that_are_no_text(model: Model, scans: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    (scans / "scan_0.nii.gz").rename(scans / f"{name}.nii.gz")
+    run(model, scans, tmp_path / "out")
+    assert (tmp_path / "out" / f"{name}.nii.gz").is_file()
+    assert name in json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["scans"]
 
 
 def test_nothing_to_do(model: Model, scans: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import InputError, OssnetError, VolumeError
-from ossnet.files.dicom import holds_scan, is_dicom
+from ossnet.files.dicom import dicom_folders, holds_scan, is_dicom
 from ossnet.files.reading import look_at, read_volume
 
 pydicom = pytest.importorskip("pydicom")
@@ -212,6 +212,58 @@ def test_slices_that_were_cut_off_are_noticed_at_the_ends(tmp_path: Path, damage
     last.write_bytes(b"" if damage == "emptied" else last.read_bytes()[132:])
     with pytest.raises(VolumeError, match=r"5\.dcm: it is damaged: DICOM's mark is not in it"):
         read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["zeros", "unreadable"])
+def test_slices_without_an_ending_are_missed_too(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, series(), names=[f"IM{k:04d}" for k in range(6)])
+    (tmp_path / "README").write_text("of the CD")
+    assert read_volume(tmp_path).shape[2] == 6
+    last = tmp_path / "IM0005"
+    if damage == "zeros":
+        last.write_bytes(bytes(last.stat().st_size))
+    else:
+        opened = Path.open
+
+        def broken(path: Path, *args: Any, **options: Any) -> Any:
+            if path == last:
+                raise PermissionError(13, "Permission denied")
+            return opened(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(VolumeError, match=r"IM0005: (it is damaged|cannot be read)"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_values_that_cannot_be_told_are_damage(tmp_path: Path) -> None:
+    write(tmp_path, series(2), names=["0.dcm", "1.dcm"])
+    whole = (tmp_path / "1.dcm").read_bytes()
+    at = whole.index(b"\x28\x00\x02\x00US\x02\x00")  # samples a voxel
+    (tmp_path / "1.dcm").write_bytes(whole[: at + 6] + b"\x01\x00\x01" + whole[at + 10 :])
+    with pytest.raises(VolumeError, match="its header cannot be read"):
+        read_volume(tmp_path)
+    assert holds_scan(tmp_path)
+
+
+def test_links_and_folders_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "study" / "t1", series(2))
+    (tmp_path / "study" / "lost+found").mkdir()
+    try:
+        (tmp_path / "study" / "again").symlink_to(tmp_path / "study", target_is_directory=True)
+    except OSError:
+        pytest.skip("links are not allowed")
+    listed = Path.iterdir
+
+    def closed(path: Path) -> Any:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert dicom_folders(tmp_path) == [tmp_path / "study" / "t1"]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")

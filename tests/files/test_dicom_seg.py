@@ -17,7 +17,7 @@ highdicom = pytest.importorskip("highdicom")
 from pydicom.uid import generate_uid  # noqa: E402
 from tests.files.dicom_writer import multi_frame, slice_of, write  # noqa: E402
 
-from ossnet.files.dicom_seg import write_dicom_seg  # noqa: E402
+from ossnet.files.dicom_seg import require_source, write_dicom_seg  # noqa: E402
 
 VOXELS = np.random.default_rng(0).integers(0, 900, (6, 5, 4)).astype(np.int16)
 """(Z, Y, X)."""
@@ -104,6 +104,32 @@ def test_labels_elsewhere_are_refused(series: Path, tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="do not lie on series"):
         write_dicom_seg(replace(labels, data=labels.data[:-1]), series, tmp_path / "a.dcm")
     assert not (tmp_path / "a.dcm").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom, of what it is given to write
+def test_what_a_series_says_wrongly_is_left_out(tmp_path: Path) -> None:
+    said = {
+        "SpacingBetweenSlices": 5.0,
+        "PatientSex": "male",
+        "StudyDate": "2020-01-01",
+        "SpecificCharacterSet": ["", "ISO 2022 IR 87"],
+        "PatientName": "Yamada^Tarou=山田^太郎",
+    }
+    slices = [slice_of(VOXELS[k], (0, 0, 2.0 * k), **{**STUDY, **said}) for k in range(6)]
+    for one in slices:
+        del one.SliceThickness
+    with pydicom.config.disable_value_validation():
+        series = write(tmp_path / "series", slices)
+    require_source(series)
+    labels = replace(labels_of(series), names={1: "左", 4: "Leber\\Milz"})
+    write_dicom_seg(labels, series, tmp_path / "a.dcm")
+    made = pydicom.dcmread(tmp_path / "a.dcm")
+    assert [str(s.SegmentLabel) for s in made.SegmentSequence] == ["左", "Leber/Milz"]
+    assert str(made.PatientName) == said["PatientName"]
+    assert (made.PatientSex, made.StudyDate) == ("", "")
+    assert set(placed(tmp_path / "a.dcm")) == {"左", "Leber/Milz"}
+    volume = highdicom.seg.segread(tmp_path / "a.dcm").get_volume(combine_segments=True)
+    assert volume.spacing[0] == pytest.approx(2)
 
 
 def test_a_series_without_identity_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a `dataset.json` says: channels, labels and, in some layouts, which files there are."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def read_description(root: Path) -> Mapping[str, Any] | None:
     if not path.exists():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DatasetError(path, f"cannot be read ({error.strerror})", "Check its permissions") from error
     except (ValueError, RecursionError) as error:
@@ -87,8 +87,8 @@ def _is_region(number: Any) -> bool:
 def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
     """Value → name, from either direction in which `labels` is written."""
     if all(str(key).isdecimal() for key in value):
-        return {int(key): str(name) for key, name in value.items()}
-    names: dict[int, str] = {}
+        return _numbered([(int(key), str(name)) for key, name in value.items()], path)
+    named: list[tuple[int, str]] = []
     parts: set[int] = set()
     for name, number in value.items():
         if name == "ignore":
@@ -99,8 +99,22 @@ def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
             )
         if _is_region(number):
             parts |= {int(n) for n in number}
-        elif isinstance(number, list):
-            names[int(number[0])] = str(name)
         else:
-            names[int(number)] = str(name)
-    return {n: names.get(n, f"label {n}") for n in sorted(parts | set(names))}
+            named.append((int(number[0] if isinstance(number, list) else number), str(name)))
+    names = _numbered([*((n, f"label {n}") for n in sorted(parts - {n for n, _ in named})), *named], path)
+    return dict(sorted(names.items()))
+
+
+def _numbered(named: Sequence[tuple[int, str]], path: Path) -> dict[int, str]:
+    """Value → name; each value has one."""
+    names: dict[int, str] = {}
+    for number, name in named:
+        if number < 0:
+            raise DatasetError(path, f"gives {name!r} the label {number}", "Labels are 0 and above")
+        if names.setdefault(number, name) != name:
+            raise DatasetError(
+                path,
+                f"gives {names[number]!r} and {name!r} the same label {number}",
+                "Give each structure a label of its own",
+            )
+    return names

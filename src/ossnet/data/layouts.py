@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, pati
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import is_slicer_segmentation, stem, without_copies
-from ossnet.files.dicom import dicom_folders, holds_scan
+from ossnet.files.dicom import dicom_folders
+from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import Nonfinite, origin_of, read_header, read_image, read_labels
 from ossnet.volume import MARK
 
@@ -84,7 +86,8 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
 
     A folder with `imagesTs` gives these. Files `CASE_0000`, `CASE_0001`, … are the channels of one case, where no
     case has more of them than there can be; otherwise the digits number the cases. A folder of DICOM files is a scan,
-    and so is each such folder below the given one; results of ours are none.
+    and so is each such folder below the given one; results of ours are none. Images that are left out beside scans are
+    told by a warning.
 
     Args:
         channels: Most channels of a scan.
@@ -98,11 +101,14 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     if not root.is_dir():
         raise DatasetError(root, "there is no such file or folder", "Check the path")
     root = Path(os.path.abspath(root))  # "." has no name
-    if holds_scan(root):
-        # Whatever images lie beside its slices were made from them.
-        return (Case(root.name, (root,)),)
     files = Files(root)
-    series = tuple(Case("_".join(s.relative_to(root).parts), (s,)) for s in dicom_folders(root))
+    folders = dicom_folders(root)
+    series = tuple(Case("_".join(s.relative_to(root).parts) or root.name, (s,)) for s in folders)
+    if root in folders:
+        # An image beside its slices was made from them; with several it is not clear what is meant.
+        if len(files) > 1:
+            _tell_left_out(root, files.all(), "its slices are segmented")
+        return series
     for found in _unlabelled(root, files, channels):
         cases, problems = _cases(found, None, need_labels=False)
         if problems:
@@ -144,14 +150,43 @@ def _unlabelled(root: Path, files: Files, channels: int | None) -> Iterator[Foun
     if description is not None:
         return  # it says where images are, and there are none: what is left are its labels
     # Any folder of images: those directly in it, else in folders below that are not named after labels.
-    images = _plain(files.flat() or _below(files), channels)
+    flat = files.flat()
+    images = _plain(flat or _below(files), channels)
     if any(len(paths) > 1 for by_channel in images.values() for paths in by_channel.values()):
         # One name in many folders: the folders name the cases.
         for layout in LAYOUTS:
             if layout.name == "case-folders" and (found := layout.find(files, labelled=False)).images:
                 yield found
+        images = images if flat else _by_folders(root, _below(files), channels)
     if images:
+        if flat:
+            _tell_left_out(root, set(_below(files)) - set(flat), "the images directly in it are segmented")
         yield Found(images, {})
+
+
+def _by_folders(root: Path, files: Sequence[Path], channels: int | None) -> dict[str, dict[int, list[Path]]]:
+    """As `_plain`, for names that say something together with their folders."""
+    images: dict[str, dict[int, list[Path]]] = {}
+    for folder in sorted({file.parent for file in files}):
+        place = folder.relative_to(root).parts
+        inside = _plain([file for file in files if file.parent == folder], channels)
+        for name, by_channel in inside.items():
+            known = images.setdefault("_".join((*place, name)), {})
+            for channel, paths in by_channel.items():
+                known.setdefault(channel, []).extend(paths)
+    return images
+
+
+def _tell_left_out(root: Path, images: Collection[Path], instead: str) -> None:
+    """Warn of images that are not among the scans; results of ours are none."""
+    left = sorted(f for f in images if not origin_of(f).startswith(MARK))
+    if left:
+        some = ", ".join(str(f.relative_to(root)) for f in left[:2]) + (", …" if len(left) > 2 else "")
+        warnings.warn(
+            f"{root}: {instead}, {len(left)} more images are not ({some}); name their folder for these.",
+            VolumeWarning,
+            stacklevel=3,
+        )
 
 
 def _fixed(files: Files, channels: int | None) -> Found | None:
@@ -223,7 +258,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
             raise DatasetError(path, "there is no such file", f"The layout {layout.name} needs it")
         try:
             description = layout.describe(value, path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, OssnetError):
                 raise
             what = f"{error} is missing" if isinstance(error, KeyError) else "is not as the format wants it"

@@ -38,7 +38,7 @@ def look_of(files: Sequence[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in files:
-        digest.update(Path(os.path.abspath(file)).name.encode())
+        digest.update(os.fsencode(Path(os.path.abspath(file)).name))  # which may be no text
         with suppress(OSError, VolumeError):
             for part in files_of(file):
                 with part.open("rb") as stream:

@@ -133,8 +133,11 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 text atomically (errors as in `atomic_write`)."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically (errors as in `atomic_write`).
+
+    Names of files that are no text are told as JSON tells what has no letter.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 from ossnet.errors import VolumeError
 
+DICOM = (".dcm", ".dicom", ".ima")
+"""What files of a series may end in; many have no ending."""
+
 FILE_ENDINGS = (
-    {".gz", ".nii", ".img", ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy", ".npz", ".png"}
+    {".gz", ".nii", ".img", ".hdr", ".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".npy", ".npz", ".png", *DICOM}
     | {".txt", ".tsv", ".csv", ".xlsx", ".md", ".html", ".json"}
     | {".stl", ".ply", ".obj", ".glb", ".gltf", ".vtk", ".vtp", ".off", ".3mf"}
 )
@@ -84,7 +87,7 @@ def locate(path: Path) -> tuple[Path, Path]:
             "a MINC image, which is not read",
             f"Convert it: mnc2nii {name} {name.rsplit('.', 1)[0]}.nii",
         ),
-        (".dcm", ".dicom", ".ima"): (
+        DICOM: (
             "named as DICOM, and no scan that can be read",
             "Convert it with dcm2niix",
         ),

@@ -7,6 +7,7 @@ PS3.3, C.7.6.2 (image plane), C.11.1 (rescale) and C.7.6.16 (multi-frame).
 Letters: X columns, Y rows, Z slices.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from ossnet.errors import InputError, OssnetError, VolumeError
+from ossnet.files.containers import DICOM
 from ossnet.files.memory import check_memory
 from ossnet.volume import Affine, Shape, Volume
 
@@ -104,11 +106,15 @@ def holds_scan(folder: Path) -> bool:
 
 def dicom_folders(root: Path, depth: int = 6) -> list[Path]:
     """Folders that hold scans as DICOM files: the given one, and those some folders below it."""
-    below = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if depth else []
-    return [
-        *([root] if holds_scan(root) else []),
-        *(found for p in below for found in dicom_folders(p, depth - 1)),
-    ]
+    real = root.resolve()
+    try:
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        here = [root] if holds_scan(root) else []
+    except PermissionError:  # such as lost+found
+        return []
+    # A link to a folder above would lead around for ever.
+    below = [p for p in folders if not real.is_relative_to(p.resolve())] if depth else []
+    return [*here, *(found for p in below for found in dicom_folders(p, depth - 1))]
 
 
 def read_stack(path: Path) -> Stack:
@@ -125,9 +131,11 @@ def read_stack(path: Path) -> Stack:
     beside: list[tuple[Path, Any]] = []
     for file in _whole_files(path) if path.is_dir() else [path]:
         header = header_of(file)
-        if _is_scan(header):
+        with damage_told(file, "its header"):
+            scan, cut = _is_scan(header), _is_cut(header)
+        if scan:
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
-        elif _is_cut(header):
+        elif cut:
             raise VolumeError(
                 file,
                 "it ends within its header",
@@ -212,14 +220,28 @@ def _whole_files(folder: Path) -> list[Path]:
     """DICOM files of a folder.
 
     Raises:
-        VolumeError: Some are cut off before DICOM's mark: at an end of the stack nothing else would tell that a slice
-            is missing. Those that are cut off later are found by what they say (`_is_cut`).
+        VolumeError: Some cannot be read, or are cut off before DICOM's mark: at an end of the stack nothing else would
+            tell that a slice is missing. Those that are cut off later are found by what they say (`_is_cut`).
     """
+    marked = marked_in(folder)
+    # Slices on a CD have no ending: IM0001, IM0002, …
+    alike = {_without_digits(file) for file in marked}
     for file in _files_in(folder):
-        named = file.suffix.lower() in (".dcm", ".dicom", ".ima") or file.stat().st_size == 0
-        if named and not _has_mark(file):
+        if file in marked:
+            continue
+        named = file.suffix.lower() in DICOM or _without_digits(file) in alike
+        try:
+            with file.open("rb") as stream:
+                empty = not stream.read(1)
+        except OSError as error:
+            raise VolumeError(file, f"cannot be read ({error.strerror})", "Check its permissions") from error
+        if named or empty:
             raise VolumeError(file, "it is damaged: DICOM's mark is not in it", "Copy or export it again")
-    return marked_in(folder)
+    return marked
+
+
+def _without_digits(file: Path) -> str:
+    return re.sub(r"\d+", "0", file.name)
 
 
 def _pydicom() -> Any:
@@ -234,7 +256,7 @@ def _pydicom() -> Any:
 
 
 @contextmanager
-def _damage_told(file: Path, what: str) -> Iterator[None]:
+def damage_told(file: Path, what: str) -> Iterator[None]:
     """What a damaged file makes of itself in pydicom, whose errors have no common base: one message."""
     try:
         yield
@@ -252,7 +274,7 @@ def header_of(file: Path) -> Any:
         VolumeError: The file is damaged.
     """
     pydicom = _pydicom()
-    with _damage_told(file, "its header"):
+    with damage_told(file, "its header"):
         return pydicom.dcmread(file, stop_before_pixels=True)
 
 
@@ -284,7 +306,8 @@ def _may_be_scan(file: Path) -> bool:
     """As `_is_scan`; where a file is damaged, or pydicom is not installed, more is said when it is read."""
     try:
         header = header_of(file)
-        return _is_scan(header) or _is_cut(header)
+        with damage_told(file, "its header"):
+            return _is_scan(header) or _is_cut(header)
     except InputError:
         return True
 
@@ -311,7 +334,7 @@ def _no_scan(path: Path, file: Path, header: Any) -> VolumeError:
 
 def _frames(file: Path, header: Any) -> list[Frame]:
     """The slices of a file: one, or as many as a multi-frame file has."""
-    with _damage_told(file, "its header"):
+    with damage_told(file, "its header"):
         if "MOSAIC" in (header.get("ImageType") or ()):
             raise VolumeError(
                 file, "its slices are tiles of one picture (mosaic)", "Convert it with dcm2niix"
@@ -435,7 +458,7 @@ def _odd(path: Path, first: Frame, other: Frame, what: str) -> VolumeError:
 def _decoded(file: Path) -> Num[np.ndarray, "*frames Y X"]:
     """Stored values of all slices of a file."""
     pydicom = _pydicom()
-    with _damage_told(file, "its pixels"):
+    with damage_told(file, "its pixels"):
         stored = np.asarray(pydicom.dcmread(file).pixel_array)
     if stored.dtype.kind not in "iu":
         raise VolumeError(file, f"its voxels are stored as {stored.dtype}", "Convert it with dcm2niix")

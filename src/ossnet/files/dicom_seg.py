@@ -3,7 +3,7 @@
 What such an object holds: DICOM PS3.3, A.51. Each structure is a binary segment; frames without voxels are left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import UInt16
 
 from ossnet.errors import InputError, VolumeError
 from ossnet.files.atomic import atomic_write
-from ossnet.files.dicom import Stack, header_of, read_stack
+from ossnet.files.dicom import Stack, damage_told, header_of, read_stack
 from ossnet.volume import LabelMap, same_place
 
 _MAY_BE_EMPTY = (
@@ -25,8 +25,9 @@ _MAY_BE_EMPTY = (
     "StudyTime",
     "AccessionNumber",
     "ReferringPhysicianName",
+    "SliceThickness",
 )
-"""Of the patient and the study (type 2 in PS3.3, C.7)."""
+"""Of the patient, the study and the slices (type 2 in PS3.3, C.7)."""
 
 
 def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, version: str = "") -> None:
@@ -44,7 +45,6 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
             name.
         ResourceError: The disk is full.
     """
-    highdicom = _highdicom()
     series, path = Path(series), Path(path)
     stack = read_stack(series)
     turned = labels.in_order_of(stack)
@@ -56,14 +56,50 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
     if not names:
         raise VolumeError(path, "there is no structure, and a DICOM segmentation needs one", "Use NIfTI")
     files = list(dict.fromkeys(frame.file for frame in stack.frames))
+    frames = _frames(turned, stack, list(names))
+    made = _segmentation(series, files, frames, list(names.values()), version, labels.origin)
+    with atomic_write(path) as temporary:
+        made.save_as(temporary)
+
+
+def require_source(series: Path | str) -> None:
+    """Refuse a series that no DICOM segmentation can be made for, before there is something to be written.
+
+    Raises:
+        InputError: highdicom is not installed.
+        VolumeError: The series cannot be read, or lacks what a segmentation must name.
+    """
+    stack = read_stack(Path(series))
+    # Two tell as much as all of them: what they lack, and whether there may be several.
+    files = list(dict.fromkeys(frame.file for frame in stack.frames))[:2]
+    x, y, _ = stack.shape
+    voxel = np.zeros((sum(frame.file in files for frame in stack.frames), y, x), np.uint16)
+    voxel[0, 0, 0] = 1
+    _segmentation(Path(series), files, voxel, ["any"], "", "")
+
+
+def _segmentation(
+    series: Path,
+    files: Sequence[Path],
+    frames: UInt16[np.ndarray, "Z Y X"],
+    names: Sequence[str],
+    version: str,
+    origin: str,
+) -> Any:
+    """The object.
+
+    Args:
+        files: Of the slices, in order.
+        frames: Numbers of segments (0: none), in the order of the files and of the pictures in them.
+        names: Of the segments 1, 2, …
+    """
+    highdicom = _highdicom()
     try:
-        made = highdicom.seg.Segmentation(
+        return highdicom.seg.Segmentation(
             source_images=[_source(file) for file in files],
-            pixel_array=_frames(turned, stack, list(names)),
+            pixel_array=frames,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[
-                _segment(highdicom, n, name, version) for n, name in enumerate(names.values(), 1)
-            ],
+            segment_descriptions=[_segment(highdicom, n, name, version) for n, name in enumerate(names, 1)],
             series_instance_uid=highdicom.UID(),
             series_number=1000,
             sop_instance_uid=highdicom.UID(),
@@ -71,24 +107,46 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
             manufacturer="ossnet",
             manufacturer_model_name="ossnet",
             software_versions=version or "unknown",
-            device_serial_number=labels.origin[:64] or "unknown",
+            device_serial_number=origin[:64] or "unknown",
             content_label="SEGMENTATION",
             series_description="Segmentation",
         )
     except (AttributeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise VolumeError(series, f"no segmentation can be made for it ({reason})", "Use NIfTI") from error
-    with atomic_write(path) as temporary:
-        made.save_as(temporary)
 
 
 def _source(file: Path) -> Any:
-    """What a slice says of patient and study; what may be empty, and is missing where names were removed, is empty."""
+    """What a slice says of patient and study, as highdicom takes it.
+
+    What may be empty is so where it is missing (names were removed) or means nothing. Names of structures are in any
+    alphabet, so all texts are. Distances between slices are those of their positions: scanners tell wrong ones.
+    """
     header = header_of(file)
+    with damage_told(file, "its header"):
+        header.decode()
+    header.SpecificCharacterSet = "ISO_IR 192"
+    if "SpacingBetweenSlices" in header:
+        del header.SpacingBetweenSlices
     for name in _MAY_BE_EMPTY:
-        if name not in header:
+        if not _has_meaning(name, header.get(name)):
             setattr(header, name, "")
     return header
+
+
+def _has_meaning(name: str, value: Any) -> bool:
+    if value in (None, ""):
+        return False
+    if name == "PatientSex":
+        return value in ("F", "M", "O")
+    if not name.endswith(("Date", "Time")):
+        return True
+    from pydicom.valuerep import DA, TM
+
+    try:
+        return bool((DA if name.endswith("Date") else TM)(str(value)))
+    except ValueError:
+        return False
 
 
 def _highdicom() -> Any:
@@ -129,7 +187,7 @@ def _segment(highdicom: Any, number: int, name: str, version: str) -> Any:
     family = highdicom.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")
     return highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=name[:64],
+        segment_label=name.replace("\\", "/")[:64],  # a backslash parts values
         segmented_property_category=tissue,
         segmented_property_type=tissue,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,

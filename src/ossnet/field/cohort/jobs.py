@@ -145,20 +145,22 @@ def plan_jobs(
     names = [name for name, _ in scans]
     if len(set(names)) < len(names):
         twice = next(n for n in names if names.count(n) > 1)
-        raise SettingsError("segment", f"two scans are named {twice}", "Segment them into different folders")
+        one, two = [files[0] for name, files in scans if name == twice][:2]
+        raise SettingsError(
+            "segment",
+            f"two scans are named {twice}: {one} and {two}",
+            "Segment them one by one, into different folders",
+        )
     jobs = [
         Job(name, files, folder if single else folder / f"{name}.nii.gz", single) for name, files in scans
     ]
     if out is not None:
         if not single and out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
             raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")
-        if any(path.is_dir() and path.resolve() == out.resolve() for path in images):
-            raise SettingsError(
-                "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
-            )
         require_folder(out.parent if single else out)
-        _require_other_files(jobs)
-        if not single and folder.resolve() in {file.resolve().parent for job in jobs for file in job.files}:
+        holding = {path.resolve() for path in images if path.is_dir()}
+        holding |= {file.resolve().parent for job in jobs for file in job.files}
+        if not single and folder.resolve() in holding:
             raise SettingsError(
                 "--out", f"{out} holds the scans, results would be taken for scans", "Name another folder"
             )
@@ -172,16 +174,6 @@ def plan_jobs(
 def _folders(job: Job) -> set[Path]:
     """Those that are a scan."""
     return {file.resolve() for file in job.files if file.is_dir()}
-
-
-def _require_other_files(jobs: Sequence[Job]) -> None:
-    scans = {file.resolve() for job in jobs for file in job.files}
-    for job in jobs:
-        for target in (job.target, job.probabilities):
-            if target.resolve() in scans:
-                raise SettingsError(
-                    "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
-                )
 
 
 def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
@@ -210,6 +202,28 @@ def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]
         )
 
 
+def require_own_files(jobs: Sequence[Job], options: Options) -> None:
+    """Refuse results that would replace a scan or each other.
+
+    Args:
+        jobs: All of them, also those of other processes.
+    """
+    scans = {file.resolve() for job in jobs for file in job.files}
+    taken: dict[Path, str] = {}
+    for job in jobs:
+        for target in job.results(options):
+            if target.resolve() in scans:
+                raise SettingsError(
+                    "--out", f"{target} is one of the scans and would be replaced", "Name another folder"
+                )
+            if (other := taken.setdefault(target.resolve(), job.name)) != job.name:
+                raise SettingsError(
+                    "--out",
+                    f"{target} would be a result of {other} and of {job.name}",
+                    "Segment them into different folders",
+                )
+
+
 def require_series(jobs: Sequence[Job], options: Options) -> None:
     """Refuse DICOM segmentations of what is no DICOM series, or on another grid than the series'."""
     if not options.dicom_seg:
@@ -223,11 +237,6 @@ def require_series(jobs: Sequence[Job], options: Options) -> None:
     if other := next((job for job in jobs if not is_dicom(job.files[0])), None):
         raise SettingsError(
             "--dicom-seg", f"{other.files[0]} is no DICOM series", "Leave it out for other scans"
-        )
-    scans = {file.resolve() for job in jobs for file in job.files}
-    if twin := next((job.dicom_seg for job in jobs if job.dicom_seg.resolve() in scans), None):
-        raise SettingsError(
-            "--dicom-seg", f"{twin} is one of the scans and would be replaced", "Name another output"
         )
 
 

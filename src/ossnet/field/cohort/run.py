@@ -15,6 +15,7 @@ from ossnet.field.cohort.jobs import (
     Origins,
     clear,
     finished,
+    require_own_files,
     require_replaceable,
     require_series,
 )
@@ -28,7 +29,7 @@ from ossnet.field.likeness import unlike_training
 from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import signed
-from ossnet.files.dicom_seg import write_dicom_seg
+from ossnet.files.dicom_seg import require_source, write_dicom_seg
 from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import look_at, read_volume
 from ossnet.volume import Volume
@@ -58,6 +59,7 @@ def segment_all(
         ResourceError: The disk is full; finished scans are kept.
     """
     say = say or (lambda text: None)
+    require_own_files(jobs, options)
     rank, world = processes()
     share = list(jobs)[rank::world]
     origins, todo = _begun(model, share, options)
@@ -78,11 +80,21 @@ def segment_all(
             waiting = 1 if options.memory is None else 0
             written: list[tuple[Job, dict[str, Any], Future[None]]] = []
 
+            def refuse(job: Job, error: OssnetError) -> None:
+                # With its traceback it would keep the scan and its field.
+                error.__cause__ = error.__context__ = None
+                failed.append(error.with_traceback(None))
+                report.refuse(job, error)
+
             def collect() -> None:
-                """Wait until the oldest of them is on the disk."""
-                job, entry, _ = written[0]
-                report.collect(written.pop(0))
-                say(f"{job.name}: {_told(entry)} → {job.target}")
+                """Wait until the oldest of them is on the disk; what the disk has no room for stops everything."""
+                job, entry, _ = item = written.pop(0)
+                try:
+                    report.collect(item)
+                except InputError as error:
+                    refuse(job, error)
+                else:
+                    say(f"{job.name}: {_told(entry)} → {job.target}")
 
             try:
                 scans = _Reader(todo, reader, options)
@@ -99,10 +111,7 @@ def segment_all(
                             written.append((job, entry, writer.submit(save)))
                             del save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
-                        # With its traceback it would keep the scan and its field.
-                        error.__cause__ = error.__context__ = None
-                        failed.append(error.with_traceback(None))
-                        report.refuse(job, error)
+                        refuse(job, error)
                     count += 1
                     if done:
                         done(count)
@@ -124,7 +133,9 @@ def forecast_all(
     Args:
         with_targets: The targets are meant: what is finished there takes nothing, and nothing may be in the way.
     """
-    origins, todo = _begun(model, jobs if with_targets else [], options)
+    targets = jobs if with_targets else []
+    require_own_files(targets, options)
+    origins, todo = _begun(model, targets, options)
     if with_targets:
         Report(report_file(jobs, 0, 1), model, options, origins)
     out = []
@@ -178,6 +189,8 @@ def _segment(
     model: Model, job: Job, volume: Volume, options: Options, made_by: str
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     started = time.perf_counter()
+    if options.dicom_seg:
+        require_source(job.files[0])
     field = Field(
         model,
         volume,
@@ -219,11 +232,11 @@ def _segment(
     }
 
     def save() -> None:
-        if maps is not None:
-            maps.save(job.probabilities)
         if options.dicom_seg:
             own = replace(labels, origin=made_by)
             write_dicom_seg(own, job.files[0], job.dicom_seg, version=versions()["ossnet"])
+        if maps is not None:
+            maps.save(job.probabilities)
         result = signed(labels, made_by)
         entry["origin"] = result.origin
         result.save(job.target)  # last: its presence means finished
