@@ -1,5 +1,6 @@
 """Locations, bands and labels (SPEC §3)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ossnet.data.sampling import (
     sample_locations,
     uniform_locations,
 )
-from ossnet.volume import flipped
+from ossnet.volume import Shape, flipped
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
 CASES = {"brats": (48, 32, 32), "lits": (64, 64, 32)}
@@ -40,6 +41,20 @@ def test_reference_cases(name: str) -> None:
     assert (found == case["sampled_labels"][:, 0]).all()
     grid = case["low_res_label"].shape[1:]
     assert (low_res_labels(case["raw_label"], fit, grid, 1) == case["low_res_label"]).all()
+
+
+@pytest.mark.parametrize("grid", [(4, 2, 3), (3, 5, 2)])
+@pytest.mark.parametrize("way", [Fit.pad, Fit.resize])
+def test_cells_hold_what_an_adaptive_max_pool_finds(way: Callable[[Shape, Shape], Fit], grid: Shape) -> None:
+    rng = np.random.default_rng(0)
+    labels = ((rng.random((7, 4, 6)) < 0.05) * rng.integers(1, 4, (7, 4, 6))).astype(np.uint8)
+    fit = way(labels.shape, (8, 6, 12))
+    fitted = fit.labels(torch.from_numpy(labels))
+    for classes, kinds in ((1, [fitted > 0]), (4, [fitted == k for k in (1, 2, 3)])):
+        expected = torch.stack(
+            [torch.nn.functional.adaptive_max_pool3d(k[None].float(), grid)[0] for k in kinds]
+        )
+        assert np.array_equal(low_res_labels(labels, fit, grid, classes), expected.numpy())
 
 
 @pytest.mark.parametrize("name", list(CASES))

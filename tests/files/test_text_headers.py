@@ -270,7 +270,7 @@ def test_what_is_unclear_is_told(
         ("a.mha", b"hello", "not a MetaImage"),
         ("a.mha", b"\n\n", "not a MetaImage"),
         ("a.mha", meta(NDims="2", DimSize="5 42"), "has 2 axes"),
-        ("a.mha", meta(NDims=None), "lacks NDims"),
+        ("a.mha", meta(NDims=None), "lacks the field 'NDims'"),
         ("a.mha", meta(DimSize="5 6 7000000"), "truncated"),
         ("a.mha", meta(ElementSpacing="0.5 1 nan"), "NaN"),
         ("a.mha", meta(ElementSpacing="0.5 1 0"), "not invertible"),

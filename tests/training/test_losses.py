@@ -16,7 +16,6 @@ from ossnet.training.losses import (
     binary_losses,
     categorical_losses,
     compound_loss,
-    low_resolution_presence,
     occupancy_loss,
     oss_net_loss,
     overlap_scores,
@@ -123,19 +122,6 @@ def test_equation_two() -> None:
     assert plain.auxiliary.item() == 0
     with pytest.raises(ValueError, match="target"):
         oss_net_loss(logits, labels, head)
-
-
-@pytest.mark.parametrize("shape", [(8, 4, 6), (7, 5, 3)])
-def test_presence_is_the_adaptive_max_pool(shape: tuple[int, int, int]) -> None:
-    labels = (torch.rand(2, *shape) < 0.05).long() * torch.randint(1, 4, (2, *shape))
-    grid = (4, 2, 3)
-    binary = low_resolution_presence(labels, grid)
-    assert torch.equal(binary[:, 0], torch.nn.functional.adaptive_max_pool3d((labels > 0).float(), grid))
-    several = low_resolution_presence(labels, grid, classes=4)
-    assert several.shape == (2, 3, *grid)
-    for k in range(1, 4):
-        expected = torch.nn.functional.adaptive_max_pool3d((labels == k).float(), grid)
-        assert torch.equal(several[:, k - 1], expected)
 
 
 def test_soft_dice_of_certain_answers() -> None:

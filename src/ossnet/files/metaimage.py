@@ -15,6 +15,7 @@ from ossnet.files.header import REWRITE, Header
 from ossnet.files.text_header import (
     axes,
     checked,
+    needed,
     numbers,
     start_of,
     unfinished,
@@ -46,8 +47,8 @@ def read_metaimage_header(path: Path) -> Header:
         VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
     """
     keys, end = _parse(path)
-    count = axes(_need(keys, "NDims", path), path)
-    sizes = numbers(_need(keys, "DimSize", path), int, count, "sizes", path)
+    count = axes(needed(keys, "NDims", path), path)
+    sizes = numbers(needed(keys, "DimSize", path), int, count, "sizes", path)
     channel_axis = 3 if count == 4 else None
     components = whole(keys.get("ElementNumberOfChannels", "1"), "channels", path)
     if components != 1:
@@ -57,7 +58,7 @@ def read_metaimage_header(path: Path) -> Header:
     notes: list[str] = []
     affine = _place(keys, count, path, notes)
     big = _true(keys, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
-    dtype, swapped = voxel_type(_need(keys, "ElementType", path), _DTYPES, big, path)
+    dtype, swapped = voxel_type(needed(keys, "ElementType", path), _DTYPES, big, path)
     if not _true(keys, "BinaryData", default=True):
         raise VolumeError(path, "its voxels are text", "Save it with binary voxels")
     if keys.get("ElementToIntensityFunctionSlope", "1") not in ("1", "1.0"):
@@ -104,12 +105,6 @@ def _parse(path: Path) -> tuple[dict[str, str], int]:
     if not keys:
         raise VolumeError(path, "not a MetaImage file", "Check what the file is")
     raise unfinished(path, block)
-
-
-def _need(keys: dict[str, str], name: str, path: Path) -> str:
-    if name not in keys:
-        raise VolumeError(path, f"its header lacks {name}", REWRITE)
-    return keys[name]
 
 
 def _true(keys: dict[str, str], *names: str, default: bool = False) -> bool:

@@ -15,6 +15,7 @@ from ossnet.files.header import REWRITE, Header
 from ossnet.files.text_header import (
     axes,
     checked,
+    needed,
     numbers,
     start_of,
     unfinished,
@@ -55,8 +56,8 @@ def read_nrrd_header(path: Path) -> Header:
         VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
     """
     fields, pairs, end = _parse(path)
-    count = axes(_need(fields, "dimension", path), path)
-    sizes = numbers(_need(fields, "sizes", path), int, count, "sizes", path)
+    count = axes(needed(fields, "dimension", path), path)
+    sizes = numbers(needed(fields, "sizes", path), int, count, "sizes", path)
     kinds = fields.get("kinds", "").lower().split()
     kinds += ["domain"] * (count - len(kinds))
     notes: list[str] = []
@@ -110,12 +111,6 @@ def _parse(path: Path) -> tuple[dict[str, str], dict[str, str], int | None]:
     if "datafile" not in fields:
         raise unfinished(path, block)
     return fields, pairs, None
-
-
-def _need(fields: dict[str, str], name: str, path: Path) -> str:
-    if name not in fields:
-        raise VolumeError(path, f"its header lacks the field {name!r}", REWRITE)
-    return fields[name]
 
 
 def _place(
@@ -201,8 +196,8 @@ def _unit(fields: dict[str, str], notes: list[str]) -> float:
 
 def _type(fields: dict[str, str], path: Path) -> tuple[np.dtype[np.generic], bool]:
     """Voxel type in native byte order, and whether the file has the other one."""
-    named = _need(fields, "type", path).lower()
-    order = "little" if _DTYPES.get(named, "")[1:] == "1" else _need(fields, "endian", path).lower()
+    named = needed(fields, "type", path).lower()
+    order = "little" if _DTYPES.get(named, "")[1:] == "1" else needed(fields, "endian", path).lower()
     if order not in ("little", "big"):
         raise VolumeError(path, f"the order of its bytes is {order[:40]!r}", REWRITE)
     return voxel_type(named, _DTYPES, order == "big", path)
@@ -212,7 +207,7 @@ def _voxels(
     fields: dict[str, str], end: int | None, path: Path
 ) -> tuple[Path, int, Literal["gzip", "zlib"] | None]:
     """The file with the voxels, where they begin in it, and how they are packed."""
-    encoding = _need(fields, "encoding", path).lower()
+    encoding = needed(fields, "encoding", path).lower()
     if encoding not in ("raw", "gz", "gzip"):
         raise VolumeError(
             path, f"its voxels are encoded as {encoding[:40]!r}", "Save it with the encoding raw or gzip"

@@ -31,6 +31,13 @@ def unfinished(path: Path, block: bytes) -> VolumeError:
     return VolumeError(path, f"its header does not end within {_MOST:,} bytes", REWRITE)
 
 
+def needed(fields: Mapping[str, str], name: str, path: Path) -> str:
+    """A field that must be there."""
+    if name not in fields:
+        raise VolumeError(path, f"its header lacks the field {name!r}", REWRITE)
+    return fields[name]
+
+
 def numbers(text: str, kind: Callable[[str], _T], count: int | None, what: str, path: Path) -> list[_T]:
     """The numbers in a line, as many as there must be."""
     try:

@@ -27,16 +27,6 @@ def normalise_locations(locations: Float[Tensor, "*N 3"], shape: Shape) -> Float
     return 2 * locations / last - 1
 
 
-def denormalise_locations(normalised: Float[Tensor, "*N 3"], shape: Shape) -> Float[Tensor, "*N 3"]:
-    """The nearest voxel indices: `normalise_locations` undone for integer locations.
-
-    Rounds: cutting off instead lands one voxel low wherever the arithmetic ends just below an integer (SPEC
-    §7.4).
-    """
-    last = normalised.new_tensor([max(n - 1, 1) for n in shape])
-    return ((normalised + 1) / 2 * last).round()
-
-
 def fourier_features(coordinates: Float[Tensor, "*N 3"], b: Float[Tensor, "1 3 M"]) -> Float[Tensor, "*N W"]:
     """[cos 2πpb | sin 2πpb | p], W = 2M + 3 (released extras D1, D2 only)."""
     phase = 2 * math.pi * (coordinates @ b[0])

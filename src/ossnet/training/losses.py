@@ -101,7 +101,7 @@ def auxiliary_loss(
 
     Args:
         segmentation: Logits of the head.
-        presence: What `low_resolution_presence` gives.
+        presence: What `ossnet.data.sampling.low_res_labels` gives.
     """
     return binary_losses(segmentation, presence).mean()
 
@@ -119,7 +119,7 @@ def oss_net_loss(
         logits: See `occupancy_loss`.
         labels: See `occupancy_loss`.
         segmentation: Logits of the head, None for networks without.
-        presence: Targets of the head (`low_resolution_presence`).
+        presence: Targets of the head (`ossnet.data.sampling.low_res_labels`).
         weight: α.
 
     Raises:
@@ -132,23 +132,6 @@ def oss_net_loss(
         raise ValueError("a network with a segmentation head needs its low-resolution target")
     auxiliary = auxiliary_loss(segmentation, presence)
     return Loss(main + weight * auxiliary, main, auxiliary)
-
-
-def low_resolution_presence(
-    labels: Integer[Tensor, "B X Y Z"] | Bool[Tensor, "B X Y Z"], grid: tuple[int, int, int], classes: int = 1
-) -> Float[Tensor, "B G x y z"]:
-    """Targets of the segmentation head: 1 where a cell of the low-resolution grid holds the structure at all.
-
-    The adaptive max pool of (label > 0) for one structure (SPEC §3), of (label == k) for each foreground
-    class k of several.
-
-    Args:
-        labels: On the full-resolution grid.
-        grid: Cells along each axis.
-        classes: As in `NetworkSpec`.
-    """
-    structures = [labels > 0] if classes == 1 else [labels == k for k in range(1, classes)]
-    return torch.stack([_any_in_cell(structure, grid) for structure in structures], dim=1).float()
 
 
 def soft_dice_loss(
@@ -294,16 +277,6 @@ def _check_shapes(logits: Tensor, labels: Tensor) -> None:
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} ({labels.dtype}) do not belong"
             " together: (B, N) takes (B, N), (B, N, K) takes (B, N) class indices or (B, N, K) distributions"
         )
-
-
-def _any_in_cell(mask: Bool[Tensor, "B X Y Z"], grid: tuple[int, int, int]) -> Bool[Tensor, "B x y z"]:
-    """Adaptive max pool of a mask."""
-    b, *shape = mask.shape
-    if any(n % cells for n, cells in zip(shape, grid, strict=True)):
-        return F.adaptive_max_pool3d(mask.float(), grid) > 0
-    # Cells of one size: stays one byte a voxel, which matters at 512³ and many classes.
-    (x, y, z), (i, j, k) = shape, grid
-    return mask.reshape(b, i, x // i, j, y // j, k, z // k).amax(dim=(2, 4, 6))
 
 
 def _full(logits: Tensor) -> Tensor:
