@@ -137,7 +137,14 @@ class _Placed:
     origin: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
+        where, affine = self.source or "volume", np.asarray(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4):
+            raise VolumeError(
+                where, f"its affine is {affine.shape}, not 4 × 4", "Give the map from voxels to mm"
+            )
+        if self.data.size == 0:
+            raise VolumeError(where, f"it has no voxels {self.data.shape}", "Give at least one voxel an axis")
+        object.__setattr__(self, "affine", affine)
         # In this order: numpy warns of determinants of NaN.
         if not np.isfinite(self.affine).all() or np.linalg.det(self.affine[:3, :3]) == 0:
             raise VolumeError(
@@ -190,6 +197,13 @@ class _Placed:
         return replace(turned, data=data, affine=turned.affine @ np.linalg.inv(own.matrix((x, y, z))))
 
 
+def _require_array(data: Any, kinds: str, where: Path | str, what: str) -> None:
+    """Refuse what is no numpy array of these kinds of values."""
+    found = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
+    if not isinstance(data, np.ndarray) or data.dtype.kind not in kinds:
+        raise VolumeError(where, f"its data is {found}", f"Give a numpy array of {what}")
+
+
 @dataclass(frozen=True, repr=False)
 class Volume(_Placed):
     """A scan.
@@ -205,10 +219,11 @@ class Volume(_Placed):
     data: Num[np.ndarray, "C X Y Z"]
 
     def __post_init__(self) -> None:
-        if np.ndim(self.data) != 4:
+        _require_array(self.data, "iufb", self.source or "volume", "numbers")
+        if self.data.ndim != 4:
             raise VolumeError(
                 self.source or "volume",
-                f"its data has {np.ndim(self.data)} axes instead of 4 (channels, x, y, z)",
+                f"its data has {self.data.ndim} axes instead of 4 (channels, x, y, z)",
                 "Give data[None] for a scan of one channel",
             )
         super().__post_init__()
@@ -242,9 +257,10 @@ class LabelMap(_Placed):
     cropped: bool = False
 
     def __post_init__(self) -> None:
-        if np.ndim(self.data) != 3:
+        _require_array(self.data, "iub", self.source or "label map", "whole numbers")
+        if self.data.ndim != 3:
             raise VolumeError(
-                self.source or "label map", f"its data has {np.ndim(self.data)} axes", "Give (x, y, z)"
+                self.source or "label map", f"its data has {self.data.ndim} axes", "Give (x, y, z)"
             )
         super().__post_init__()
 
@@ -337,12 +353,3 @@ def same_names(one: Mapping[int, str], other: Mapping[int, str]) -> str | None:
     pairs = ((one, other), (other, one))
     apart = [", ".join(f"{k} {v}" for k, v in sorted(a.items() - b.items()) if v in shared) for a, b in pairs]
     return " instead of ".join(apart) if all(apart) else None
-
-
-def summary(volume: Volume | LabelMap) -> dict[str, Any]:
-    """Shape, spacing and data type, for reports."""
-    return {
-        "shape": list(volume.shape),
-        "spacing_mm": [round(s, 4) for s in volume.spacing],
-        "dtype": str(volume.data.dtype),
-    }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.files.nrrd_writer import write_nrrd
 from typer.testing import CliRunner
 
 from ossnet.cli.main import app
+from ossnet.evaluation.cases import match
 from ossnet.volume import LabelMap, Orientation, Volume
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -209,6 +211,52 @@ def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> No
         "label files hold 7, the model has 2 structures",
         "Give the folder of the data set",
     )
+
+
+def test_names_that_tell_values_say_which_label_is_which(tmp_path: Path) -> None:
+    """Files of the data set hold 2 and 3, and only 2 in this case: classes are 1 and 2."""
+    mine = replace(labels(1), origin="ossnet 0123", names={1: "label 2", 2: "label 3"})
+    mine.save(tmp_path / "p" / "a.nii.gz")
+    labels(2).save(tmp_path / "l" / "a.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", tmp_path / "l", "--json").out)
+    assert [(row["label"], row["dice"]) for row in told["cases"]] == [(1, 1)]
+
+
+def test_one_number_with_two_names_is_refused(tmp_path: Path) -> None:
+    for case, name in (("a", "liver"), ("b", "spleen")):
+        replace(labels(1), names={1: name}).save(tmp_path / "p" / f"{case}.nii.gz")
+        replace(labels(1), names={1: name}).save(tmp_path / "l" / f"{case}.nii.gz")
+    said = "label 1 is spleen here, and liver in a.nii.gz"
+    refused(evaluate(tmp_path / "p", tmp_path / "l"), str(tmp_path / "l" / "b.nii.gz"), said)
+
+
+@pytest.mark.filterwarnings("default:no file holds a structure")
+def test_cases_without_structures_are_counted(tmp_path: Path) -> None:
+    for case, values in {"a": (1,), "b": ()}.items():
+        labels(*values).save(tmp_path / "p" / f"{case}.nii.gz")
+        labels(*values).save(tmp_path / "l" / f"{case}.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", tmp_path / "l", "--json").out)
+    assert [row["outcome"] for row in told["cases"]] == ["scored", "absent"]
+    assert (told["summary"][0]["cases"], told["summary"][0]["absent"]) == (2, 1)
+    result = evaluate(tmp_path / "p" / "b.nii.gz", tmp_path / "l" / "b.nii.gz")
+    assert "there is nothing to judge" in " ".join(result.error.split())
+
+
+def test_letters_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    for folder, form in (("p", "NFC"), ("l", "NFD")):
+        labels(1).save(tmp_path / folder / f"{unicodedata.normalize(form, 'Müller')}.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", tmp_path / "l", "--json").out)
+    assert [(row["case"], row["dice"]) for row in told["cases"]] == [("Müller", 1)]
+
+
+@pytest.mark.filterwarnings("default:.*belong to no case")
+def test_cases_of_the_data_set_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    root = dataset(tmp_path / "d")
+    (root / "imagesTr" / "a_0000.nii.gz").unlink()
+    predictions(tmp_path / "p")
+    with pytest.warns(UserWarning, match=r"left out: .*a\.nii\.gz has no image"):
+        matched = match(tmp_path / "p", root)
+    assert [pair.case for pair in matched.pairs] == ["b", "c"]
 
 
 def test_structures_learnt_as_one_are_judged_as_one(tmp_path: Path) -> None:

@@ -60,6 +60,24 @@ def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "part 1 was not found in " in refused(tmp_path, *only)
 
 
+@pytest.mark.filterwarnings("default:.*taken as the model's")
+def test_a_label_map_with_the_values_of_label_files_is_drawn(
+    heart: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = tiny.model("multiscale", 3)
+    replace(model, label_names={1: "label 2", 2: "label 7"}).save(tmp_path / "model")
+    scan = ossnet.read(heart[0])
+    data = np.zeros(scan.shape, np.uint8)
+    data[5:12, 5:12, 5:12] = 7
+    LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
+    given = (heart[0], tmp_path / "model")
+    succeeded(*mesh(given, tmp_path / "out", "--labels", tmp_path / "drawn.nii.gz"))
+    assert {p.name for p in files_in(tmp_path / "out")} == {"scan_label_7.stl"}
+    LabelMap(data // 7 * 2, scan.affine).save(tmp_path / "drawn.nii.gz")
+    said = succeeded(*mesh(given, tmp_path / "out", "--overwrite", "--labels", tmp_path / "drawn.nii.gz"))
+    assert "taken as the model's (2 for label 7)" in " ".join(said.split())
+
+
 def test_a_label_map_that_numbers_structures_otherwise_is_refused(
     heart: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -96,7 +114,7 @@ def test_refusals(heart: tuple[Path, Path], tmp_path: Path) -> None:
     assert "'off' is unknown" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--format", "off"))
     assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "liver"))
     assert "none of this model's" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--structure", "²"))
-    assert "below 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
+    assert "at least 0" in refused(tmp_path, *mesh(heart, tmp_path / "x", "--smooth", "-1"))
     LabelMap(np.full((23, 21, 18), 7, np.uint8), ossnet.read(heart[0]).affine).save(tmp_path / "seven.nii.gz")
     foreign = mesh(heart, tmp_path / "x", "--labels", tmp_path / "seven.nii.gz")
     assert "holds label 7, which the model does not have" in refused(tmp_path, *foreign)

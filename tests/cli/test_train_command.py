@@ -51,6 +51,7 @@ def data(balls: Path, tmp_path: Path) -> Path:
         (["--set", "data.spacing=0,1,1"], "greater than 0"),
         (["--set", "data.spacing=nan,1,1"], "data.spacing"),
         (["--set", "data.shape=0,8,8"], "data.shape"),
+        (["--set", "seed=99999999999999999999"], "seed"),
         (["--set", "augmentation.flip_axes=[7]"], "augmentation.flip_axes"),
         (["--fold", "x"], "data.fold: 'x' is none of its values. Its meaning: number of the fold"),
         (["--set", "optimiser.learning_rate=1"], "Perhaps optimiser.lr is meant"),

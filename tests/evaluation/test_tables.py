@@ -36,6 +36,10 @@ def test_means_leave_absent_structures_out_and_count_them() -> None:
     back = summary.of(2)
     assert back.estimates["dice"].mean == pytest.approx(0.65)
     assert (back.cases, back.absent, back.estimates["dice"].n) == (3, 1, 2)
+    # That there is no volume where there is none says nothing about volumes.
+    volume = back.estimates["volume_difference_ml"]
+    assert (volume.mean, volume.n) == (pytest.approx(0.5), 2)
+    assert summary.of(None).estimates["volume_difference_ml"].mean == pytest.approx(0.5)
     # Case c counts with the class that it has.
     assert summary.of(None).estimates["dice"].mean == pytest.approx((0.7 + 0.8 + 1.0) / 3)
 

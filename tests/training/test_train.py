@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import shutil
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +232,66 @@ def test_data_without_structures_are_told(tmp_path: Path) -> None:
 def test_a_run_is_not_overwritten(finished: Path, balls: Path) -> None:
     with pytest.raises(SettingsError, match="resume"):
         run(balls, finished)
+
+
+def test_files_of_something_else_stay(balls: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("mine")
+    with pytest.raises(SettingsError, match=r"log\.csv: it is there and is of no training"):
+        run(balls, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["log.csv"]
+
+
+@pytest.mark.parametrize("change", ["structures", "spacing"])
+def test_a_run_goes_on_with_the_same_data_only(balls: Path, tmp_path: Path, change: str) -> None:
+    data, out = Path(shutil.copytree(balls, tmp_path / "data")), tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(data, out, "multiscale", listener=Stop(3))
+    assert (out / STATE).is_file()
+    if change == "structures":
+        description = json.loads((data / "dataset.json").read_text())
+        description["labels"] = {"background": 0, "shell": 1, "core": 2, "more": 3}
+        (data / "dataset.json").write_text(json.dumps(description))
+    else:
+        for file in data.rglob("*.nii.gz"):
+            whole = ossnet.read_labels(file) if "labelsTr" in file.parts else ossnet.read(file)
+            replace(whole, affine=np.diag([3.0, 2.0, 2.0, 1.0])).save(file)
+    with pytest.raises(SettingsError, match=r"the data set has changed: (structures|preparation)"):
+        run(data, out, "multiscale", resume=True)
+
+
+def test_damaged_files_of_a_run_are_named(finished: Path, balls: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(finished, tmp_path / "run"))
+    whole = (out / "splits.json").read_text()
+    (out / "splits.json").write_text(whole[:-20])
+    with pytest.raises(SettingsError, match=r"splits\.json: it is damaged"):
+        run(balls, out, resume=True)
+    (out / "splits.json").write_text(whole)
+    # Rows that are damaged, and a segmentation that is gone, are made again.
+    (out / "validation_rows.json").write_text("{")
+    gone = next((out / "validation").glob("*.nii.gz"))
+    gone.unlink()
+    run(balls, out, resume=True)
+    assert gone.is_file()
+    assert json.loads((out / "validation_rows.json").read_text())["cases"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_names_of_cases_that_are_no_text(balls: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(balls, tmp_path / "data"))
+    for file in data.rglob("ball_0*.nii.gz"):
+        file.rename(file.with_name(file.name.replace("ball", os.fsdecode(b"b\xe4lle"))))
+    run(data, tmp_path / "run")
+    assert (tmp_path / "run" / "validation.json").is_file()
+
+
+def test_structures_that_the_fold_never_shows_are_told(balls: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(balls, tmp_path / "data"))
+    for file in (data / "labelsTr").iterdir():
+        labels = ossnet.read_labels(file)
+        replace(labels, data=np.minimum(labels.data, 1)).save(file)
+    said: list[str] = []
+    run(data, tmp_path / "run", say=said.append)
+    assert "beware: no training case of this fold holds core: it cannot be learnt" in said
 
 
 def test_resuming_nothing_is_refused(balls: Path, tmp_path: Path) -> None:

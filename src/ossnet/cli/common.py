@@ -50,8 +50,11 @@ def _console(file: Any) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """An answer for programs: one JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+    """An answer for programs: one JSON document on stdout, in letters that it knows."""
+    known = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(
+        json.dumps(value, indent=1, ensure_ascii=not known, allow_nan=False, default=_plain) + "\n"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,15 +1,20 @@
 """`ossnet mesh`."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ossnet.cli.common import say
 from ossnet.cli.options import Device, Memory, Mirror, Models, ReplaceNan
+
+if TYPE_CHECKING:
+    from ossnet.volume import LabelMap
 
 
 def command(
@@ -59,7 +64,7 @@ def command(
     import numpy as np
 
     from ossnet.errors import SettingsError, VolumeError
-    from ossnet.field.mesh.extract import MESH_FORMATS, save_mesh
+    from ossnet.field.mesh.extract import MESH_FORMATS, check_mesh_options, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
     from ossnet.files.containers import FILE_ENDINGS, scan_name
@@ -71,8 +76,7 @@ def command(
         raise SettingsError("--out", f"{out} is neither a mesh file nor a folder", f"End it in {endings}")
     if kind not in MESH_FORMATS:
         raise SettingsError("--format", f"{kind!r} is unknown", f"Use one of {', '.join(MESH_FORMATS)}")
-    if smooth < 0:
-        raise SettingsError("--smooth", f"{smooth} is below 0", "Give a number of rounds")
+    check_mesh_options(faces, smooth)
     require_folder(out.parent if single else out)
     loaded = Model.load(*model, mirror=mirror)
     wanted = list(dict.fromkeys(loaded.label_of(given) for given in structure or loaded.label_names))
@@ -93,7 +97,7 @@ def command(
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     drawn = None
     if labels is not None:
-        drawn = read_labels(labels)
+        drawn = _as_classes(read_labels(labels), loaded.label_names)
         if unknown := set(np.unique(drawn.data).tolist()) - {0, *loaded.label_names}:
             raise VolumeError(
                 labels,
@@ -126,6 +130,23 @@ def command(
         )
     if missing:
         say(f"not in this scan: {', '.join(missing)}")
+
+
+def _as_classes(labels: "LabelMap", names: Mapping[int, str]) -> "LabelMap":
+    """Labels by the model's numbers, where they have those of label files, which the model's names may tell."""
+    import numpy as np
+
+    from ossnet.data.cases import relabelled, values_told
+
+    told = values_told(names)
+    values = {int(v) for v in np.unique(labels.data)} - {0}
+    if labels.holds_classes or not values <= set(told) or all(v == c for v, c in told.items()):
+        return labels
+    if values <= set(names):
+        listed = ", ".join(f"{v} for {names[v]}" for v in sorted(values))
+        warnings.warn(f"{labels.source}: labels are taken as the model's ({listed})", stacklevel=2)
+        return labels
+    return replace(labels, data=relabelled(labels.data, told))
 
 
 def _files(out: Path, scan: str, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:

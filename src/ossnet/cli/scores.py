@@ -36,6 +36,8 @@ def require_table(out: Path | None) -> None:
         return
     if out.suffix.lower() in FILE_ENDINGS - set(TABLES) and not out.is_dir():
         raise SettingsError("--out", f"{out} is neither a folder nor a table", "End it in .csv or .json")
+    if out.suffix.lower() in TABLES and out.is_dir():
+        raise SettingsError("--out", f"{out} is a folder", "Name a file, or a folder that does not end so")
     require_folder(out.parent if out.suffix.lower() in TABLES else out)
 
 

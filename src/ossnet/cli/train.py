@@ -72,7 +72,7 @@ def command(
 
     **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
-    from ossnet.errors import SettingsError
+    from ossnet.errors import ResourceError, SettingsError
     from ossnet.training.settings import (
         MACHINE,
         canonical_variant,
@@ -120,7 +120,7 @@ def command(
     try:
         with Watcher(settings.schedule.batch_size if settings.schedule.minutes else 1) as watcher:
             train(data or data_of(out), out, settings, resume=resume, listener=watcher, say=say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ResourceError):
         if is_first_process() and (out / STATE).exists():
             say(f"go on with: ossnet train --resume --out {out}")
         raise

@@ -1,5 +1,6 @@
 """A data set: its cases, what their channels and labels mean, and reading them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,17 @@ class Case:
 def joined_name(structures: Iterable[str]) -> str:
     """The name of structures that are learnt as one."""
     return " and ".join(structures) or "foreground"
+
+
+def nameless(value: int) -> str:
+    """The name of a structure that nothing names."""
+    return f"label {value}"
+
+
+def values_told(names: Mapping[int, str]) -> dict[int, int]:
+    """Value in label files → class, where that is what all names of classes tell (`nameless`); otherwise nothing."""
+    told = {c: re.fullmatch(r"label (\d+)", name) for c, name in names.items() if c}
+    return {int(m[1]): c for c, m in told.items() if m} if all(told.values()) else {}
 
 
 def values_in_files(names: Mapping[int, str], label_map: Mapping[int, int]) -> set[int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ossnet.data.cases import Case, Dataset, Problem
+from ossnet.data.cases import Case, Dataset, Problem, nameless
 from ossnet.data.descriptions import Description, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
@@ -430,7 +430,7 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
             [Problem(example, f"label files hold {len(found)} values", "Are images and labels swapped?")],
         )
     told, problem = _told_names({case.label: names for case, (_, _, names) in zip(cases, each, strict=True)})
-    names = {v: "background" if v == 0 else told.get(v, f"label {v}") for v in found}
+    names = {v: "background" if v == 0 else told.get(v, nameless(v)) for v in found}
     return (*consecutive(names), [] if problem is None else [problem])
 
 

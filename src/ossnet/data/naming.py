@@ -14,7 +14,7 @@ from typing import Any
 
 from ossnet.data import descriptions
 from ossnet.data.descriptions import Description
-from ossnet.files.containers import is_image, is_slicer_segmentation, nifti_first
+from ossnet.files.containers import composed, is_image, is_slicer_segmentation, nifti_first
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
@@ -117,7 +117,8 @@ class Files:
                     continue
                 if is_image(place / name):
                     relative = (place / name).relative_to(root)
-                    self._files.append((f"{self.root.name}/{relative.as_posix()}", root / relative))
+                    name_here = composed(f"{self.root.name}/{relative.as_posix()}")
+                    self._files.append((name_here, root / relative))
                 elif suffix := (place / name).suffix.lower():
                     self._others[suffix] += 1
 

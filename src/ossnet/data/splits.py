@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from ossnet.errors import DatasetError, SettingsError
+from ossnet.files.containers import composed
 
 if TYPE_CHECKING:
     from ossnet.data.cases import Dataset
@@ -54,7 +55,7 @@ def folds(
         raise DatasetError(
             "data set",
             f"{len(patients)} patient{'' if len(patients) == 1 else 's'} cannot make {k} folds",
-            "Add cases, or train on all of them with --fold all",
+            "Add cases, name the cases of each fold in a splits_final.json, or train on all of them with --fold all",
         )
     order = _shuffled(len(patients), seed)
     return tuple(_divide(patient, {patients[i] for i in part}) for part in np.array_split(order, k))
@@ -99,14 +100,18 @@ def read_splits(path: Path) -> tuple[Split, ...]:
     fix = 'Write a list of {"train": [names], "val": [names]}, or remove the file'
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        found = tuple(Split(tuple(sorted(f["train"])), tuple(sorted(f["val"]))) for f in value)
+        found = tuple(Split(_names(f["train"]), _names(f["val"])) for f in value)
     except OSError as error:
         raise DatasetError(path, f"cannot be read ({error.strerror})", "Check its permissions") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DatasetError(path, "is not a list of folds", fix) from error
-    if not found or not all(isinstance(name, str) for f in found for name in (*f.train, *f.validation)):
+    if not found:
         raise DatasetError(path, "is not a list of folds", fix)
     return found
+
+
+def _names(given: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(composed(name) for name in given))
 
 
 def shared_patients(part: Split, groups: Mapping[str, str | None]) -> tuple[str, ...]:

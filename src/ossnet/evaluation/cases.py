@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ossnet.data.cases import joined_name, relabelled, values_in_files
+from ossnet.data.cases import joined_name, relabelled, values_in_files, values_told
 from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
@@ -142,6 +142,10 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
         return Matched(only, dict(read_labels(labels).names), _values_of_undescribed(only))
 
     references, dataset = _references(labels)
+    if dataset is not None and dataset.problems:
+        first, more = dataset.problems[0], len(dataset.problems) - 1
+        also = f" ({more} more: ossnet check {labels})" if more else ""
+        warnings.warn(f"left out: {first.where} {first.reason}{also}", stacklevel=2)
     found = _predictions(predictions, references.keys())
     missing = [case for case in references if case not in found]
     if not references:
@@ -169,16 +173,19 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
     """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
 
-    As in training, classes are the values in ascending order. Where all values are classes, or all classes are values,
-    equal numbers are compared.
+    Where names of structures tell their values, these count. Otherwise, as in training, classes are the values in
+    ascending order, unless all values are classes, or all classes are values: then equal numbers are compared.
 
     Raises:
         DatasetError: There are more or fewer values than the model has structures, so that the order says nothing.
     """
     ours = next((p.prediction for p in pairs if origin_of(p.prediction).startswith(MARK)), None)
-    structures = set() if ours is None else set(read_labels(ours).names) - {0}
+    names = {} if ours is None else read_labels(ours).names
+    structures = set(names) - {0}
     if not structures:
         return {}
+    if told := values_told(names):
+        return {value: number for value, number in told.items() if value != number}
     values: set[int] = set()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         values.update(*pool.map(_values_in, {pair.label for pair in pairs}))
@@ -234,7 +241,7 @@ def score(
 
     Raises:
         VolumeError: A file cannot be trusted, or a prediction does not lie on its label, or names and numbers
-            structures otherwise.
+            structures otherwise, or one label has several names.
     """
     # Decompressing and nearest-neighbour search run outside of Python's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -246,7 +253,10 @@ def score(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    out = _complete([row for found in rows for row in found])
+    out = _complete([row for found in rows for row in found], [pair.case for pair in matched.pairs])
+    if not out:
+        warnings.warn("no file holds a structure: there is nothing to judge", stacklevel=2)
+    _require_one_name(out, {pair.case: pair.label for pair in matched.pairs})
     _tell_strangers(out)
     if not matched.names:  # nothing declares labels: those that were met are known now
         met = {row.label for row in out}
@@ -254,6 +264,19 @@ def score(
             if unknown := set(parts) - met:
                 warnings.warn(f"region {name}: no file holds label {min(unknown)}", stacklevel=2)
     return out
+
+
+def _require_one_name(rows: Sequence[Row], labels: Mapping[str, Path]) -> None:
+    """Refuse to take different structures for one, as where 3D Slicer numbered the segments of each file anew."""
+    told: dict[Label, Row] = {}
+    for row in rows:
+        first = told.setdefault(row.label, row) if row.name else row
+        if first.name.casefold() != row.name.casefold():
+            raise VolumeError(
+                labels[row.case],
+                f"label {label_text(row.label)} is {row.name} here, and {first.name} in {labels[first.case].name}",
+                "Give each structure one number in all files",
+            )
 
 
 def _tell_strangers(rows: Sequence[Row]) -> None:
@@ -316,13 +339,12 @@ def _values(*maps: LabelMap) -> list[int]:
     return sorted({int(v) for labels in maps for v in np.unique(labels.data)} - {0})
 
 
-def _complete(rows: Sequence[Row]) -> list[Row]:
+def _complete(rows: Sequence[Row], cases: Sequence[str]) -> list[Row]:
     """Without a list of classes, each case was scored for what it holds: add what others hold, as absent."""
     labels = {row.label: row.name for row in rows}
     grid = np.zeros((1, 1, 1), np.uint8)
     absent = compare(grid, grid, np.eye(4), [1])[1]
     known = {(row.case, row.label): row for row in rows}
-    cases = dict.fromkeys(row.case for row in rows)
     return [
         known.get((case, label), Row(case, label, labels[label], absent))
         for case in cases

@@ -177,13 +177,18 @@ def pooled(tables: Mapping[str, str]) -> tuple[list[Row], Summary]:
     return rows, summarise(rows)
 
 
+def _defined(scores: Scores, key: str) -> float | None:
+    """A score that counts in means: that there is no volume where there is none says nothing."""
+    return None if scores.outcome == "absent" else getattr(scores, key)
+
+
 def _of_class(label: Label, rows: Sequence[Row]) -> ClassSummary:
     return ClassSummary(
         label,
         rows[0].name,
         len(rows),
         *_outcomes(rows),
-        {key: estimate([getattr(row.scores, key) for row in rows]) for key in METRICS},
+        {key: estimate([_defined(row.scores, key) for row in rows]) for key in METRICS},
     )
 
 
@@ -194,7 +199,7 @@ def _mean_over_classes(rows: Sequence[Row]) -> ClassSummary:
         cases.setdefault(row.case, []).append(row.scores)
     estimates = {}
     for key in METRICS:
-        defined = [[v for s in scores if (v := getattr(s, key)) is not None] for scores in cases.values()]
+        defined = [[v for s in scores if (v := _defined(s, key)) is not None] for scores in cases.values()]
         estimates[key] = estimate([float(np.mean(values)) if values else None for values in defined])
     return ClassSummary(None, "mean", len(cases), *_outcomes(rows), estimates)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -43,7 +44,7 @@ class Binding:
         encoder_seconds: Wall-clock time of preparing and encoding so far.
 
     Raises:
-        SettingsError: A device or a precision that is not there.
+        SettingsError: A device or a precision that is not there, or a chunk that is no number of locations.
         ResourceError: The grant does not hold what segmenting the scan takes; with the default network, which encodes
             nothing before it is asked, `cover` says so.
     """
@@ -61,6 +62,8 @@ class Binding:
     ) -> None:
         if precision not in get_args(Precision):
             raise SettingsError("precision", f"{precision!r} is unknown", "Use auto, fp32 or bf16")
+        if chunk is not None and not (isinstance(chunk, Integral) and chunk >= 1):
+            raise SettingsError("chunk", f"it is {chunk!r}", "Give a number of locations, at least 1")
         self.model, self.grid, self.device, self.grant = model, grid, chosen_device(device), grant
         self.held = self.held_peak = 0
         started = time.perf_counter()

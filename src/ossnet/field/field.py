@@ -20,7 +20,7 @@ from ossnet.field.binding import Binding
 from ossnet.field.engine.prepare import Precision
 from ossnet.field.engine.scan import Scan
 from ossnet.field.everywhere import slabs
-from ossnet.field.grid import Box, Grid, box_shape, oriented_box
+from ossnet.field.grid import Box, Grid, box_shape, moved_spacing, moved_triple, oriented_box
 from ossnet.field.labelling import (
     Labelling,
     Strategy,
@@ -380,11 +380,9 @@ class Field:
             oriented = like.reoriented(orientation)
             return Grid(oriented.shape, oriented.affine), orientation
         if spacing is not None:
-            if np.ndim(spacing):
-                spacing = _moved_triple("spacing", spacing, self._orientation)
-            return Grid.with_spacing(self.grid, spacing), self._orientation
+            return Grid.with_spacing(self.grid, moved_spacing(spacing, self._orientation)), self._orientation
         if shape is not None:
-            x, y, z = (int(n) for n in _moved_triple("shape", shape, self._orientation))
+            x, y, z = (int(n) for n in moved_triple("shape", shape, self._orientation))
             return Grid.with_shape(self.grid, (x, y, z)), self._orientation
         return self.grid, self._orientation
 
@@ -408,13 +406,6 @@ def _checked(points: Any, space: str) -> Float[np.ndarray, "N 3"]:
     if not np.isfinite(out).all():
         raise SettingsError("points", "some are not finite", "Leave them out")
     return out
-
-
-def _moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
-    """Per-axis values of the stored grid in the oriented axes."""
-    if np.shape(values) != (3,):
-        raise SettingsError(name, f"{values!r} is not one value an axis", "Give three")
-    return orientation.moved(values)
 
 
 def _stored_affine(grid: Grid, orientation: Orientation, stored_shape: Shape) -> Affine:

@@ -17,7 +17,7 @@ from ossnet.data.preparation import Fit
 from ossnet.field.binding import Binding, surface_voxels
 from ossnet.field.engine.answer import Answer
 from ossnet.field.engine.scan import Scan
-from ossnet.field.grid import Box, Grid, oriented_box
+from ossnet.field.grid import Box, Grid, moved_spacing, oriented_box
 from ossnet.field.labelling import Labelling
 from ossnet.field.memory import LIBRARIES, label_bytes, parse_size
 from ossnet.field.model import Model
@@ -97,9 +97,7 @@ def forecast(
     orientation = model.preparation.orient(affine)
     x, y, z = (shape[a] for a in orientation.axes)
     grid = Grid((x, y, z), affine @ orientation.matrix(shape))
-    if spacing is not None and not isinstance(spacing, int | float):
-        spacing = orientation.moved(spacing)
-    target = grid if spacing is None else Grid.with_spacing(grid, spacing)
+    target = grid if spacing is None else Grid.with_spacing(grid, moved_spacing(spacing, orientation))
     if region is not None:
         oriented_box(region, target, orientation)
 

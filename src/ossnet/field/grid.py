@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from itertools import product
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -93,13 +95,31 @@ def check_box(box: Box, shape: Shape) -> Box:
         raise SettingsError("region", f"{box} is not two corners", "Write ((x0, y0, z0), (x1, y1, z1))")
     (x0, y0, z0), (x1, y1, z1) = box
     for low, high, size in zip((x0, y0, z0), (x1, y1, z1), shape, strict=True):
-        if not 0 <= low < high <= size:
+        if not (isinstance(low, Integral) and isinstance(high, Integral) and 0 <= low < high <= size):
             raise SettingsError(
                 "region",
-                f"{box} is not inside the grid of {shape} voxels",
+                f"{box} is no box of whole voxels inside the grid of {shape}",
                 "Give two corners, the second excluded",
             )
     return box
+
+
+def moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
+    """Per-axis values of the stored grid in the oriented axes.
+
+    Raises:
+        SettingsError: They are not three numbers.
+    """
+    if np.shape(values) != (3,) or np.asarray(values).dtype.kind not in "iuf":
+        raise SettingsError(name, f"{values!r} is not one number an axis", "Give three")
+    return orientation.moved(values)
+
+
+def moved_spacing(spacing: Any, orientation: Orientation) -> float | tuple[float, float, float]:
+    """One voxel size, or those per axis of the stored grid in the oriented axes (errors as for `moved_triple`)."""
+    if isinstance(spacing, Real):
+        return float(spacing)
+    return tuple(map(float, moved_triple("spacing", spacing, orientation)))  # type: ignore[return-value]
 
 
 def oriented_box(box: Box, grid: Grid, orientation: Orientation) -> Box:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -53,12 +54,17 @@ def without_copies(files: Iterable[Path]) -> list[Path]:
 
 
 def stem(path: Path | str) -> str:
-    """File name without its image ending: `a/b.nii.gz` → `b`, `a/b.seg.nrrd` → `b`."""
-    name = Path(path).name
+    """File name without its image ending: `a/b.nii.gz` → `b`, `a/b.seg.nrrd` → `b`; letters as `composed`."""
+    name = composed(Path(path).name)
     for ending in (*_SEGMENTATIONS, *NIFTI, ".img.gz", ".img", *NRRD, *METAIMAGE, ".dcm"):
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return name
+
+
+def composed(name: str) -> str:
+    """A name with one code a letter: ü may be u with two dots, as macOS writes it, and looks the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def scan_name(path: Path | str) -> str:

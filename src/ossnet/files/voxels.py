@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from io import BufferedIOBase
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Integer, Num
 
-from ossnet.errors import VolumeError
+from ossnet.errors import SettingsError, VolumeError
 from ossnet.files.containers import opened, truncated, unpacked
 from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.memory import check_memory
@@ -96,6 +96,8 @@ def finite(
     data: Num[np.ndarray, "C X Y Z"], header: Header, nonfinite: Nonfinite
 ) -> Num[np.ndarray, "C X Y Z"]:
     """The same values where all are finite; otherwise a refusal, or others in their place, in place."""
+    if nonfinite not in get_args(Nonfinite):
+        raise SettingsError("nonfinite", f"it is {nonfinite!r}", "Give 'refuse' or 'replace'")
     if data.dtype.kind != "f":
         return data
     bad = sum(int((~np.isfinite(data[piece])).sum()) for piece in slabs(data))

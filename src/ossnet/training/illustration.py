@@ -14,7 +14,14 @@ def illustrate(model: Model, case: CachedCase, title: str) -> bytes:
     """A PNG: slices of a case with the outlines of the prediction and of the reference."""
     found = model.field(case.volume(), device=next(model.network.parameters()).device).segment()
     reference = (case.labels > 0).astype("uint8") if model.classes == 1 else case.labels
-    return overlay(case.volume(), found, LabelMap(reference, case.affine), title=f"{case.name}, {title}")
+    return overlay(
+        case.volume(), found, LabelMap(reference, case.affine), title=f"{_written(case.name)}, {title}"
+    )
+
+
+def _written(name: str) -> str:
+    """A name as it can be drawn, which may be no text."""
+    return name.encode(errors="replace").decode()
 
 
 class Events:

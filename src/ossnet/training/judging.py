@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,17 +51,18 @@ def judge(
     done_file = run / "validation_rows.json"
     stamp = str(model.metadata.get("metrics"))
     done: dict[str, Any] = {"model": stamp, "cases": {}}
-    if done_file.is_file():
+    with suppress(OSError, ValueError, AttributeError):  # missing, or damaged: then all is done again
         known = json.loads(done_file.read_text(encoding="utf-8"))
         if known.get("model") == stamp:
             done = known
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
-        if case.name not in done["cases"]:
+        file = run / "validation" / f"{case.name}.nii.gz"
+        if case.name not in done["cases"] or not file.is_file():
             found = model.field(case.volume(), device=device).segment()
             compared = compare(found.data, case.reference(), case.affine, names, tolerance_mm)
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
-            mine.save(run / "validation" / f"{case.name}.nii.gz")
+            mine.save(file)
             done["cases"][case.name] = {
                 "scores": {label_text(k): asdict(v) for k, v in compared.items()},
                 "evaluated": found.evaluated,

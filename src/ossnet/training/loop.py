@@ -6,6 +6,7 @@ Under several processes each takes its share of every batch; rank 0 writes.
 
 import csv
 import io
+import json
 import math
 import os
 import time
@@ -443,6 +444,7 @@ class Trainer:
         save_state(
             {
                 "settings": self.settings.model_dump(mode="json"),
+                "data": self._learnt_from(),
                 "state": plain,
                 "network": self.network.state_dict(),
                 "optimisers": [o.state_dict() for o in self.optimisers],
@@ -453,7 +455,24 @@ class Trainer:
         )
         self._write_log()
 
+    def _learnt_from(self) -> dict[str, Any]:
+        """What the network takes and answers, which follows from the data set."""
+        return {
+            "structures": [f"{k} {name}" for k, name in self.model.label_names.items()],
+            "channels": list(self.model.channel_names),
+            "preparation": json.loads(self.model.preparation.model_dump_json()),
+        }
+
     def _restore(self, tree: dict[str, Any]) -> None:
+        now = self._learnt_from()
+        # States of earlier versions do not say.
+        for key, value in tree.get("data", now).items():
+            if value != now[key]:
+                raise SettingsError(
+                    self.out,
+                    f"the data set has changed: {key} {_shown(value)} when the run was started, now {_shown(now[key])}",
+                    "Resume with the data as they were, or start another run",
+                )
         plain = tree["state"]
         plain["losses"] = plain["losses"].tolist()
         self.state = State(**plain)
@@ -482,6 +501,10 @@ class Trainer:
                 row = self.state.rows[-1]
                 self.model.metadata["metrics"] = _scores_only(row)
                 self.model.save(self.out / "last")
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else json.dumps(value)
 
 
 def _scores_only(row: dict[str, Any]) -> dict[str, Any]:

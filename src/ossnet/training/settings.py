@@ -257,7 +257,7 @@ class Settings(_Group):
     """Everything about one training."""
 
     variant: str = Field("multiscale", description="the network, see `ossnet train --help`")
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     data: DataSettings = DataSettings()
     network: NetworkSettings = NetworkSettings()
     sampling: SamplingSettings = SamplingSettings()

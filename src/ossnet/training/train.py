@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -32,8 +33,12 @@ from ossnet.volume import LabelMap
 
 Say = Callable[[str], None]
 
-_EARLY, _WORSE = 0.6, 0.01
-"""A best model in this part of a training, by this much in IoU better than the last: it was too long."""
+SETTINGS, SPLITS, PLAN = "settings.json", "splits.json", "plan.txt"
+"""Files of a run: what was chosen, which cases are on which side, and why."""
+
+_EARLY, _WORSE, _LEARNT = 0.6, 0.01, 0.2
+"""A best model in this part of a training, by this much in IoU better than the last: it was too long. But not where
+nothing was learnt."""
 
 _MEASURED = 50
 """Training cases whose surfaces are measured: `field.forecast` expects their median."""
@@ -70,8 +75,8 @@ def train(
     say = say or (lambda text: None)
     if resume:
         settings = on_machine(settings_of(out), settings)
-    elif (out / STATE).exists() or (out / "model").exists():
-        raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
+    else:
+        _require_no_run(out)
     require_folder(out)
     settings = from_anywhere(with_processes(settings))
     if settings.runtime.threads is not None:
@@ -127,9 +132,9 @@ def _train(
     say(_computes_on(fabric))
     used = {"data": str(data.resolve()), "train": list(parts.train), "val": list(parts.validation)}
     if resume:
-        _require_same_split(out / "splits.json", used, data)
+        _require_same_split(out / SPLITS, used, data)
     # What a killed process left is of no use.
-    if fabric.is_global_zero and (out / "splits.json").exists():
+    if fabric.is_global_zero and (out / SPLITS).exists():
         clear_unfinished(out)
     mapped = out / "cache" / str(fabric.global_rank)
     _remove_cache(mapped)
@@ -164,7 +169,10 @@ def _train(
             say(
                 f"beware: the first {len(surfaces)} training cases hold no structure: there is nothing to learn"
             )
-        plan.model.metadata["surface_mm2"] = round(median(surfaces), 2)
+        # Of scans that hold something: more is expected than to be found, never less.
+        plan.model.metadata["surface_mm2"] = round(median([s for s in surfaces if s] or [0.0]), 2)
+        for label in _never_seen(train, plan.model):
+            say(f"beware: no training case of this fold holds {label}: it cannot be learnt")
         pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
         if (extent := small_extent(pieces)) is not None:
             plan.model.metadata["piece_mm"] = round(extent, 2)
@@ -175,15 +183,36 @@ def _train(
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
-            write_json(out / "splits.json", used)
-            write_text(out / "plan.txt", "\n".join(reasons) + "\n")
-            write_json(out / "settings.json", settings.model_dump(mode="json"))
+            write_json(out / SPLITS, used)
+            write_text(out / PLAN, "\n".join(reasons) + "\n")
+            write_json(out / SETTINGS, settings.model_dump(mode="json"))
         if remark := learnt_early(trainer.run(resume)):
             say(remark)
     finally:
         # Mapped files stay readable until they are closed.
         _remove_cache(mapped)
     return validation
+
+
+def _require_no_run(out: Path) -> None:
+    """Refuse a folder with a run, or with files of something else where those of a run would be.
+
+    Raises:
+        SettingsError: So.
+    """
+    if (out / STATE).exists() or (out / "model").exists():
+        raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
+    there = [
+        out / name for name in (SETTINGS, SPLITS, PLAN, "log.csv", "losses.csv") if (out / name).exists()
+    ]
+    if there:
+        # Those of a training that was killed before its first state are of no use.
+        try:
+            settings_of(out)
+        except SettingsError:
+            raise SettingsError(
+                there[0], "it is there and is of no training", "Name another folder for the run"
+            ) from None
 
 
 def from_anywhere(settings: Settings) -> Settings:
@@ -218,9 +247,12 @@ def known_already(settings: Settings, name: str, validation: Sequence[str]) -> t
         return ()
     # A shipped model is no folder, and what lies in the current one is not its.
     for folder in (Path(source), Path(source).parent) if Path(source).is_dir() else ():
-        if (folder / "splits.json").is_file():
-            used = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
-            if not isinstance(used, dict) or "train" not in used:
+        if (folder / SPLITS).is_file():
+            try:
+                used = _read(folder / SPLITS)
+            except SettingsError:
+                continue
+            if "train" not in used:
                 continue  # of another program
             if Path(used.get("data", "")).name != name:
                 return ()
@@ -233,6 +265,16 @@ def known_already(settings: Settings, name: str, validation: Sequence[str]) -> t
             f"beware: {told}: if cases left out are among them, their scores will look better than they are",
         )
     return ()
+
+
+def _never_seen(cases: CaseCache, model: Model) -> list[str]:
+    """Names of structures that no case holds; empty where none holds any, which is told otherwise."""
+    missing = dict(model.label_names)
+    for case in cases:
+        if len(missing) > 0:
+            for label in np.unique(case.reference()).tolist():
+                missing.pop(label, None)
+    return list(missing.values()) if len(missing) < len(model.label_names) else []
 
 
 def _surface_mm2(case: CachedCase) -> float:
@@ -278,7 +320,9 @@ def learnt_early(state: State) -> str | None:
     """What to tell a user whose training was longer than its cases are good for."""
     rows = [row for row in state.rows if "iou" in row]
     best = next((row for row in rows if row["step"] == state.best_step), None)
-    if best is None or best["step"] > _EARLY * state.step or best["iou"] - rows[-1]["iou"] < _WORSE:
+    if best is None or best["step"] > _EARLY * state.step or best["iou"] < _LEARNT:
+        return None
+    if best["iou"] - rows[-1]["iou"] < _WORSE:
         return None
     minutes, all_minutes = best["seconds"] / 60, rows[-1]["seconds"] / 60
     return (
@@ -305,15 +349,10 @@ def settings_of(out: Path) -> Settings:
     Raises:
         SettingsError: There is no run, or its file is damaged.
     """
-    file = out / "settings.json"
+    file = out / SETTINGS
     if not file.is_file():
         raise SettingsError(out, "there is no run to resume", "Start the training without --resume")
-    try:
-        return parse_settings(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except ValueError as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise SettingsError(file, "it is no valid JSON", "Start again without --resume") from error
+    return parse_settings(_read(file), str(file))
 
 
 def data_of(out: Path) -> Path:
@@ -322,20 +361,35 @@ def data_of(out: Path) -> Path:
     Raises:
         SettingsError: The run does not say.
     """
-    file = out / "splits.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file = out / SPLITS
+    known = _read(file) if file.is_file() else {}
     if "data" not in known:
         raise SettingsError(out, "it does not say which data set it was started with", "Give --data")
     return Path(known["data"])
 
 
 def _require_same_split(file: Path, used: Mapping[str, object], data: Path) -> None:
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else used
+    known = _read(file) if file.is_file() else used
     # The folder may have moved.
-    if any(known[part] != used[part] for part in ("train", "val")):
+    if any(known.get(part) != used[part] for part in ("train", "val")):
         raise SettingsError(
             data, "it no longer has the cases that the run was started with", "Resume with the same data set"
         )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a file of a run says.
+
+    Raises:
+        SettingsError: It is damaged.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SettingsError(file, "it is damaged: no valid JSON", "Start another run")
+    return value
 
 
 def _remove_cache(folder: Path) -> None:

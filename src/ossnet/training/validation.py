@@ -1,6 +1,7 @@
 """Judging a network while it trains: IoU and Dice at sampled locations, the same ones each time (SPEC §3, §4)."""
 
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def validation_questions(case: CachedCase, settings: Settings, classes: int) -> 
     Args:
         classes: Logits a location.
     """
-    rng = np.random.default_rng(zlib.crc32(case.name.encode()))
+    rng = np.random.default_rng(zlib.crc32(os.fsencode(case.name)))
     count = settings.validation.locations
     if settings.validation.scheme == "balanced":
         voxels, weights = balanced_voxels(rng, case.labels, classes, count)
