@@ -10,10 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ossnet.data.cache import load_case
 from ossnet.data.layouts import open_dataset
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row, format_estimate, summarise
 from ossnet.field.model import SHIPPED, Model
+from ossnet.training.calibration import calibrate
 
 ABOUT: dict[str, dict[str, str]] = {
     "hippocampus": {
@@ -65,6 +67,9 @@ def main() -> None:
     shipped = Model.load(folder)
     validation = json.loads((given.run / "splits.json").read_text())["val"]
     shipped.metadata["metrics"] = judged(shipped, given.data, validation)
+    dataset = open_dataset(given.data)
+    cases = [load_case(dataset, dataset[n], shipped.preparation, shipped.classes) for n in validation]
+    calibrate(shipped, cases)
     shipped.save(folder, half=True)
     size = (folder / "weights.safetensors").stat().st_size
     print(f"{folder}: {size / 1e6:.2f} MB\n{shipped.card()}")

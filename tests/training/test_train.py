@@ -169,6 +169,14 @@ def test_every_variant_trains_and_answers(
     assert (out / "validation.csv").is_file()
 
 
+def test_probabilities_are_calibrated_but_for_the_papers(finished: Path, balls: Path, tmp_path: Path) -> None:
+    assert "temperature" not in ossnet.load(finished).metadata
+    run(balls, tmp_path / "run", "multiscale")
+    model = ossnet.load(tmp_path / "run")
+    assert 1 / 8 <= model.metadata["temperature"] <= 8
+    assert f"logits divided by {model.temperature:g}" in (tmp_path / "run/model/MODEL_CARD.md").read_text()
+
+
 def test_a_training_by_minutes_ends_when_it_has_enough(
     balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

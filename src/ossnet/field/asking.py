@@ -53,9 +53,13 @@ def asker(answer: Answer, grid: Grid, scan: Grid, scan_to_network: Affine) -> As
     return ask
 
 
-def probabilities(logits: Float[np.ndarray, "N *K"]) -> Float[np.ndarray, "N *K"]:
-    """(N,) of one structure, (N, K) of K classes."""
-    tensor = torch.from_numpy(logits)
+def probabilities(logits: Float[np.ndarray, "N *K"], temperature: float = 1.0) -> Float[np.ndarray, "N *K"]:
+    """(N,) of one structure, (N, K) of K classes.
+
+    Args:
+        temperature: Divides the logits (`Model.temperature`).
+    """
+    tensor = torch.from_numpy(logits) / temperature
     return (tensor.sigmoid() if tensor.ndim == 1 else tensor.softmax(dim=1)).numpy()
 
 

@@ -51,6 +51,7 @@ class Description(_Part):
     extent_mm: _Extents | None = None
     surface_mm2: Size | None = None
     piece_mm: Size | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
     regions: dict[str, tuple[int, ...]] = {}
     about: dict[str, Any] = {}
     metrics: dict[str, Any] = {}

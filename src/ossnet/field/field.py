@@ -180,8 +180,11 @@ class Field:
     def probability(
         self, points: Points, space: Literal["voxel", "world"] = "voxel"
     ) -> Float[np.ndarray, "N *K"]:
-        """Probabilities at points: (N,) for one structure, (N, K) for K classes including background."""
-        return probabilities(self.logits(points, space))
+        """Probabilities at points: (N,) for one structure, (N, K) for K classes including background.
+
+        They are those of `logits` divided by `Model.temperature`.
+        """
+        return probabilities(self.logits(points, space), self.model.temperature)
 
     # Segmenting ---------------------------------------------------------------------------------------------------
 
@@ -290,7 +293,7 @@ class Field:
         ask, done = self._bound.asker(grid), 0
         with reporting(progress) as report:
             for piece, voxels in slabs(grid.shape, box, question_locations(classes)):
-                found = probabilities(ask(voxels).float().cpu().numpy())
+                found = probabilities(ask(voxels).float().cpu().numpy(), self.model.temperature)
                 part = np.moveaxis(found.reshape(*box_shape(piece), -1), -1, 0)
                 turned[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(*piece, low, strict=True)))] = (
                     part

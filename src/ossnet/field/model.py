@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -178,6 +179,15 @@ class Model:
         extent = float(self.metadata["piece_mm"])
         return extent / 3 if extent < 2 * coarse else None
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by before they become probabilities; 1 where nothing was fitted.
+
+        Of several models the geometric mean: labels stay those of their mean answer.
+        """
+        fitted = [float(model.metadata.get("temperature", 1.0)) for model in (self, *self.others)]
+        return math.prod(fitted) ** (1 / len(fitted))
+
     def engine_options(self) -> dict[str, Any]:
         """What the training decided about answering: pooling of large patches, window of patch-trained U-Nets."""
         chosen = self.metadata.get("settings", {}).get("network", {})
@@ -341,6 +351,10 @@ class Model:
             lines += [f"- In use: the mean of {count} answers, also mirrored along {axes}"]
         else:
             lines += ["- In use: asked once"]
+        if "temperature" in self.metadata:
+            lines += [
+                f"- Probabilities: of logits divided by {self.temperature:g}, as fits the cases left out best"
+            ]
         lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
         if scores:
             lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]

@@ -23,6 +23,8 @@ from ossnet.evaluation.tables import (
 )
 from ossnet.field.model import Model, model_folder
 from ossnet.files.atomic import write_json, write_text
+from ossnet.networks.variants import OFFERED
+from ossnet.training.calibration import calibrate
 from ossnet.volume import MARK
 
 _SHOWN = ("dice", "hd95_mm", "assd_mm")
@@ -41,7 +43,7 @@ def judge(
     Regions that the data set names (`Dataset.regions`) are judged too.
 
     Writes `validation/CASE.nii.gz` in the voxel order of the label files, `validation.csv` and `validation.json`, and
-    the scores into the model's card.
+    the scores and what calibrates probabilities into the model's description and card.
     """
     model = Model.load(run)
     classes = max(model.classes, 2)
@@ -81,6 +83,9 @@ def judge(
         }
         for entry in summary.classes
     }
+    # The paper's answer as they answer.
+    if model.variant not in OFFERED:
+        calibrate(model, cases, device)
     model.describe(model_folder(run))
     write_text(run / "validation.csv", to_csv(rows))
     write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
