@@ -15,7 +15,7 @@ from ossnet.data.layouts import open_dataset
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row, format_estimate, summarise
 from ossnet.field.model import SHIPPED, Model
-from ossnet.training.calibration import calibrate
+from ossnet.training.calibration import asked, calibrate
 
 ABOUT: dict[str, dict[str, str]] = {
     "hippocampus": {
@@ -69,7 +69,7 @@ def main() -> None:
     shipped.metadata["metrics"] = judged(shipped, given.data, validation)
     dataset = open_dataset(given.data)
     cases = [load_case(dataset, dataset[n], shipped.preparation, shipped.classes) for n in validation]
-    calibrate(shipped, cases)
+    calibrate(shipped, (asked(shipped.field(case.volume()), case) for case in cases))
     shipped.save(folder, half=True)
     size = (folder / "weights.safetensors").stat().st_size
     print(f"{folder}: {size / 1e6:.2f} MB\n{shipped.card()}")

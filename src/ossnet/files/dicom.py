@@ -224,10 +224,11 @@ def _whole_files(folder: Path) -> list[Path]:
             tell that a slice is missing. Those that are cut off later are found by what they say (`_is_cut`).
     """
     marked = marked_in(folder)
+    known = set(marked)
     # Slices on a CD have no ending: IM0001, IM0002, …
     alike = {_without_digits(file) for file in marked}
     for file in _files_in(folder):
-        if file in marked:
+        if file in known:
             continue
         named = file.suffix.lower() in DICOM or _without_digits(file) in alike
         try:

@@ -6,7 +6,7 @@ number, which changes no label, cure most of it (Guo et al., On Calibration of M
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 
 from ossnet.data.balanced import balanced_voxels
 from ossnet.data.cache import CachedCase
+from ossnet.field.field import Field
 from ossnet.field.model import Model
+
+Answers = tuple[Float[Tensor, "N *K"], Integer[Tensor, " N"]]
+"""Logits, and what is right."""
 
 _VOXELS = 8192
 """Asked of a case, half of them near structures."""
@@ -24,15 +28,12 @@ _MOST = 8.0
 """Temperatures from the inverse of this on: where all answers are right, none is sure enough."""
 
 
-def asked(
-    model: Model, case: CachedCase, device: torch.device | str = "auto"
-) -> tuple[Float[Tensor, "N *K"], Integer[Tensor, " N"]]:
-    """Logits of a model for voxels of a case, the same ones each time, and the classes that are right there."""
+def asked(field: Field, case: CachedCase) -> Answers:
+    """Logits for voxels of a case, the same ones each time, and the classes that are right there."""
     rng = np.random.default_rng(zlib.crc32(os.fsencode(case.name)))
-    voxels, _ = balanced_voxels(rng, case.labels, model.classes, _VOXELS)
-    logits = model.field(case.volume(), device=device).logits(voxels.astype(np.float64))
+    voxels, _ = balanced_voxels(rng, case.labels, field.model.classes, _VOXELS)
     classes = case.reference()[tuple(voxels.T)].astype(np.int64)
-    return torch.from_numpy(logits), torch.from_numpy(classes)
+    return torch.from_numpy(field.logits(voxels)), torch.from_numpy(classes)
 
 
 def temperature(logits: Float[Tensor, "N *K"], classes: Integer[Tensor, " N"]) -> float:
@@ -58,8 +59,7 @@ def temperature(logits: Float[Tensor, "N *K"], classes: Integer[Tensor, " N"]) -
     return round(float(np.exp(-low)), 3)
 
 
-def calibrate(model: Model, cases: Sequence[CachedCase], device: torch.device | str = "auto") -> None:
-    """Fit the model's temperature (`Model.temperature`) to cases that it was not trained on."""
-    found = [asked(model, case, device) for case in cases]
-    logits, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
+def calibrate(model: Model, answers: Iterable[Answers]) -> None:
+    """Fit the model's temperature (`Model.temperature`) to answers for cases that it was not trained on."""
+    logits, classes = (torch.cat(parts) for parts in zip(*answers, strict=True))
     model.metadata["temperature"] = temperature(logits, classes)

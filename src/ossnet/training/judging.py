@@ -24,7 +24,7 @@ from ossnet.evaluation.tables import (
 from ossnet.field.model import Model, model_folder
 from ossnet.files.atomic import write_json, write_text
 from ossnet.networks.variants import OFFERED
-from ossnet.training.calibration import calibrate
+from ossnet.training.calibration import Answers, asked, calibrate
 from ossnet.volume import MARK
 
 _SHOWN = ("dice", "hd95_mm", "assd_mm")
@@ -58,10 +58,16 @@ def judge(
         if known.get("model") == stamp:
             done = known
     rows: list[Row] = []
+    answers: list[Answers] = []
+    # The paper's answer as they answer.
+    calibrated = model.variant not in OFFERED
     for number, case in enumerate(cases, 1):
         file = run / "validation" / f"{case.name}.nii.gz"
-        if case.name not in done["cases"] or not file.is_file():
-            found = model.field(case.volume(), device=device).segment()
+        undone = case.name not in done["cases"] or not file.is_file()
+        if undone or calibrated:
+            field = model.field(case.volume(), device=device)
+        if undone:
+            found = field.segment()
             compared = compare(found.data, case.reference(), case.affine, names, tolerance_mm)
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
             mine.save(file)
@@ -74,6 +80,8 @@ def judge(
             dice = [scores.dice for scores in compared.values() if scores.dice is not None]
             told = ", ".join(f"{value:.3f}" for value in dice) or "undefined"
             say(f"{number}/{len(cases)} {case.name}: Dice {told}")
+        if calibrated:
+            answers.append(asked(field, case))
         for label, scores in done["cases"][case.name]["scores"].items():
             rows.append(Row(case.name, label_of(label), names[label_of(label)], Scores(**scores)))
     summary = summarise(rows)
@@ -83,9 +91,8 @@ def judge(
         }
         for entry in summary.classes
     }
-    # The paper's answer as they answer.
-    if model.variant not in OFFERED:
-        calibrate(model, cases, device)
+    if calibrated:
+        calibrate(model, answers)
     model.describe(model_folder(run))
     write_text(run / "validation.csv", to_csv(rows))
     write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
