@@ -179,7 +179,7 @@ def chosen_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")

@@ -93,7 +93,7 @@ def _segmentation(
         frames: Numbers of segments (0: none), in the order of the files and of the pictures in them.
         names: Of the segments 1, 2, …
     """
-    highdicom = _highdicom()
+    highdicom = require_highdicom()
     try:
         return highdicom.seg.Segmentation(
             source_images=[_source(file) for file in files],
@@ -149,8 +149,12 @@ def _has_meaning(name: str, value: Any) -> bool:
         return False
 
 
-def _highdicom() -> Any:
-    """Imported here because it is optional."""
+def require_highdicom() -> Any:
+    """The library that writes DICOM segmentations, imported here because it is optional.
+
+    Raises:
+        InputError: It is not installed.
+    """
     try:
         import highdicom
     except ImportError as error:

@@ -13,6 +13,7 @@ from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, is_slicer_segmentation, scan_name, stem
 from ossnet.files.dicom import is_dicom
+from ossnet.files.dicom_seg import require_highdicom
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
@@ -225,9 +226,10 @@ def require_own_files(jobs: Sequence[Job], options: Options) -> None:
 
 
 def require_series(jobs: Sequence[Job], options: Options) -> None:
-    """Refuse DICOM segmentations of what is no DICOM series, or on another grid than the series'."""
+    """Refuse DICOM segmentations of what is no DICOM series, on another grid than the series', or without highdicom."""
     if not options.dicom_seg:
         return
+    require_highdicom()
     if options.spacing is not None or options.region is not None:
         raise SettingsError(
             "--dicom-seg",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,7 @@ def refine(
     Raises:
         SettingsError: For settings or answers that have no meaning.
     """
+    _require_triple("shape", shape)
     if stride is not None:
         path = path_from(stride)
     octree = _questions(
@@ -104,14 +106,24 @@ def refine(
 
 
 def path_from(stride: int | Triple) -> Path:
-    """The path that begins at a stride: 16, 8, 4, 1 cut off above it; 2 goes straight to 1."""
-    first = stride if isinstance(stride, tuple) else (int(stride),) * 3
+    """The path that begins at a stride: 16, 8, 4, 1 cut off above it; 2 goes straight to 1.
+
+    Raises:
+        SettingsError: It is no number of voxels, nor one an axis.
+    """
+    first = (int(stride),) * 3 if isinstance(stride, Integral) else stride
+    _require_triple("stride", first)
     steps = [first]
     for s in (8, 4, 1):
         step = (min(s, first[0]), min(s, first[1]), min(s, first[2]))
         if step != steps[-1]:
             steps.append(step)
     return steps
+
+
+def _require_triple(name: str, values: Any) -> None:
+    if np.shape(values) != (3,) or not all(isinstance(n, Integral) and int(n) >= 1 for n in values):
+        raise SettingsError(name, f"is {values!r}", "Give three whole numbers, one an axis")
 
 
 def ask(
