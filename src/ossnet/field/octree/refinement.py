@@ -111,8 +111,9 @@ def path_from(stride: int | Triple) -> Path:
     Raises:
         SettingsError: It is no number of voxels, nor one an axis.
     """
-    first = (int(stride),) * 3 if isinstance(stride, Integral) else stride
-    _require_triple("stride", first)
+    given: Any = (stride,) * 3 if isinstance(stride, Integral) else stride
+    _require_triple("stride", given)
+    first = (int(given[0]), int(given[1]), int(given[2]))
     steps = [first]
     for s in (8, 4, 1):
         step = (min(s, first[0]), min(s, first[1]), min(s, first[2]))
