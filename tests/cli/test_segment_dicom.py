@@ -105,6 +105,13 @@ def test_nifti_files_beside_series_need_no_pydicom(study: Path, monkeypatch: pyt
     assert [f.name for f in out.glob("*.nii.gz")] == ["other.nii.gz"]
 
 
+def test_without_highdicom_nothing_is_segmented(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    out = study.parent / "out"
+    given = ["segment", study / "series", "--model", study.parent / "model", "--out", out, "--dicom-seg"]
+    assert "they need highdicom, which is not installed" in refused(study.parent, *given)
+
+
 def test_a_cd_is_a_study(study: Path) -> None:
     """With an index, reports, and folders below folders."""
     report = slice_of(np.zeros((2, 2), np.int16), (0, 0, 0), Modality="SR")
