@@ -35,7 +35,7 @@ CASES = {
     "model.forecast(field.volume, chunk=-1)": "chunk: it is -1",
     "model.field(field.volume, chunk=0)": "chunk: it is 0",
     "model.field(field.volume, chunk='big')": "chunk: it is 'big'",
-    "field.segment(region=((0.5, 0, 0), (9, 9, 9)))": "is no box of whole voxels inside the grid",
+    "field.segment(region=((0.5, 0, 0), (9, 9, 9)))": "has fractions of voxels. Give whole numbers",
     "ossnet.read(field.volume.source, nonfinite='Refuse')": "nonfinite: it is 'Refuse'",
     "ossnet.Volume([[[[1]]]], np.eye(4))": "its data is list. Give a numpy array of numbers",
     "ossnet.Volume(field.volume.data, np.eye(3))": "its affine is (3, 3), not 4 × 4",

@@ -94,11 +94,13 @@ def check_box(box: Box, shape: Shape) -> Box:
     if np.shape(box) != (2, 3):
         raise SettingsError("region", f"{box} is not two corners", "Write ((x0, y0, z0), (x1, y1, z1))")
     (x0, y0, z0), (x1, y1, z1) = box
+    if not all(isinstance(n, Integral) for corner in box for n in corner):
+        raise SettingsError("region", f"{box} has fractions of voxels", "Give whole numbers")
     for low, high, size in zip((x0, y0, z0), (x1, y1, z1), shape, strict=True):
-        if not (isinstance(low, Integral) and isinstance(high, Integral) and 0 <= low < high <= size):
+        if not 0 <= low < high <= size:
             raise SettingsError(
                 "region",
-                f"{box} is no box of whole voxels inside the grid of {shape}",
+                f"{box} is not inside the grid of {shape} voxels",
                 "Give two corners, the second excluded",
             )
     return box
