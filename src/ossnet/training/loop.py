@@ -467,7 +467,7 @@ class Trainer:
         now = self._learnt_from()
         # States of earlier versions do not say.
         for key, value in tree.get("data", now).items():
-            if value != now[key]:
+            if not _alike(value, now[key]):
                 raise SettingsError(
                     self.out,
                     f"the data set has changed: {key} {_shown(value)} when the run was started, now {_shown(now[key])}",
@@ -501,6 +501,17 @@ class Trainer:
                 row = self.state.rows[-1]
                 self.model.metadata["metrics"] = _scores_only(row)
                 self.model.save(self.out / "last")
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether plain values are the same; numbers but for what another machine adds up otherwise."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-4)
+    return bool(one == other)
 
 
 def _shown(value: Any) -> str:
