@@ -34,7 +34,7 @@ TENTHS = 10
 def cured(model: Model, dataset: Dataset, names: Sequence[str]) -> dict[str, Any]:
     """Likelihood and error of the confidence, as the network answers and with a temperature fitted on other cases."""
     cases = [load_case(dataset, dataset[name], model.preparation, model.classes) for name in names]
-    found = [asked(model.field(case.volume(), device="cpu"), case) for case in cases]
+    found = [asked(model.field(case.volume(), device="cpu"), case, len(cases)) for case in cases]
     fitted, judged = ([torch.cat(parts) for parts in zip(*found[i::2], strict=True)] for i in range(2))
     out: dict[str, Any] = {}
     for told, divisor in (("as answered", 1.0), ("calibrated", temperature(*fitted))):

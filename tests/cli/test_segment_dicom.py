@@ -12,6 +12,7 @@ from tests import tiny
 from tests.cli.refusals import refused, succeeded
 
 from ossnet.data.layouts import images_in
+from ossnet.field.cohort.jobs import plan_jobs
 from ossnet.files.nifti import write_volume
 from ossnet.files.reading import read_labels, read_volume
 
@@ -55,6 +56,15 @@ def test_a_study_is_a_folder_of_scans(study: Path) -> None:
     assert "2 of 2 are finished already" in succeeded("segment", study, "--model", model, "--out", out)
     report = json.loads((out / "report.json").read_text())
     assert len(report["scans"]) == 2
+
+
+def test_one_target_is_for_the_series_that_is_named(study: Path) -> None:
+    """Not for those below it, which a folder as target has too."""
+    write(study / "series" / "t1" / "t1", [slice_of(np.zeros((4, 4), np.int16), (0, 0, k)) for k in range(3)])
+    root = study / "series" / "t1"
+    (job,) = plan_jobs([root], study.parent / "t1.nii.gz")
+    assert job.files == (root,)
+    assert [job.name for job in plan_jobs([root], study.parent / "out")] == ["t1", "t1_t1"]
 
 
 def test_another_series_in_its_place_is_another_scan(study: Path) -> None:

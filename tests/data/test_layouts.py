@@ -1,6 +1,7 @@
 """Folders as people have them are understood; what is missing is named."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tests.files.nrrd_writer import write_nrrd
 
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
+from ossnet.data.splits import split
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.files.header import VolumeWarning
 from ossnet.files.nifti import write_labels, write_volume
@@ -122,6 +124,25 @@ def test_patients_of_cases_json(tmp_path: Path) -> None:
     (root / "cases.json").write_text("{")
     with pytest.raises(DatasetError, match=r"cases.json: cannot be read"):
         open_dataset(root)
+
+
+def test_names_in_other_files_may_be_written_in_two_ways(tmp_path: Path) -> None:
+    """As macOS writes ü: u with two dots."""
+    apart = [unicodedata.normalize("NFD", f"Müller_{k}") for k in (1, 2)]
+    root = nnunet(tmp_path / "d", tuple(apart), 1)
+    (root / "cases.json").write_text(json.dumps({name: {"patient": "M"} for name in apart}))
+    (root / "splits_final.json").write_text(json.dumps([{"train": apart[:1], "val": apart[1:]}]))
+    data = open_dataset(root)
+    assert data.names == ("Müller_1", "Müller_2")
+    assert {case.group for case in data.cases} == {"M"}
+    assert split(data, 0).validation == ("Müller_2",)
+
+
+def test_a_region_of_one_label_is_its_name_only_where_it_has_no_other(tmp_path: Path) -> None:
+    root = nnunet(tmp_path / "d")
+    description = json.loads((root / "dataset.json").read_text())
+    describe(root, **{**description, "labels": {"background": 0, "PZ": 1, "zone": [1], "TZ": [2]}})
+    assert dict(open_dataset(root).label_names) == {0: "background", 1: "PZ", 2: "TZ"}
 
 
 def test_decathlon(tmp_path: Path) -> None:

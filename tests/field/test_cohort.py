@@ -184,6 +184,18 @@ def test_probabilities_say_what_made_them(model: Model, scans: Path, tmp_path: P
         run(other, scans, out, probabilities=True, overwrite=True)
 
 
+def test_probabilities_of_another_temperature_are_others(model: Model, scans: Path, tmp_path: Path) -> None:
+    run(model, scans, tmp_path / "out", probabilities=True)
+    calibrated = replace(model, metadata={**model.metadata, "temperature": 2.0})
+    run(calibrated, scans, tmp_path / "out")
+    with pytest.raises(SettingsError, match=r"_probabilities\.nii\.gz is there .* made by another model"):
+        run(calibrated, scans, tmp_path / "out", probabilities=True)
+    run(calibrated, scans, tmp_path / "out", probabilities=True, overwrite=True)
+    before = times(tmp_path / "out")
+    run(calibrated, scans, tmp_path / "out", probabilities=True)
+    assert times(tmp_path / "out") == before
+
+
 def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "labelsTr"
     LabelMap(np.ones((10, 9, 8), np.uint8), np.eye(4)).save(out / "scan_0.nii.gz")

@@ -13,7 +13,7 @@ from ossnet.field.asking import probabilities
 from ossnet.training.calibration import temperature
 
 
-@given(st.floats(0.3, 5), st.sampled_from([1, 2, 4]), st.integers(0, 99))
+@given(st.floats(0.4, 2.7), st.sampled_from([1, 2, 4]), st.integers(0, 99))
 def test_a_temperature_that_is_known_is_found(known: float, classes: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     if classes == 1:
@@ -33,8 +33,8 @@ def test_a_temperature_that_is_known_is_found(known: float, classes: int, seed: 
 
 def test_temperatures_have_bounds() -> None:
     sure = torch.tensor([30.0, -30.0])
-    assert temperature(sure, torch.tensor([1, 0])) == pytest.approx(1 / 8)
-    assert temperature(sure, torch.tensor([0, 1])) == pytest.approx(8)
+    assert temperature(sure, torch.tensor([1, 0])) == pytest.approx(1 / 3, abs=1e-3)
+    assert temperature(sure, torch.tensor([0, 1])) == pytest.approx(3)
 
 
 def test_probabilities_are_of_divided_logits() -> None:

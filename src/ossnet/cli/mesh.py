@@ -146,7 +146,8 @@ def _as_classes(labels: "LabelMap", names: Mapping[int, str]) -> "LabelMap":
         listed = ", ".join(f"{v} for {names[v]}" for v in sorted(values))
         warnings.warn(f"{labels.source}: labels are taken as the model's ({listed})", stacklevel=2)
         return labels
-    return replace(labels, data=relabelled(labels.data, told))
+    named = {told.get(value, value): name for value, name in labels.names.items()}
+    return replace(labels, data=relabelled(labels.data, told), names=named)
 
 
 def _files(out: Path, scan: str, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from ossnet.errors import DatasetError
-from ossnet.files.containers import is_image, nifti_first, stem
+from ossnet.files.containers import composed, is_image, nifti_first, stem
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def nnunet(value: Mapping[str, Any], path: Path) -> Description:
     listed = None
     if isinstance(value.get("dataset"), Mapping):
         listed = tuple(
-            (str(name), tuple(str(i) for i in entry["images"]), str(entry["label"]))
+            (composed(str(name)), tuple(str(i) for i in entry["images"]), str(entry["label"]))
             for name, entry in value["dataset"].items()
         )
     labels = value["labels"]
@@ -62,13 +63,14 @@ def decathlon(value: Mapping[str, Any], path: Path) -> Description:
         if not (path.parent / image).exists():
             # nnU-Net version 1 lists case.nii.gz and stores case_0000.nii.gz, case_0001.nii.gz, …
             base = path.parent / image
-            numbered = sorted(base.parent.glob(f"{stem(base)}_[0-9][0-9][0-9][0-9].*"))
+            pattern = f"{stem(base)}_[0-9][0-9][0-9][0-9].*"
+            numbered = sorted(f for f in base.parent.glob("*") if fnmatchcase(composed(f.name), pattern))
             found = nifti_first([f for f in numbered if is_image(f)])
             files = [str(f.relative_to(path.parent)) for f in found] or files
         listed.append((stem(label), tuple(files), label))
     if len({name for name, _, _ in listed}) < len(listed):
         # One name in many folders: the folders name the cases.
-        listed = [(Path(label).parent.name or name, files, label) for name, files, label in listed]
+        listed = [(composed(Path(label).parent.name) or name, files, label) for name, files, label in listed]
     return Description(
         _channels(value.get("modality") or value.get("channel_names") or {}),
         _named(value["labels"], path),
@@ -89,6 +91,7 @@ def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
     if all(str(key).isdecimal() for key in value):
         return _numbered([(int(key), str(name)) for key, name in value.items()], path)
     named: list[tuple[int, str]] = []
+    alone: list[tuple[int, str]] = []
     parts: set[int] = set()
     for name, number in value.items():
         if name == "ignore":
@@ -99,10 +102,14 @@ def _named(value: Mapping[str, Any], path: Path) -> dict[int, str]:
             )
         if _is_region(number):
             parts |= {int(n) for n in number}
+        elif isinstance(number, list):
+            alone.append((int(number[0]), str(name)))
         else:
-            named.append((int(number[0] if isinstance(number, list) else number), str(name)))
-    names = _numbered([*((n, f"label {n}") for n in sorted(parts - {n for n, _ in named})), *named], path)
-    return dict(sorted(names.items()))
+            named.append((int(number), str(name)))
+    # A region of one label is its name where it has no other.
+    named += [(n, name) for n, name in alone if n not in {n for n, _ in named}]
+    named += [(n, f"label {n}") for n in parts - {n for n, _ in named}]
+    return dict(sorted(_numbered(named, path).items()))
 
 
 def _numbered(named: Sequence[tuple[int, str]], path: Path) -> dict[int, str]:

@@ -23,7 +23,7 @@ from ossnet.data.descriptions import Description, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
-from ossnet.files.containers import is_slicer_segmentation, stem, without_copies
+from ossnet.files.containers import composed, is_slicer_segmentation, stem, without_copies
 from ossnet.files.dicom import dicom_folders
 from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import Nonfinite, origin_of, read_header, read_image, read_labels
@@ -103,7 +103,8 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     root = Path(os.path.abspath(root))  # "." has no name
     files = Files(root)
     folders = dicom_folders(root)
-    series = tuple(Case("_".join(s.relative_to(root).parts) or root.name, (s,)) for s in folders)
+    within = (root.name,) if root in folders else ()
+    series = tuple(Case("_".join((*within, *s.relative_to(root).parts)), (s,)) for s in folders)
     if root in folders:
         # An image beside its slices was made from them; with several it is not clear what is meant.
         if len(files) > 1:
@@ -382,12 +383,14 @@ def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
     if not path.exists():
         return cases
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(path, f"cannot be read ({error})", "Correct or remove it") from error
 
+    named = {composed(name): told for name, told in facts.items()} if isinstance(facts, Mapping) else {}
+
     def patient(case: Case) -> str | None:
-        known = facts.get(case.name) if isinstance(facts, Mapping) else None
+        known = named.get(case.name)
         for key in ("patient", "subject", "group"):
             if isinstance(known, Mapping) and known.get(key) is not None:
                 return str(known[key])

@@ -99,7 +99,7 @@ def read_splits(path: Path) -> tuple[Split, ...]:
     """
     fix = 'Write a list of {"train": [names], "val": [names]}, or remove the file'
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         found = tuple(Split(_names(f["train"]), _names(f["val"])) for f in value)
     except OSError as error:
         raise DatasetError(path, f"cannot be read ({error.strerror})", "Check its permissions") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ossnet.data.cases import joined_name, relabelled, values_in_files, values_told
+from ossnet.data.cases import joined_name, nameless, relabelled, values_in_files, values_told
 from ossnet.data.layouts import Dataset, consecutive, open_dataset
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
@@ -145,7 +145,7 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
     if dataset is not None and dataset.problems:
         first, more = dataset.problems[0], len(dataset.problems) - 1
         also = f" ({more} more: ossnet check {labels})" if more else ""
-        warnings.warn(f"left out: {first.where} {first.reason}{also}", stacklevel=2)
+        warnings.warn(f"{first.where} {first.reason}{also}", stacklevel=2)
     found = _predictions(predictions, references.keys())
     missing = [case for case in references if case not in found]
     if not references:
@@ -184,11 +184,16 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
     structures = set(names) - {0}
     if not structures:
         return {}
-    if told := values_told(names):
-        return {value: number for value, number in told.items() if value != number}
     values: set[int] = set()
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         values.update(*pool.map(_values_in, {pair.label for pair in pairs}))
+    told = values_told(names)
+    if told and values <= set(told):
+        moved = {value: number for value, number in told.items() if value != number}
+        if moved and values and values <= structures:
+            alike = ", ".join(f"{v} for {names[told[v]]}" for v in sorted(values))
+            warnings.warn(f"labels are taken for what the model's names tell ({alike})", stacklevel=3)
+        return moved
     if not values or values <= structures or structures <= values:
         return {}
     if len(values) != len(structures):
@@ -241,7 +246,7 @@ def score(
 
     Raises:
         VolumeError: A file cannot be trusted, or a prediction does not lie on its label, or names and numbers
-            structures otherwise, or one label has several names.
+            structures otherwise.
     """
     # Decompressing and nearest-neighbour search run outside of Python's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -253,10 +258,11 @@ def score(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    out = _complete([row for found in rows for row in found], [pair.case for pair in matched.pairs])
+    known = [row for found in rows for row in found]
+    _tell_other_names(known)
+    out = _complete(known, [pair.case for pair in matched.pairs])
     if not out:
         warnings.warn("no file holds a structure: there is nothing to judge", stacklevel=2)
-    _require_one_name(out, {pair.case: pair.label for pair in matched.pairs})
     _tell_strangers(out)
     if not matched.names:  # nothing declares labels: those that were met are known now
         met = {row.label for row in out}
@@ -266,17 +272,20 @@ def score(
     return out
 
 
-def _require_one_name(rows: Sequence[Row], labels: Mapping[str, Path]) -> None:
-    """Refuse to take different structures for one, as where 3D Slicer numbered the segments of each file anew."""
+def _tell_other_names(rows: Sequence[Row]) -> None:
+    """Warn where one number has several names, as where 3D Slicer numbered the segments of each file anew."""
     told: dict[Label, Row] = {}
     for row in rows:
-        first = told.setdefault(row.label, row) if row.name else row
+        if not row.name or (not isinstance(row.label, tuple) and row.name == nameless(row.label)):
+            continue
+        first = told.setdefault(row.label, row)
         if first.name.casefold() != row.name.casefold():
-            raise VolumeError(
-                labels[row.case],
-                f"label {label_text(row.label)} is {row.name} here, and {first.name} in {labels[first.case].name}",
-                "Give each structure one number in all files",
+            warnings.warn(
+                f"label {label_text(row.label)} is {first.name} in {first.case}, and {row.name} in {row.case}: they "
+                "are judged as one; give each structure one number in all files",
+                stacklevel=3,
             )
+            return
 
 
 def _tell_strangers(rows: Sequence[Row]) -> None:

@@ -183,7 +183,8 @@ class Model:
     def temperature(self) -> float:
         """What logits are divided by before they become probabilities; 1 where nothing was fitted.
 
-        Of several models the geometric mean: labels stay those of their mean answer.
+        Of several models the geometric mean of theirs, so that labels stay those of their mean answer; nothing was
+        fitted to that. Nor to single answers (`mirror=False`) of a model that answers mirrored.
         """
         fitted = [float(model.metadata.get("temperature", 1.0)) for model in (self, *self.others)]
         return math.prod(fitted) ** (1 / len(fitted))
@@ -231,7 +232,7 @@ class Model:
         }
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that differ between models that may answer differently."""
+        """Sixteen hexadecimal digits that differ between models that may answer differently (in logits)."""
         kept = {k: v for k, v in self.description().items() if k not in self.metadata}
         total = hashlib.sha256(json.dumps([kept, self.engine_options()], sort_keys=True).encode())
         for name, tensor in sorted(self.network.state_dict().items()):

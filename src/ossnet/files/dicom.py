@@ -7,6 +7,7 @@ PS3.3, C.7.6.2 (image plane), C.11.1 (rescale) and C.7.6.16 (multi-frame).
 Letters: X columns, Y rows, Z slices.
 """
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -108,7 +109,8 @@ def dicom_folders(root: Path, depth: int = 6) -> list[Path]:
     """Folders that hold scans as DICOM files: the given one, and those some folders below it."""
     real = root.resolve()
     try:
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        # Unlike `Path.is_dir` it does not fail where a link leads into a folder that is closed.
+        folders = sorted(p for p in root.iterdir() if os.path.isdir(p) and not p.name.startswith("."))
         here = [root] if holds_scan(root) else []
     except PermissionError:  # such as lost+found
         return []
@@ -207,7 +209,7 @@ def _holding(low: int, high: int) -> np.dtype[Any]:
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    return (f for f in sorted(folder.iterdir()) if f.is_file() and not f.name.startswith("."))
+    return (f for f in sorted(folder.iterdir()) if os.path.isfile(f) and not f.name.startswith("."))
 
 
 def _has_mark(file: Path) -> bool:
@@ -235,6 +237,8 @@ def _whole_files(folder: Path) -> list[Path]:
             with file.open("rb") as stream:
                 empty = not stream.read(1)
         except OSError as error:
+            if not named:
+                continue
             raise VolumeError(file, f"cannot be read ({error.strerror})", "Check its permissions") from error
         if named or empty:
             raise VolumeError(file, "it is damaged: DICOM's mark is not in it", "Copy or export it again")

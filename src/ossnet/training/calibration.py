@@ -21,17 +21,22 @@ from ossnet.field.model import Model
 Answers = tuple[Float[Tensor, "N *K"], Integer[Tensor, " N"]]
 """Logits, and what is right."""
 
-_VOXELS = 8192
-"""Asked of a case, half of them near structures."""
+_VOXELS, _LOGITS = 8192, 20_000_000
+"""Asked of a case, half of them near structures; and logits of all cases together, which are held at once."""
 
-_MOST = 8.0
+_MOST = 3.0
 """Temperatures from the inverse of this on: where all answers are right, none is sure enough."""
 
 
-def asked(field: Field, case: CachedCase) -> Answers:
-    """Logits for voxels of a case, the same ones each time, and the classes that are right there."""
+def asked(field: Field, case: CachedCase, cases: int = 1) -> Answers:
+    """Logits for voxels of a case, the same ones each time, and the classes that are right there.
+
+    Args:
+        cases: How many there are.
+    """
     rng = np.random.default_rng(zlib.crc32(os.fsencode(case.name)))
-    voxels, _ = balanced_voxels(rng, case.labels, field.model.classes, _VOXELS)
+    count = min(_VOXELS, _LOGITS // (max(field.model.classes, 2) * cases))
+    voxels, _ = balanced_voxels(rng, case.labels, field.model.classes, count)
     classes = case.reference()[tuple(voxels.T)].astype(np.int64)
     return torch.from_numpy(field.logits(voxels)), torch.from_numpy(classes)
 

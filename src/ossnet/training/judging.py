@@ -57,20 +57,21 @@ def judge(
         known = json.loads(done_file.read_text(encoding="utf-8"))
         if known.get("model") == stamp:
             done = known
+    files = {case.name: run / "validation" / f"{case.name}.nii.gz" for case in cases}
+    undone = {name for name, file in files.items() if name not in done["cases"] or not file.is_file()}
+    # The paper's answer as they answer.
+    calibrated = model.variant not in OFFERED and (bool(undone) or "temperature" not in model.metadata)
     rows: list[Row] = []
     answers: list[Answers] = []
-    # The paper's answer as they answer.
-    calibrated = model.variant not in OFFERED
     for number, case in enumerate(cases, 1):
-        file = run / "validation" / f"{case.name}.nii.gz"
-        undone = case.name not in done["cases"] or not file.is_file()
-        if undone or calibrated:
+        field = None  # and the maps of the case before with it
+        if case.name in undone or calibrated:
             field = model.field(case.volume(), device=device)
-        if undone:
+        if field and case.name in undone:
             found = field.segment()
             compared = compare(found.data, case.reference(), case.affine, names, tolerance_mm)
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
-            mine.save(file)
+            mine.save(files[case.name])
             done["cases"][case.name] = {
                 "scores": {label_text(k): asdict(v) for k, v in compared.items()},
                 "evaluated": found.evaluated,
@@ -80,8 +81,8 @@ def judge(
             dice = [scores.dice for scores in compared.values() if scores.dice is not None]
             told = ", ".join(f"{value:.3f}" for value in dice) or "undefined"
             say(f"{number}/{len(cases)} {case.name}: Dice {told}")
-        if calibrated:
-            answers.append(asked(field, case))
+        if field and calibrated:
+            answers.append(asked(field, case, len(cases)))
         for label, scores in done["cases"][case.name]["scores"].items():
             rows.append(Row(case.name, label_of(label), names[label_of(label)], Scores(**scores)))
     summary = summarise(rows)
@@ -91,9 +92,9 @@ def judge(
         }
         for entry in summary.classes
     }
+    write_text(run / "validation.csv", to_csv(rows))
+    write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
     if calibrated:
         calibrate(model, answers)
     model.describe(model_folder(run))
-    write_text(run / "validation.csv", to_csv(rows))
-    write_json(run / "validation.json", to_json(rows, summary, tolerance_mm))
     return summary

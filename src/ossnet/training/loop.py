@@ -510,7 +510,7 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_alike, one, other))
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-4)
+        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
     return bool(one == other)
 
 

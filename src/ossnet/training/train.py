@@ -21,6 +21,7 @@ from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
+from ossnet.files.containers import composed
 from ossnet.files.lock import alone_in
 from ossnet.networks.machine import fast_bf16
 from ossnet.networks.variants import OFFERED
@@ -183,9 +184,9 @@ def _train(
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero and not resume:
             # Not before every case was read: a refusal leaves nothing behind.
+            write_json(out / SETTINGS, settings.model_dump(mode="json"))
             write_json(out / SPLITS, used)
             write_text(out / PLAN, "\n".join(reasons) + "\n")
-            write_json(out / SETTINGS, settings.model_dump(mode="json"))
         if remark := learnt_early(trainer.run(resume)):
             say(remark)
     finally:
@@ -271,9 +272,10 @@ def _never_seen(cases: CaseCache, model: Model) -> list[str]:
     """Names of structures that no case holds; empty where none holds any, which is told otherwise."""
     missing = dict(model.label_names)
     for case in cases:
-        if len(missing) > 0:
-            for label in np.unique(case.reference()).tolist():
-                missing.pop(label, None)
+        for label in np.unique(case.reference()).tolist():
+            missing.pop(label, None)
+        if not missing:
+            break
     return list(missing.values()) if len(missing) < len(model.label_names) else []
 
 
@@ -368,10 +370,10 @@ def data_of(out: Path) -> Path:
     return Path(known["data"])
 
 
-def _require_same_split(file: Path, used: Mapping[str, object], data: Path) -> None:
+def _require_same_split(file: Path, used: Mapping[str, Any], data: Path) -> None:
     known = _read(file) if file.is_file() else used
     # The folder may have moved.
-    if any(known.get(part) != used[part] for part in ("train", "val")):
+    if any([composed(name) for name in known.get(part, ())] != used[part] for part in ("train", "val")):
         raise SettingsError(
             data, "it no longer has the cases that the run was started with", "Resume with the same data set"
         )

@@ -1,5 +1,6 @@
 """Which files become which: scans paired with targets, and what is in the way."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,9 @@ class Origins(dict[str, tuple[str, ...]]):
 
     def __init__(self, jobs: Sequence[Job], model: Model, options: Options) -> None:
         self.fingerprint = model.fingerprint()
+        self._temperature = model.temperature
         self._files = {job.name: job.files for job in jobs}
+        self._looks: dict[str, str] = {}
         known = options.deciding(model)
         self._kinds = [known]
         # Nothing that asking everywhere finds is missed.
@@ -101,9 +104,17 @@ class Origins(dict[str, tuple[str, ...]]):
             self._kinds += [kind | {"precision": other} for kind in self._kinds]
 
     def __missing__(self, name: str) -> tuple[str, ...]:
-        scan = look_of(self._files[name])
-        self[name] = tuple(origin(self.fingerprint, scan, kind) for kind in self._kinds)
+        self[name] = self._made({}, name)
         return self[name]
+
+    def of_probabilities(self, name: str) -> tuple[str, ...]:
+        """Of maps of probabilities, which the temperature changes."""
+        return self[name] if self._temperature == 1 else self._made({"temperature": self._temperature}, name)
+
+    def _made(self, more: Mapping[str, float], name: str) -> tuple[str, ...]:
+        if name not in self._looks:
+            self._looks[name] = look_of(self._files[name])
+        return tuple(origin(self.fingerprint, self._looks[name], {**kind, **more}) for kind in self._kinds)
 
 
 def plan_jobs(
@@ -126,13 +137,17 @@ def plan_jobs(
         SettingsError: One file as target for several scans, two scans with the same name, or results that would
             replace scans or be taken for them.
     """
+    single = out is not None and out.name.endswith((".nii", ".nii.gz"))
     scans: list[tuple[str, tuple[Path, ...]]] = []
     if channels_together:
         scans.append((scan_name(images[0]), tuple(images)))
     else:
         for path in images:
             if path.is_dir():
-                scans += [(case.name, case.images) for case in images_in(path, most_channels)]
+                found = [(case.name, case.images) for case in images_in(path, most_channels)]
+                # One target for a series: not for others that lie below it.
+                own = [scan for scan in found if scan[1] == (Path(os.path.abspath(path)),)]
+                scans += own if own and single else found
             elif is_slicer_segmentation(path):
                 raise DatasetError(path, "a segmentation of 3D Slicer, not a scan", "Leave it out")
             elif path.exists():
@@ -140,7 +155,6 @@ def plan_jobs(
             else:
                 raise DatasetError(path, "there is no such file or folder", "Check the path")
     folder = out if out is not None else Path()
-    single = out is not None and out.name.endswith((".nii", ".nii.gz"))
     if single and len(scans) > 1:
         raise SettingsError("--out", f"{out} is one file for {len(scans)} scans", "Name a folder")
     names = [name for name, _ in scans]
@@ -177,12 +191,17 @@ def _folders(job: Job) -> set[Path]:
     return {file.resolve() for file in job.files if file.is_dir()}
 
 
-def require_replaceable(jobs: Sequence[Job], origins: Mapping[str, Sequence[str]], options: Options) -> None:
+def require_replaceable(jobs: Sequence[Job], origins: Origins, options: Options) -> None:
     """Refuse where files are in the way: those that are no results (any more), and results of something else."""
     there = [(job, file, origin_of(file)) for job in jobs for file in job.results(options) if file.is_file()]
     foreign = [file for _, file, line in there if not line.startswith(MARK)]
     changed = [file for _, file, line in there if was_changed(file, line)]
-    others = [file for job, file, line in there if made_by(line) not in origins[job.name]]
+    others = [
+        file
+        for job, file, line in there
+        if made_by(line)
+        not in (origins.of_probabilities(job.name) if file == job.probabilities else origins[job.name])
+    ]
     if foreign:
         raise SettingsError(
             "--out",

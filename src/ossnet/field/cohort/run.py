@@ -106,8 +106,7 @@ def segment_all(
                             say(f"{job.name} was finished by another process")
                         else:
                             with _memory_told(job):
-                                made_by = origins[job.name][0]
-                                entry, save = _segment(model, job, scans.take(index), options, made_by)
+                                entry, save = _segment(model, job, scans.take(index), options, origins)
                             written.append((job, entry, writer.submit(save)))
                             del save  # and the maps with it, once they are written
                     except (InputError, ResourceError) as error:
@@ -186,9 +185,9 @@ def _told(entry: Mapping[str, Any]) -> str:
 
 
 def _segment(
-    model: Model, job: Job, volume: Volume, options: Options, made_by: str
+    model: Model, job: Job, volume: Volume, options: Options, origins: Origins
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    started = time.perf_counter()
+    started, made_by = time.perf_counter(), origins[job.name][0]
     if options.dicom_seg:
         require_source(job.files[0])
     field = Field(
@@ -219,7 +218,7 @@ def _segment(
             needed = LIBRARIES + held + island_bytes(labels)
             require(parse_size(options.memory), needed, "looking for islands")
         labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
-    maps = maps and replace(maps, origin=made_by)
+    maps = maps and replace(maps, origin=origins.of_probabilities(job.name)[0])
     entry = {
         "files": [str(f) for f in job.files],
         "options": {k: v for k, v in options.deciding(model).items() if v not in (None, False, 0.0)},
