@@ -1,6 +1,7 @@
 """A data set is described in figures, and each of its problems is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ossnet.data.grey_values import intensities
 from ossnet.data.layouts import open_dataset
 from ossnet.data.splits import Split
 from ossnet.files.nifti import write_labels, write_volume
+from ossnet.files.reading import read_volume
 from ossnet.volume import FileHeader, LabelMap, Orientation, Volume
 
 
@@ -100,6 +102,17 @@ def test_problems_of_files(tmp_path: Path) -> None:
         ("labels/e.nii.gz", "the file is empty"),
     ]
     assert [c.name for c in found.cases] == ["a", "b", "g"]
+
+
+def test_a_channel_that_shows_nothing_is_named_by_its_file(tmp_path: Path) -> None:
+    case(tmp_path, "a")
+    image = tmp_path / "images" / "a.nii.gz"
+    scan = read_volume(image)
+    image.rename(image.with_name("a_0000.nii.gz"))
+    write_volume(replace(scan, data=np.zeros_like(scan.data)), image.with_name("a_0001.nii.gz"))
+    (problem,) = fingerprint(open_dataset(tmp_path)).problems
+    assert problem.where.endswith("a_0001.nii.gz")
+    assert problem.reason == "channel channel 1 is 0 everywhere"
 
 
 def test_undeclared_labels(tmp_path: Path) -> None:

@@ -77,6 +77,18 @@ def test_the_window_leaves_out_air_and_single_bright_voxels() -> None:
     assert window(np.full((3, 3, 3), 7.0)) == (7.0, 8.0)
 
 
+def test_the_window_fits_any_scale_and_is_of_all_slices() -> None:
+    small = np.random.default_rng(0).uniform(1e-9, 3e-9, (20, 20, 20))
+    low, high = window(small)
+    assert 1e-9 <= low < high <= 3e-9
+    # Every so many voxels would all lie in the first slice, which is air.
+    layered = np.zeros((200, 100, 100), np.float32)
+    layered[:, :, 1:] = np.linspace(10, 20, 99)
+    low, high = window(layered)
+    assert low == pytest.approx(10, abs=1)
+    assert high == pytest.approx(20, abs=1)
+
+
 def test_labels_of_another_grid_are_refused() -> None:
     volume, prediction, _ = scan()
     with pytest.raises(VolumeError, match="does not lie on the scan"):

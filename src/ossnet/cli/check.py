@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -133,7 +134,7 @@ def _geometry(cases: Sequence["CaseFacts"]) -> Table:
 
     def row(name: str, values: Sequence[Sequence[Number]], form: Callable[[Number], str]) -> None:
         columns = [sorted(v[a] for v in values) for a in axes]
-        picks = [[_median(c) for c in columns]]
+        picks = [[median(c) for c in columns]]
         if not alone:  # each axis on its own
             picks = [[c[0] for c in columns], *picks, [c[-1] for c in columns]]
         table.add_row(name, *(" × ".join(form(x) for x in pick) for pick in picks))
@@ -166,7 +167,7 @@ def _grey_values(found: "Fingerprint") -> Table:
         for where, values in (("scan", everywhere), ("structures", inside)):
             if values:
                 middle = [
-                    _number(_median([getattr(v, key) for v in values]))
+                    _number(median([getattr(v, key) for v in values]))
                     for key in ("low", "median", "high", "mean", "std")
                 ]
                 span = (
@@ -202,11 +203,11 @@ def _structures(found: "Fingerprint") -> Table:
             table.add_row(Text(f"{number} {name}"), f"0 of {len(found.cases)}", "", "", "", "")
             continue
         volumes = sorted(c.volumes_ml[number] for c in present)
-        share = _median([c.voxels[number] / sum(c.voxels.values()) for c in present])
+        share = median([c.voxels[number] / sum(c.voxels.values()) for c in present])
         table.add_row(
             Text(f"{number} {name}"),
             f"{len(present)} of {len(found.cases)}",
-            *(_number(v) for v in (volumes[0], _median(volumes), volumes[-1])),
+            *(_number(v) for v in (volumes[0], median(volumes), volumes[-1])),
             f"{100 * share:.2g} %",
         )
     return table
@@ -305,12 +306,6 @@ def _number(value: Number) -> str:
 def _counted(counter: Counter[str]) -> str:
     pairs = counter.most_common()
     return pairs[0][0] if len(pairs) == 1 else ", ".join(f"{name} ({count})" for name, count in pairs)
-
-
-def _median(values: Sequence[Number]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return float(ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2)
 
 
 def _plural(word: str, count: int) -> str:

@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +122,15 @@ def told() -> Iterator[None]:
     OssnetError, disk errors, out of memory: exit code 2. Ctrl-C: 130. A closed pipe (`ossnet … | head`): 0.
     With OSSNET_DEBUG=1 in the environment the traceback is shown as well.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # of a notebook, for example
+            # Names of files may hold what a terminal's alphabet has not, or no letters at all.
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
+            sys.stdout.flush()  # a closed pipe is told here, or nowhere
     except (KeyboardInterrupt, typer.Abort):
         if is_first_process():
             say("interrupted; what was finished is kept")

@@ -86,11 +86,12 @@ def load_case(
     volume, labels = dataset.read(case)
     orientation = preparation.orient(volume.affine)
     oriented = volume.reoriented(orientation)
+    image = np.ascontiguousarray(oriented.data)
     return CachedCase(
         name=case.name,
-        image=np.ascontiguousarray(oriented.data),
+        image=image,
         labels=oriented_labels(labels, orientation),
-        statistics=preparation.statistics(oriented.data),
+        statistics=preparation.statistics(image),
         affine=oriented.affine,
         spacing=oriented.spacing,
         fit=preparation.fit_for(oriented.shape, oriented.spacing, case.name),
@@ -119,14 +120,20 @@ class CaseCache(Sequence[CachedCase]):
         self._cases: list[CachedCase] = []
         self.held_bytes = self.mapped_bytes = 0
         with ThreadPoolExecutor(jobs) as pool:
-            for case in _in_order(pool, load, cases, ahead=2 * jobs):
-                size = case.image.nbytes + case.labels.nbytes
-                if self.held_bytes + size > limit_bytes:
-                    case = _mapped(case, folder)
-                    self.mapped_bytes += size
-                else:
-                    self.held_bytes += size
-                self._cases.append(case)
+            try:
+                for case in _in_order(pool, load, cases, ahead=2 * jobs):
+                    self._cases.append(self._kept(case, limit_bytes, folder))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _kept(self, case: CachedCase, limit_bytes: int, folder: Path) -> CachedCase:
+        size = case.image.nbytes + case.labels.nbytes
+        if self.held_bytes + size > limit_bytes:
+            self.mapped_bytes += size
+            return _mapped(case, folder)
+        self.held_bytes += size
+        return case
 
     def __len__(self) -> int:
         return len(self._cases)

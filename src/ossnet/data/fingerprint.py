@@ -166,6 +166,7 @@ def fingerprint(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     facts.sort(key=lambda f: f.name)
+    problems.sort(key=lambda p: p.where)
     if not dataset.problems:  # a case that is incomplete is told of already
         try:
             require_fitting(dataset.splits or (), dataset.names, dataset.root)
@@ -255,16 +256,19 @@ def _look(dataset: Dataset, case: Case) -> tuple[CaseFacts | None, list[Problem]
         return None, problems
     inside = labels.data != 0
     overall = tuple(intensities(channel) for channel in volume.data)
-    for name, channel in zip(dataset.channel_names, overall, strict=True):
+    files = case.images if len(case.images) == len(overall) else case.images[:1] * len(overall)
+    for file, name, channel in zip(files, dataset.channel_names, overall, strict=True):
         if channel.minimum == channel.maximum:
             problems.append(
                 Problem(
-                    str(case.images[0]),
+                    str(file),
                     f"channel {name} is {channel.minimum:g} everywhere",
                     "Export the image again, or leave the case out",
                 )
             )
     values, counts = np.unique(labels.data, return_counts=True)
+    voxels = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
+    voxel_ml = abs(float(np.linalg.det(labels.affine[:3, :3]))) / 1000
     return (
         CaseFacts(
             name=case.name,
@@ -275,8 +279,8 @@ def _look(dataset: Dataset, case: Case) -> tuple[CaseFacts | None, list[Problem]
             dtype=str(volume.data.dtype),
             intensities=overall,
             foreground=_foreground(volume, inside),
-            voxels={int(v): int(n) for v, n in zip(values, counts, strict=True)},
-            volumes_ml=labels.volumes_ml(),
+            voxels=voxels,
+            volumes_ml={v: n * voxel_ml for v, n in voxels.items() if v},
             warnings=tuple(dict.fromkeys(w for path in _files(case) for w in read_header(path).warnings)),
         ),
         problems,

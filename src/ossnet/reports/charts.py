@@ -48,7 +48,7 @@ def line_chart(
     ys = [y for _, points in kept for _, y in points]
     x_ticks = ticks(min(0.0, min(xs)), max(xs))
     y_ticks = ticks(*(y_range or (min(ys), max(ys))))
-    x0, x1 = min(x_ticks[0], min(xs)), max(xs[0], max(xs))
+    x0, x1 = min(x_ticks[0], min(xs)), max(xs)
     y0, y1 = y_range or (min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)))
     x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
     left, right, top, bottom = 52, 14, 30, 40

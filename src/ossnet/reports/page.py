@@ -19,7 +19,7 @@ from PIL import Image
 from ossnet.files.atomic import write_text
 from ossnet.reports.colours import colour
 from ossnet.reports.figures import on_scan, window
-from ossnet.reports.render import Surface, render
+from ossnet.reports.render import Surface, render, signed_volume
 from ossnet.volume import LabelMap, Volume, closest_canonical
 
 _MOST_VOXELS = 8_000_000
@@ -181,9 +181,8 @@ def surface_data(view: SurfaceView) -> Markup:
 
 def _wound(surface: Surface) -> Integer[np.ndarray, "F 3"]:
     """Faces turned so that normals point out: the viewer draws one side only."""
-    a, b, c = (surface.vertices[surface.faces[:, i]] for i in range(3))
-    inward = np.einsum("fd,fd->", a - a.mean(axis=0), np.cross(b - a.mean(axis=0), c - a.mean(axis=0))) < 0
-    return surface.faces[:, ::-1] if inward else surface.faces
+    centred = surface.vertices - surface.vertices.mean(axis=0)
+    return surface.faces[:, ::-1] if signed_volume(centred, surface.faces) < 0 else surface.faces
 
 
 def _surface_png(view: SurfaceView) -> str:

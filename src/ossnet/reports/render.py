@@ -139,7 +139,7 @@ def _samples(
     edges = corners[:, 1:, :2] - corners[:, :1, :2]
     # Of closed surfaces only what faces the viewer is seen, whichever way round the mesh is.
     turned = np.sign(edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0])
-    facing = turned * np.sign(_signed_volume(points, faces)) > 0
+    facing = turned * np.sign(signed_volume(points, faces)) > 0
     faces, corners = faces[facing], corners[facing]
     longest = np.linalg.norm(corners[:, :, :2] - np.roll(corners[:, :, :2], 1, axis=1), axis=2).max(axis=1)
     steps = np.maximum(np.ceil(longest * 1.1), 1).astype(int)
@@ -158,7 +158,7 @@ def _samples(
     return out
 
 
-def _signed_volume(points: Float[np.ndarray, "V 3"], faces: Integer[np.ndarray, "F 3"]) -> float:
+def signed_volume(points: Float[np.ndarray, "V 3"], faces: Integer[np.ndarray, "F 3"]) -> float:
     """Six times the enclosed volume; its sign is the mesh's winding."""
     a, b, c = (points[faces[:, i]] for i in range(3))
     return float(np.einsum("fd,fd->", a, np.cross(b, c)))

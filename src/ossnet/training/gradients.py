@@ -67,12 +67,12 @@ class Captured:
         # On a stream of its own, as the capture will be: what autograd sets up belongs to a stream.
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            backward(self._batch)
-            network.zero_grad(set_to_none=True)
-        current.wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         try:
+            with torch.cuda.stream(side):
+                backward(self._batch)
+                network.zero_grad(set_to_none=True)
+            current.wait_stream(side)
             with torch.cuda.graph(self._graph, stream=side):
                 self._loss = backward(self._batch)
         except RuntimeError:

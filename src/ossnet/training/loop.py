@@ -138,7 +138,6 @@ class Trainer:
             try:
                 self._epochs(pool)
                 if not self.state.rows or self.state.rows[-1]["step"] != self.state.step:
-                    self._save()
                     self._validate()
                 self._checkpoint()
             except KeyboardInterrupt:
@@ -357,6 +356,7 @@ class Trainer:
         return self.validation[: self.state.watched]
 
     def _validate(self) -> None:
+        self._save()  # judging may take long, and be killed
         started = time.monotonic()
         self.state.rows = [row for row in self.state.rows if row["step"] != self.state.step]
         since = self.state.rows[-1]["step"] if self.state.rows else 0
@@ -420,6 +420,7 @@ class Trainer:
         if self.average is None:
             yield
             return
+        self._whole = False
         kept = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
         try:
             self.network.load_state_dict(self.average.values)
@@ -429,6 +430,7 @@ class Trainer:
             yield
         finally:
             self.network.load_state_dict(kept)
+            self._whole = True
 
     def _save(self) -> None:
         started = time.monotonic()

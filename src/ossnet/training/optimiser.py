@@ -45,13 +45,6 @@ class Lookahead(Optimizer):
         self.counter = 0
         self.slow: dict[Tensor, Tensor] = {}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the inner optimiser."""
-        if "inner" in self.__dict__:
-            self.inner.add_param_group(param_group)
-        else:  # the base class adds each group once while it is constructed
-            super().add_param_group(param_group)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the inner optimiser, and a synchronisation where one is due."""

@@ -95,7 +95,9 @@ def train(
         return out
     if settings.validation.dense and len(validation_cases):
         say("Segmenting the validation cases with the best model")
-        summary = judge(out, validation_cases[: settings.validation.dense_cases], say, device=fabric.device)
+        chosen = validation_cases[: settings.validation.dense_cases]
+        with alone_in(out):
+            summary = judge(out, chosen, say, device=fabric.device)
         for entry in summary.classes:
             dice, hd95 = (format_estimate(key, entry.estimates[key]) for key in ("dice", "hd95_mm"))
             say(f"{entry.name}, whole scans: Dice {dice}, HD95 {hd95} mm")

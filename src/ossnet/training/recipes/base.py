@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ossnet.data.augment import Augmentation, apply_intensity
+from ossnet.data.augment import Augmentation, apply_intensity, draw
 from ossnet.data.cache import CachedCase
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.training.optimiser import Muon, paper_optimiser, parameter_groups
@@ -42,6 +42,13 @@ class Recipe(ABC):
         Args:
             passes: How often every case was drawn before this epoch; of very few cases less is said.
         """
+
+    def drawn(self, case: CachedCase, rng: np.random.Generator) -> Augmentation:
+        """Mirroring, brightness and noise of an example, as the settings ask for."""
+        chosen = self.settings.augmentation
+        return draw(
+            rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise
+        )
 
     @abstractmethod
     def batch(self, examples: Sequence[Any], device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ossnet.data.augment import Augmentation, apply_intensity, draw
+from ossnet.data.augment import Augmentation, apply_intensity
 from ossnet.data.cache import CachedCase
 from ossnet.data.crops import cut, cut_labels, draw_map
 from ossnet.data.intensities import change_intensities
@@ -20,11 +20,6 @@ from ossnet.training.recipes.base import Recipe, StepLoss, augmented
 from ossnet.training.recipes.multiscale import CropSources, crop_settings
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, flipped
-
-
-def _plan(case: CachedCase, rng: np.random.Generator, settings: Settings) -> Augmentation:
-    chosen = settings.augmentation
-    return draw(rng, len(case.image), chosen.probability, chosen.flip_axes, chosen.brightness, chosen.noise)
 
 
 class _DenseRecipe(Recipe):
@@ -47,7 +42,7 @@ class WholeUNetRecipe(_DenseRecipe):
         self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0
     ) -> tuple[CachedCase, Augmentation]:
         """A volume and its augmentation."""
-        return case, _plan(case, rng, self.settings)
+        return case, self.drawn(case, rng)
 
     def batch(
         self, examples: Sequence[tuple[CachedCase, Augmentation]], device: torch.device
@@ -114,7 +109,7 @@ class SliceUNetRecipe(_DenseRecipe):
     def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> Slice:
         """A random slice; only the scan's slices that it is made from are touched."""
         axis = self.settings.network.slice_axis
-        plan = _plan(case, rng, self.settings)
+        plan = self.drawn(case, rng)
         index = int(rng.integers(0, case.fit.target[axis]))
         image, labels = self._source_slice(case, plan, index, axis)
         others = [a for a in range(3) if a != axis]

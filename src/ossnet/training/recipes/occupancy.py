@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ossnet.data.augment import Augmentation, draw
+from ossnet.data.augment import Augmentation
 from ossnet.data.cache import CachedCase
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import Preparation, reduce_by_two
@@ -62,15 +62,8 @@ class OccupancyRecipe(Recipe):
 
     def example(self, case: CachedCase, rng: np.random.Generator, passes: float = 0.0) -> OccupancyExample:
         """Draw the augmentation and the locations; voxels are touched only where labels are looked up."""
-        spec, sampling, augmentation = self.network.spec, self.settings.sampling, self.settings.augmentation
-        plan = draw(
-            rng,
-            spec.channels,
-            augmentation.probability,
-            augmentation.flip_axes,
-            augmentation.brightness,
-            augmentation.noise,
-        )
+        spec, sampling = self.network.spec, self.settings.sampling
+        plan = self.drawn(case, rng)
         labels = flipped(case.labels, plan.flips)
         locations = sample_locations(
             rng,
