@@ -112,7 +112,7 @@ def test_a_channel_that_shows_nothing_is_named_by_its_file(tmp_path: Path) -> No
     write_volume(replace(scan, data=np.zeros_like(scan.data)), image.with_name("a_0001.nii.gz"))
     (problem,) = fingerprint(open_dataset(tmp_path)).problems
     assert problem.where.endswith("a_0001.nii.gz")
-    assert problem.reason == "channel channel 1 is 0 everywhere"
+    assert problem.reason == "channel 1 is 0 everywhere"
 
 
 def test_undeclared_labels(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _look(dataset: Dataset, case: Case) -> tuple[CaseFacts | None, list[Problem]
             problems.append(
                 Problem(
                     str(file),
-                    f"channel {name} is {channel.minimum:g} everywhere",
+                    f"{name} is {channel.minimum:g} everywhere",
                     "Export the image again, or leave the case out",
                 )
             )
