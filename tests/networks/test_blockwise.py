@@ -301,6 +301,15 @@ def test_far_regions_need_the_budget_of_one() -> None:
     assert torch.allclose(found[13:15], free.coarse[13:15], atol=1e-5)
 
 
+def test_what_the_machine_cannot_spare_is_not_kept() -> None:
+    network, volume = trained(), torch.randn(1, 96, 96, 32)
+    locations = random_locations((96, 96, 32), 2000)
+    free, bounded = (BlockwiseEncoder(network, volume, block=16, most_kept=most) for most in (None, 200_000))
+    assert torch.equal(free(locations), bounded(locations))
+    assert len(bounded.blocks) < len(free.blocks)
+    assert bounded.fixed_bytes < free.fixed_bytes
+
+
 def test_nothing_is_kept_for_places_that_are_asked_once() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
     locations = random_locations((96, 96, 32), 2000)

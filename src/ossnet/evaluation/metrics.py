@@ -119,8 +119,8 @@ class SurfaceDistances:
 
 
 def compare(
-    prediction: Integer[np.ndarray, "X Y Z"],
-    reference: Integer[np.ndarray, "X Y Z"],
+    prediction: Integer[np.ndarray, "X Y Z"] | Bool[np.ndarray, "X Y Z"],
+    reference: Integer[np.ndarray, "X Y Z"] | Bool[np.ndarray, "X Y Z"],
     affine: Affine,
     classes: Iterable[Label],
     tolerance_mm: float | int = 1.0,
@@ -142,6 +142,7 @@ def compare(
         VolumeError: The grids differ, or the affine is singular.
         SettingsError: A class is not above 0, or the tolerance is negative or not finite.
     """
+    prediction, reference = (m.view(np.uint8) if m.dtype == bool else m for m in (prediction, reference))
     if prediction.shape != reference.shape:
         raise VolumeError(
             "prediction",

@@ -17,6 +17,9 @@ from ossnet.volume import Affine
 
 Ask = Callable[[Num[np.ndarray, "N 3"]], Tensor]
 
+_ROUNDED = 1e-6
+"""Voxels that a place on the face of the scan may lie outside by rounding."""
+
 CERTAIN = 30.0
 """The logit of what needs no asking: a probability of 1 in float32."""
 
@@ -47,7 +50,7 @@ def asker(answer: Answer, grid: Grid, scan: Grid, scan_to_network: Affine) -> As
         if inside_all:
             return logits
         place = np.asarray(voxels) @ to_scan[:3, :3].T + to_scan[:3, 3]
-        outside = ((place < -0.5) | (place > np.array(scan.shape) - 0.5)).any(axis=1)
+        outside = ((place < -0.5 - _ROUNDED) | (place > np.array(scan.shape) - 0.5 + _ROUNDED)).any(axis=1)
         return _background(logits, outside)
 
     return ask
@@ -75,4 +78,4 @@ def _covers(scan: Grid, grid: Grid, to_scan: Affine) -> bool:
     """Whether every voxel centre of a grid lies in a voxel of the scan."""
     corners = np.array(list(product(*((0.0, n - 1.0) for n in grid.shape))))
     place = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
-    return bool((place >= -0.5 - 1e-6).all() and (place <= np.array(scan.shape) - 0.5 + 1e-6).all())
+    return bool((place >= -0.5 - _ROUNDED).all() and (place <= np.array(scan.shape) - 0.5 + _ROUNDED).all())

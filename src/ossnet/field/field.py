@@ -235,8 +235,8 @@ class Field:
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = None if region is None else oriented_box(region, grid, orientation)
-            if "stride" in octree:
-                octree["path"] = path_from(octree.pop("stride"))
+            if (stride := octree.pop("stride", None)) is not None:
+                octree["path"] = path_from(stride)
             labelling = Labelling(bound, grid, box, strategy, **octree)
             how = labelling.strategy
             labelling.prepare()

@@ -75,11 +75,12 @@ class BlockwiseEncoder:
         volume: (C, *S) float32, normalised and fitted, or a source of its boxes. Kept, not copied.
         block: Voxels of a fine block per axis, rounded up to the coarse stride; None chooses by `budget`.
         device: Where the work is done; None: that of the volume.
-        budget: Bytes granted above the volume and the weights; None: no limit on what is kept.
+        budget: Bytes granted above the volume and the weights; None: no limit but `most_kept`.
         libraries: Of these, bytes that the libraries below take for themselves.
         precision: Of convolutions and products. "bf16" stores maps in bfloat16 as well.
         chunk: Locations decoded at once, at most.
         keep: Keep the maps of fine blocks for questions to come, as the budget allows; False: those of the last block.
+        most_kept: About so many bytes of them without a budget: what the machine can spare; None: no limit.
 
     Attributes:
         shape: S.
@@ -102,6 +103,7 @@ class BlockwiseEncoder:
         precision: Literal["fp32", "bf16"] = "fp32",
         chunk: int = 8192,
         keep: bool = True,
+        most_kept: int | None = None,
     ) -> None:
         spec = network.spec
         if volume.shape[0] != spec.channels:
@@ -124,7 +126,7 @@ class BlockwiseEncoder:
         self.classes = spec.classes
         stride = spec.strides[-1]
         self.padded = triple(ceil(n / s) * s for n, s in zip(self.shape, stride, strict=True))
-        self._wanted, self._keep = (chunk, block), keep
+        self._wanted, self._keep, self._most_kept = (chunk, block), keep, most_kept
         self.blocks: OrderedDict[Triple, list[MapPart]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
@@ -192,6 +194,10 @@ class BlockwiseEncoder:
             self.blocks.clear()
         while self.room is not None and self.blocks and self.fixed_bytes + size > self.room:
             self.blocks.popitem(last=False)
+        if self.budget is None and self._most_kept is not None:
+            # Blocks are much of a size: adding them all up for each would take longer than it is worth.
+            while self.blocks and (len(self.blocks) + 1) * size > self._most_kept:
+                self.blocks.popitem(last=False)
 
     @property
     def encoding_bytes(self) -> int:

@@ -20,6 +20,7 @@ from ossnet.field.engine.fused import FusedAnswer
 from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import chunk_for, parse_size, require
+from ossnet.files.memory import available_memory
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import computes_in_bf16, exact_float32
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -220,6 +221,7 @@ def prepare_multiscale(
 ) -> Answer:
     """The default network: maps are made where locations are asked."""
     half = computes_in_bf16(precision, device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return BlockwiseEncoder(
         network,
         scan,
@@ -229,6 +231,7 @@ def prepare_multiscale(
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,
         keep=not once,
+        most_kept=free // 2,
     )
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import numpy as np
 
@@ -48,7 +49,8 @@ def check_path(path: Path, shape: Triple) -> tuple[Triple, ...]:
         if path != "auto":
             raise SettingsError("path", f"{path!r} is not known", "Give strides such as (8, 4, 1), or 'auto'")
         return choose_path(shape)
-    steps = [(s, s, s) if isinstance(s, int) else s for s in path]
+    given: list[Any] = [int(s) if isinstance(s, Integral) else s for s in path]
+    steps: list[Triple] = [(s, s, s) if isinstance(s, int) else s for s in given]
     good = bool(steps) and steps[-1] == (1, 1, 1) and all(s >= 1 for step in steps for s in step)
     for coarse, fine in pairwise(steps):
         good = good and coarse != fine and all(c % f == 0 for c, f in zip(coarse, fine, strict=True))
