@@ -94,7 +94,7 @@ def test_problems_of_files(tmp_path: Path) -> None:
     found = fingerprint(open_dataset(tmp_path))
     reasons = sorted((str(Path(p.where).relative_to(tmp_path)), p.reason[:25]) for p in found.problems)
     assert reasons == [
-        ("images/b.nii.gz", "channel image is 0 everyw"),
+        ("images/b.nii.gz", "image is 0 everywhere"),
         ("images/c.nii.gz", "the file ends before all "),
         ("images/e.nii.gz", "the file is empty"),
         ("images/f.nii.gz", "has no label"),

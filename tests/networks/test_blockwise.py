@@ -301,6 +301,21 @@ def test_far_regions_need_the_budget_of_one() -> None:
     assert torch.allclose(found[13:15], free.coarse[13:15], atol=1e-5)
 
 
+def test_what_is_covered_gives_way_to_what_is_about_to_be_made() -> None:
+    """As probabilities of a region after the whole scan was segmented."""
+    network, volume = trained(), torch.randn(1, 512, 32, 32)
+    near, everywhere = torch.rand(500, 3) * 20, ((0, 0, 0), (512, 32, 32))
+    free = BlockwiseEncoder(network, volume, block=16)
+    tight = BlockwiseEncoder(network, volume, block=16, budget=60 << 20, chunk=256)
+    tight.cover()
+    bare, held = (tight._needed_bytes(box) for box in (((0, 0, 0),) * 2, everywhere))
+    tight.set_aside((60 << 20) - (bare + held) // 2)
+    assert tight.core == ((0, 0, 0), (0, 0, 0))
+    assert torch.allclose(tight(near), free(near), atol=1e-5)
+    with pytest.raises(ResourceError, match="Grant more"):
+        tight.cover()
+
+
 def test_what_the_machine_cannot_spare_is_not_kept() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
     locations = random_locations((96, 96, 32), 2000)

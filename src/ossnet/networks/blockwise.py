@@ -67,6 +67,9 @@ ROWS = 64
 """A broken tile of rows can add up in another order: questions are filled up to multiples of this."""
 
 
+_NOTHING: Box = ((0, 0, 0), (0, 0, 0))
+
+
 class BlockwiseEncoder:
     """A trained network and one scan, as a function of position. Threads that ask at once take turns.
 
@@ -130,7 +133,7 @@ class BlockwiseEncoder:
         self.blocks: OrderedDict[Triple, list[MapPart]] = OrderedDict()
         self.computed = 0
         """Fine blocks computed so far."""
-        self.core: Box = ((0, 0, 0), (0, 0, 0))
+        self.core: Box = _NOTHING
         """Voxels that are covered."""
         self.crop: Box = self.core
         """Voxels that coarse maps were computed from: the core with its halo."""
@@ -177,6 +180,9 @@ class BlockwiseEncoder:
         while room is not None and chunk > 4 * ROWS and 8 * chunk * self.bytes_per_location > room:
             chunk //= 2
         self.chunk = chunk
+        if self._coarse and self.budget is not None and self._needed_bytes(self.crop) > self.budget:
+            # What is covered gives way too: less of it may be wanted next.
+            self._uncover()
         try:
             self._check_budget(self.crop)
         except ResourceError:
@@ -187,6 +193,11 @@ class BlockwiseEncoder:
             self.blocks.clear()
         self.block = shape
         self._make_room(0)
+
+    def _uncover(self) -> None:
+        self.blocks.clear()
+        self._coarse, self._prediction = [], None
+        self.core = self.crop = _NOTHING
 
     def _make_room(self, size: int) -> None:
         """Give up the blocks that were used least lately, until so many bytes fit."""
@@ -258,8 +269,7 @@ class BlockwiseEncoder:
             if pays and (self.budget is None or self._needed_bytes(joined[1]) <= self.budget):
                 box, crop = joined
         self._check_budget(crop)
-        self.blocks.clear()
-        self._coarse, self._prediction = [], None
+        self._uncover()
         self.core, self.crop = box, crop
         self._encoded += voxels_of(crop)
         with torch.inference_mode(), exact_float32(self.device):
