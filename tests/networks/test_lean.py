@@ -1,6 +1,7 @@
 """The lean formulation computes what the plain one does: answers, gradients, statistics."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "native":
         monkeypatch.setattr(kernels, "library", lambda: None)
     return str(request.param)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Trainings in other tests leave one: then sums are added up in another order, and round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def network_for(variant: str, classes: int = 1) -> OSSNet:
@@ -68,6 +78,7 @@ def exact_gradients(network: OSSNet, pulled: tuple[Tensor, Tensor, Tensor | None
     )[1]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize(("variant", "classes"), [("O-Net", 1), ("B", 1), ("C", 3), ("D1", 1)])
 def test_a_step_is_the_plain_step(way: str, variant: str, classes: int, recompute: bool) -> None:
@@ -82,10 +93,9 @@ def test_a_step_is_the_plain_step(way: str, variant: str, classes: int, recomput
     assert own.keys() == gradients.keys()
     everything = max(float(g.abs().max()) for g in truth.values())
     for name, gradient in gradients.items():
-        # No further from the truth than the plain step is: some gradients are sums that cancel, the more so where one
-        # thread adds up all of them.
+        # No further from the truth than the plain step is: some gradients are sums that cancel.
         error, usual = (float((g - truth[name]).abs().max()) for g in (own[name], gradient))
-        assert error <= 4 * usual + 4e-5 * float(truth[name].abs().max()) + 1e-7 * everything, name
+        assert error <= 4 * usual + 1e-5 * float(truth[name].abs().max()) + 1e-7 * everything, name
     # Running averages moved once, by the same amounts.
     torch.testing.assert_close(dict(ours.named_buffers()), dict(plain.named_buffers()))
 
