@@ -25,6 +25,19 @@ def test_intensity_changes() -> None:
     assert torch.allclose(low_resolution(flat, (0.5, 0.5, 1.0)), flat)
 
 
+@pytest.mark.parametrize("factor", [0.5, 0.6, 0.75, 0.9, 0.97])
+def test_low_resolution_moves_nothing(factor: float) -> None:
+    ramp = (
+        torch.arange(40.0).view(1, 40, 1, 1)
+        + 3 * torch.arange(30.0).view(1, 1, 30, 1)
+        + torch.zeros(1, 1, 1, 4)
+    )
+    moved = low_resolution(ramp, (factor, factor, 1.0)) - ramp
+    assert moved[:, 4:-4, 4:-4].abs().max() < 1e-4
+    noise = torch.randn(1, 40, 30, 4, generator=torch.Generator().manual_seed(0))
+    assert low_resolution(noise, (factor, factor, 1.0)).std() < 0.9 * noise.std()
+
+
 def test_blur_keeps_the_mean_and_lowers_the_variance() -> None:
     image = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     out = blur(image, (1.0, 1.0, 1.0))

@@ -85,5 +85,6 @@ def low_resolution(image: Float[Tensor, "C A B D"], factor: tuple[float, ...]) -
     """As if scanned at `factor` times the resolution per axis, and interpolated back."""
     shape = tuple(image.shape[1:])
     small = tuple(max(1, round(n * f)) for n, f in zip(shape, factor, strict=True))
-    down = F.interpolate(image[None], small, mode="nearest")
+    # Both ways between centres of voxels: to the nearest voxel the image would move against its labels.
+    down = F.interpolate(image[None], small, mode="trilinear", align_corners=False)
     return F.interpolate(down, shape, mode="trilinear", align_corners=False)[0]
