@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ossnet.colours import colour, rgb
 from ossnet.field.grid import Grid
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_bytes
 from ossnet.files.reading import read_volume
-from ossnet.reports.colours import colour, rgb
 from ossnet.reports.figures import to_png, window
 from ossnet.reports.render import render, surface_of
 

@@ -126,7 +126,7 @@ def largest_corner_gap(one: Affine, other: Affine, shape: Shape) -> float:
     return float(np.linalg.norm(transform(corners, one) - transform(corners, other), axis=1).max())
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class _Placed:
     """Voxels with an affine: what volumes and label maps share."""
 
@@ -204,7 +204,7 @@ def _require_array(data: Any, kinds: str, where: Path | str, what: str) -> None:
         raise VolumeError(where, f"its data is {found}", f"Give a numpy array of {what}")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Volume(_Placed):
     """A scan.
 
@@ -240,7 +240,7 @@ class Volume(_Placed):
         write_volume(self, Path(path))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class LabelMap(_Placed):
     """A segmentation.
 
@@ -296,6 +296,11 @@ class LabelMap(_Placed):
             voxels.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
         return {label: voxels[label] * voxel_ml for label in sorted(voxels)}
 
+    def structures(self) -> dict[int, str]:
+        """Value → name of all structures that are there or might have been."""
+        found = set(self.names).union(*(np.unique(plane).tolist() for plane in self.data)) - {0}
+        return {value: self.names.get(value) or f"label {value}" for value in sorted(found)}
+
     def surface_voxels(self) -> int:
         """Foreground voxels with a 6-neighbour of another label; beyond the grid lies background."""
         padded = np.pad(self.data, 1)
@@ -312,10 +317,15 @@ class LabelMap(_Placed):
         return self.surface_voxels() * float(voxel_mm3 ** (2 / 3))
 
     def save(self, path: Path | str) -> None:
-        """Write as NIfTI (`.nii`, `.nii.gz`) in the smallest integer type that holds the labels, atomically."""
-        from ossnet.files.nifti import write_labels
+        """Write as NIfTI (`.nii`, `.nii.gz`) or as a segmentation of 3D Slicer (`.seg.nrrd`), atomically.
 
-        write_labels(self, Path(path))
+        In the smallest unsigned type that holds the labels.
+        """
+        from ossnet.files.nifti import write_labels
+        from ossnet.files.slicer import write_slicer
+
+        write = write_slicer if str(path).lower().endswith(".seg.nrrd") else write_labels
+        write(self, Path(path))
 
 
 @runtime_checkable

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
 from tests.files.nrrd_writer import write_nrrd
+from typer.testing import CliRunner
 
+from ossnet.cli import main
 from ossnet.files.nifti import write_volume
 from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import Volume
@@ -35,6 +37,22 @@ def test_one_scan(scan: Path, model: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "deep" / "seg_report.json").read_text())
     assert report["scans"]["ball_00"]["locations"] > 0
     assert {p.name for p in files_in(tmp_path / "deep")} == {"seg.nii.gz", "seg_report.json"}
+
+
+def test_segmentations_for_slicer(scan: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = [*segment(scan, model, out), "--seg-nrrd"]
+    succeeded(*given)
+    assert {file.name for file in out.iterdir()} == {"ball_00.nii.gz", "ball_00.seg.nrrd", "report.json"}
+    ours, slicers = read_labels(out / "ball_00.nii.gz"), read_labels(out / "ball_00.seg.nrrd")
+    np.testing.assert_array_equal(slicers.data, ours.data)
+    np.testing.assert_allclose(slicers.affine, ours.affine, atol=1e-5)
+    assert (slicers.names, slicers.origin) == (ours.names, ours.origin)
+    assert "1 of 1 are finished already" in succeeded(*given)
+    # 3D Slicer saves what was corrected in the same place, without saying what made it first.
+    replace(slicers, origin="").save(out / "ball_00.seg.nrrd")
+    assert "is no result of ossnet" in refused(tmp_path, *given, "--overwrite")
+    assert "add --seg-nrrd" in refused(tmp_path, *segment(scan, model, tmp_path / "a.seg.nrrd"))
 
 
 def test_a_scan_of_slicer_gets_the_labels_of_its_nifti_twin(scan: Path, model: Path, tmp_path: Path) -> None:
@@ -167,6 +185,19 @@ def test_dry_run(scan: Path, model: Path, tmp_path: Path) -> None:
     message = refused(tmp_path, "segment", *two, "--model", model, "--dry-run")
     assert "it has 2 channel(s), the model takes 1" in message
     assert files_in(tmp_path) == before
+
+
+def test_a_dry_run_goes_on_after_a_scan_that_cannot_be_read(scan: Path, model: Path, tmp_path: Path) -> None:
+    for name in ("a", "c"):
+        shutil.copy(scan, tmp_path / f"{name}.nii.gz")
+    (tmp_path / "b.nii.gz").write_bytes(b"none")
+    dry = ["segment", tmp_path, "--model", model, "--dry-run"]
+    done = CliRunner().invoke(main.app, [str(argument) for argument in dry])
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["a", "b", "c", "all 2"]
+    assert done.exit_code == 2
+    assert f"error: {tmp_path / 'b.nii.gz'}" in done.stderr
+    entries = json.loads(CliRunner().invoke(main.app, [*map(str, dry), "--json"]).stdout)
+    assert ["error" in entry for entry in entries] == [False, True, False]
 
 
 def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Path) -> None:

@@ -44,11 +44,15 @@ def test_reference_cases(name: str) -> None:
 
 
 @pytest.mark.parametrize("grid", [(4, 2, 3), (3, 5, 2)])
-@pytest.mark.parametrize("way", [Fit.pad, Fit.resize])
-def test_cells_hold_what_an_adaptive_max_pool_finds(way: Callable[[Shape, Shape], Fit], grid: Shape) -> None:
+@pytest.mark.parametrize(
+    ("way", "source"), [(Fit.pad, (7, 4, 6)), (Fit.resize, (7, 4, 6)), (Fit.resize, (20, 11, 13))]
+)
+def test_cells_hold_what_an_adaptive_max_pool_finds(
+    way: Callable[[Shape, Shape], Fit], source: Shape, grid: Shape
+) -> None:
     rng = np.random.default_rng(0)
-    labels = ((rng.random((7, 4, 6)) < 0.05) * rng.integers(1, 4, (7, 4, 6))).astype(np.uint8)
-    fit = way(labels.shape, (8, 6, 12))
+    labels = ((rng.random(source) < 0.05) * rng.integers(1, 4, source)).astype(np.uint8)
+    fit = way(source, (8, 6, 12))
     fitted = fit.labels(torch.from_numpy(labels))
     for classes, kinds in ((1, [fitted > 0]), (4, [fitted == k for k in (1, 2, 3)])):
         expected = torch.stack(

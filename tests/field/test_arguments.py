@@ -31,6 +31,9 @@ CASES = {
     "ossnet.refine(len, (32, 32, 32), stride=(4, 4))": "stride: is (4, 4)",
     "field.segment(stride='a')": "stride: is 'a'",
     "field.segment(shape=10)": "10 is not one number an axis",
+    "field.segment(shape=(20.5, 20, 20))": "(20.5, 20, 20) has fractions of voxels",
+    "field.segment(shape=(20, np.inf, 20))": "(20, inf, 20) has fractions of voxels",
+    "field.segment(path=4)": "4 is not a way from coarse to fine",
     "model.forecast(field.volume, spacing=(1, 2))": "(1, 2) is not one number an axis",
     "model.forecast(field.volume, chunk=-1)": "chunk: it is -1",
     "model.field(field.volume, chunk=0)": "chunk: it is 0",
@@ -51,6 +54,10 @@ CASES = {
     "field.mesh(1, classes=3)": "mesh: there is no option classes",
     "field.mesh(refinement='best')": "'best' is not known",
     "model.field(nan).segment(strategy='dense')": "voxels are NaN or infinite",
+    "field.segment(strategy='dense', doubt=None)": "doubt: 'dense' does not use it",
+    "field.segment(strategy='released', safety=1)": "safety: 'released' does not use it",
+    "field.segment(reevaluate=True)": "reevaluate: 'auto' does not use it",
+    "field.segment(start='paper')": "start: 'paper' is the released algorithm. Use strategy=\"paper\"",
 }
 
 
@@ -63,10 +70,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         f"field = model.field(ossnet.read({str(tmp_path / 'scan.nii.gz')!r}))",
         "assert ossnet.__version__",
         "assert field.probability([[1, 2, 3]]).shape == (1,)",
+        "assert field.volume == field.volume and field.volume in {field.volume}",
         "print(field.volume)",
         "import numpy as np",
         "assert field.segment(spacing=np.float32(0.7)).shape == field.segment(spacing=0.7).shape",
         "assert model.forecast(field.volume, spacing=np.float32(1)).locations > 0",
+        "assert field.segment(start='predict').evaluated == field.segment().evaluated",
         "nan = ossnet.Volume(np.full(field.volume.data.shape, np.nan), np.eye(4))",
     ]
     for call in CASES:

@@ -506,7 +506,8 @@ def test_channels(tmp_path: Path) -> None:
 
 
 def test_forecasts(model: Model, scans: Path) -> None:
-    forecasts = forecast_all(model, plan_jobs([scans], None), Options(device="cpu"))
+    forecasts, failed = forecast_all(model, plan_jobs([scans], None), Options(device="cpu"))
+    assert not failed
     assert [f["scan"] for f in forecasts] == [f"scan_{i}" for i in range(5)]
     assert all(f["locations"] > 0 and f["seconds"] > 0 and f["memory_bytes"] > 0 for f in forecasts)
     several = tiny.model("multiscale", classes=3)

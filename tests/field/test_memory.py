@@ -1,5 +1,7 @@
 """Grants of memory: what users write, what follows, what happens when the machine has less."""
 
+from threading import Thread
+
 import pytest
 from tests import tiny
 
@@ -71,6 +73,18 @@ def test_other_errors_pass() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         halving(work, 64, 16)
+
+
+def test_a_grant_is_for_one_label_map_at_a_time() -> None:
+    for grant in ("1GB", None):
+        field = tiny.model("multiscale").field(tiny.scan(), memory=grant)
+        other = Thread(target=field.segment)
+        with field._bound.turn:
+            other.start()
+            other.join(20 if grant is None else 0.3)
+            assert other.is_alive() == (grant is not None)
+        other.join(20)
+        assert not other.is_alive()
 
 
 def test_what_the_machine_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

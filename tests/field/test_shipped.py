@@ -12,6 +12,7 @@ import torch
 import ossnet.field.model
 from ossnet.errors import ModelError
 from ossnet.field.model import SHIPPED, Model, shipped_models
+from ossnet.training.settings import parse_settings
 from ossnet.volume import Volume
 
 
@@ -28,6 +29,9 @@ def test_a_shipped_model_is_small_and_says_what_it_is(name: str) -> None:
         assert wanted in card, wanted
     model = Model.load(name)
     assert all(p.dtype == torch.float32 for p in model.network.parameters())
+    assert card == model.card()
+    # They can be trained with again.
+    assert parse_settings(model.metadata["settings"]).variant == model.variant
     # No path of the machine it was made on.
     assert "/" + "work" not in (folder / "model.json").read_text() + card
 

@@ -231,3 +231,38 @@ def test_stem(name: str) -> None:
 
 def test_free_memory_is_known() -> None:
     assert 1 << 20 < memory.available_memory() < 1 << 50
+
+
+_FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_SECOND = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("member", "folder", "names"),
+    [
+        ("0::/job_7/step_0", "job_7/step_0", _SECOND),
+        ("0::/job_7/step_0", "job_7", _SECOND),  # a limit on all steps together
+        ("0::/", "", _SECOND),  # in a container
+        (None, "", _SECOND),
+        ("3:cpu:/\n4:rdma,memory:/job_7", "memory/job_7", _FIRST),
+        ("4:memory:/docker/a1", "memory", _FIRST),  # whose own group is at the top there
+        ("4:memory:/docker/a1\n0::/", "memory", _FIRST),
+    ],
+)
+def test_limits_of_containers_and_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: str | None, folder: str, names: tuple[str, ...]
+) -> None:
+    if member is not None:
+        (tmp_path / "member").write_text(member + "\n")
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "_MEMBER", tmp_path / "member")
+    group = tmp_path / "groups" / folder
+    group.mkdir(parents=True)
+    limit, used, cached = names
+    (group / used).write_text("3000000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{cached} 1000000\n")
+    for text, left in (("5000000", 3_000_000), ("1000000", 0)):
+        (group / limit).write_text(text + "\n")
+        assert memory.available_memory() == left
+    (group / limit).write_text("max\n" if names is _SECOND else f"{2**63 - 4096}\n")
+    assert memory.available_memory() > 1 << 20

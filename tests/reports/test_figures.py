@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from ossnet.colours import colour, rgb
 from ossnet.errors import VolumeError
-from ossnet.reports.colours import colour, rgb
 from ossnet.reports.figures import overlay, spread, window
 from ossnet.volume import LabelMap, Orientation, Volume
 

@@ -100,6 +100,11 @@ def test_presets_of_the_papers_baselines() -> None:
     assert (deep.data.shape, deep.schedule.batch_size) == ((224, 224, 224), 2)
     assert (flat.data.shape, flat.schedule.batch_size) == ((512, 512, 512), 12)
     assert make_settings("unet2d", "brats2020").schedule.batch_size == 32
+    # Judged as the paper's networks are.
+    for preset in ("brats2020", "lits"):
+        assert deep.validation == make_settings("C", preset).validation
+        assert make_settings("unet3d", preset).validation == make_settings("unet2d", preset).validation
+    assert (deep.validation.locations, deep.validation.scheme) == (2**17, "uniform")
     assert make_settings("unet3d", "lits", changes=["schedule.batch_size=1"]).schedule.batch_size == 1
 
 

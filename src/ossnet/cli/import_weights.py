@@ -14,6 +14,12 @@ def command(
     output_shape: Annotated[
         str | None, typer.Option(help="Low-resolution grid such as 8,8,5, where it cannot be inferred.")
     ] = None,
+    large_pool: Annotated[
+        str,
+        typer.Option(
+            help="How B and D pool large patches: avg (the paper), or released (the authors' inference)."
+        ),
+    ] = "avg",
 ) -> None:
     """Turn released OSS-Net weights into a model.
 
@@ -25,6 +31,8 @@ def command(
 
     if any((out / name).exists() for name in ("model.json", "model", "settings.json")):
         raise SettingsError("--out", f"{out} holds a model or a run already", "Name another folder")
+    if large_pool not in ("avg", "released"):
+        raise SettingsError("--large-pool", f"{large_pool!r} is unknown", "Use avg or released")
     require_folder(out)
 
     grid = None
@@ -36,6 +44,6 @@ def command(
                 "--output-shape", f"{output_shape!r} is not three numbers", "Write for example 8,8,5"
             ) from None
         grid = (x, y, z)
-    model = import_released(file, grid)
+    model = import_released(file, grid, large_pool)  # type: ignore[arg-type]
     model.save(out)
     say(f"variant {model.variant}, {model.channels} channel(s), {model.preparation.shape} voxels: {out}")

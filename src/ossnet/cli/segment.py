@@ -1,7 +1,8 @@
 """`ossnet segment`."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +39,9 @@ def command(
     dicom_seg: Annotated[
         bool, typer.Option("--dicom-seg", help="Also write DICOM segmentations; for DICOM series only.")
     ] = False,
+    seg_nrrd: Annotated[
+        bool, typer.Option("--seg-nrrd", help="Also write segmentations for 3D Slicer (.seg.nrrd).")
+    ] = False,
     largest: Annotated[
         bool, typer.Option("--largest", help="Keep only the largest component of each structure.")
     ] = False,
@@ -66,7 +70,7 @@ def command(
     """
     from ossnet.errors import SettingsError
     from ossnet.field.cohort.jobs import Options, plan_jobs
-    from ossnet.field.cohort.run import forecast_all, segment_all
+    from ossnet.field.cohort.run import forecast_all, segment_all, summed_up
     from ossnet.field.model import Model
 
     if out is None and not dry_run:
@@ -86,6 +90,7 @@ def command(
         region=((x0, y0, z0), (x1, y1, z1)) if region is not None else None,
         probabilities=probabilities,
         dicom_seg=dicom_seg,
+        seg_nrrd=seg_nrrd,
         largest=largest,
         smallest_ml=smallest_ml,
         device=device,
@@ -98,26 +103,37 @@ def command(
     loaded = Model.load(*model, mirror=mirror)
     jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
     if dry_run:
-        forecasts = forecast_all(loaded, jobs, options, with_targets=out is not None)
-        if as_json:
-            print_json(forecasts)
-        for entry in [] if as_json else forecasts:
-            if entry["finished"]:
-                say(f"{entry['scan']}: finished already")
-                continue
-            say(
-                f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
-                f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan"
-                + (" without --region" if region else "")
-            )
-        if len(forecasts) > 1 and not as_json:
-            seconds, most = sum(f["seconds"] for f in forecasts), max(f["memory_bytes"] for f in forecasts)
-            say(f"all {len(forecasts)}: about {seconds:.0f} s, at most {most / 1e9:.2f} GB at a time")
+        forecasts, failed = forecast_all(loaded, jobs, options, with_targets=out is not None)
+        if len(failed) < len(forecasts):
+            if as_json:
+                print_json(forecasts)
+            else:
+                _tell(forecasts, " without --region" if region else "")
+        if failed:
+            raise summed_up(failed)
         return
     with progress("Segmenting", len(jobs)) as done:
         report = segment_all(loaded, jobs, options, say=say, done=done)
     if as_json:
         print_json(report)
+
+
+def _tell(forecasts: Sequence[Mapping[str, Any]], however: str) -> None:
+    """What each scan would take, in a line, and all of them together."""
+    known = [entry for entry in forecasts if "error" not in entry]
+    for entry in forecasts:
+        if "error" in entry:
+            say(f"{entry['scan']}: {entry['error']}")
+        elif entry["finished"]:
+            say(f"{entry['scan']}: finished already")
+        else:
+            say(
+                f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
+                f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan{however}"
+            )
+    if len(known) > 1:
+        seconds, most = sum(f["seconds"] for f in known), max(f["memory_bytes"] for f in known)
+        say(f"all {len(known)}: about {seconds:.0f} s, at most {most / 1e9:.2f} GB at a time")
 
 
 def _spacing(text: str) -> float | tuple[float, float, float]:

@@ -189,10 +189,10 @@ def _cell(mask: np.ndarray, fit: Fit, axis: int, cell: int, cells: int) -> np.nd
     size, source = fit.target[axis], fit.source[axis]
     start, stop = cell * size // cells, -(-(cell + 1) * size // cells)
     if fit.resizes:
-        low, high = start * source // size, (stop - 1) * source // size + 1
+        seen = fit.nearest()[axis][start:stop]
     else:
-        low, high = start - fit.offset[axis], stop - fit.offset[axis]
-    return np.asarray(mask.take(np.arange(max(low, 0), min(high, source)), axis=axis).any(axis=axis))
+        seen = np.arange(max(start - fit.offset[axis], 0), min(stop - fit.offset[axis], source))
+    return np.asarray(mask.take(seen, axis=axis).any(axis=axis))
 
 
 def _unravel(flat: np.ndarray, shape: Shape, flips: Flips) -> np.ndarray:

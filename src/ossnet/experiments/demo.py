@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from ossnet.colours import colour
 from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, summarise, to_csv, to_json
@@ -24,7 +25,6 @@ from ossnet.experiments.hippocampi import MODEL, Hippocampi, segment_hippocampi
 from ossnet.field.field import Field
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_json, write_text
-from ossnet.reports.colours import colour
 from ossnet.reports.render import Surface, simplified, surface_of
 from ossnet.training.loop import Listener, State
 from ossnet.training.settings import make_settings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ossnet.colours import colour
 from ossnet.field.model import Model
-from ossnet.reports.colours import colour
 from ossnet.reports.render import Surface, surface_of
 from ossnet.volume import LabelMap, Volume
 

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
-from typing import Literal, get_args
+from threading import RLock
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Binding:
         count: How many answer together, mirrored ones included.
         held: Bytes of the grant that images take.
         held_peak: And that they took while they were made.
+        turn: Held while something is made that a grant has to hold: what is set aside is for one at a time.
         encoder_seconds: Wall-clock time of preparing and encoding so far.
 
     Raises:
@@ -66,6 +68,7 @@ class Binding:
             raise SettingsError("chunk", f"it is {chunk!r}", "Give a number of locations, at least 1")
         self.model, self.grid, self.device, self.grant = model, grid, chosen_device(device), grant
         self.held = self.held_peak = 0
+        self.turn: AbstractContextManager[Any] = nullcontext() if grant is None else RLock()
         started = time.perf_counter()
         models = model.answering
         self.count = len(models)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from ossnet.field.mesh.extract import check_mesh_options, extract_mesh, mesh_byt
 from ossnet.field.model import Model
 from ossnet.field.octree.refinement import path_from, refine
 from ossnet.field.octree.released_stages import START_STATES
+from ossnet.field.octree.tree import NOT_A_NUMBER
 from ossnet.field.progress import Report, reporting
 from ossnet.volume import (
     Affine,
@@ -50,6 +52,9 @@ from ossnet.volume import (
 if TYPE_CHECKING:
     import trimesh
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 Points = Num[np.ndarray, "N 3"] | Sequence[Sequence[float | int] | Num[np.ndarray, "3"]]
 """Three numbers a point."""
 
@@ -59,6 +64,7 @@ OCTREE_OPTIONS = frozenset(signature(refine).parameters) - {
     "classes",
     "region",
     "progress",
+    "segmentation",
 }
 """Arguments of `refine` that `Field.segment` passes on."""
 
@@ -73,7 +79,7 @@ MESH_OPTIONS = frozenset(signature(extract_mesh).parameters) - {
 """Arguments of `extract_mesh` that `Field.mesh` takes."""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Segmentation(LabelMap):
     """A label map with how it was found.
 
@@ -91,8 +97,24 @@ class Segmentation(LabelMap):
     stages: tuple[int, ...] = field(default=())
 
 
+def _in_turn(
+    method: Callable[Concatenate["Field", Arguments], Result],
+) -> Callable[Concatenate["Field", Arguments], Result]:
+    """One at a time where memory is granted (`Binding.turn`)."""
+
+    @wraps(method)
+    def waiting(self: "Field", *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        with self._bound.turn:
+            return method(self, *args, **options)
+
+    return waiting
+
+
 class Field:
-    """What a model answers for one scan. Reading is thread-safe.
+    """What a model answers for one scan.
+
+    Threads may ask one field at a time as they like; where memory is granted, label maps, probabilities of all voxels
+    and meshes are made one after the other. Several fields on one GPU belong into one thread.
 
     Args:
         model: A trained model.
@@ -188,6 +210,7 @@ class Field:
 
     # Segmenting ---------------------------------------------------------------------------------------------------
 
+    @_in_turn
     def segment(
         self,
         *,
@@ -214,16 +237,21 @@ class Field:
                 improved start state in both readings, on the network's grid (SPEC §5, §7.1).
             progress: Called with the locations asked so far and those known to follow; True: a bar on a terminal.
             reevaluate: For the released strategies: ask again as the released code does (SPEC §7.21).
-            octree: Further arguments of `refine`; `doubt=None, safety=2, margin=None, seeds=False` asks a little
-                less and overlooks more islands of a few voxels, `safety=1` asks the whole first lattice.
+            octree: Further arguments of `refine`, for strategies "auto" and "octree". `doubt=None, safety=2,
+                margin=None, seeds=False` asks a little less and overlooks more islands of a few voxels, `safety=1` asks
+                the whole first lattice.
 
         Raises:
-            SettingsError: Arguments that exclude each other.
+            SettingsError: Arguments that exclude each other, or change nothing with this strategy.
             ResourceError: The grant does not hold the label map.
         """
         own_grid = spacing is None and shape is None and like is None and region is None
         check_strategy(strategy, self.model.classes, own_grid)
         _check_names(Field.segment, octree, OCTREE_OPTIONS)
+        _check_heeded(strategy, octree, reevaluate)
+        octree = _named_start(octree)
+        if (stride := octree.pop("stride", None)) is not None:
+            octree["path"] = path_from(stride)
         bound, how = self._bound, str(strategy)
         stages: tuple[int, ...] = ()
         if strategy in START_STATES:
@@ -231,12 +259,11 @@ class Field:
             started = time.perf_counter()
             with reporting(progress) as report:
                 labels, evaluated, stages = label_as_released(bound, released, report)
+            how = released.start_state
             grid, orientation = self.grid, self._orientation
         else:
             grid, orientation = self._target(spacing, shape, like)
             box = None if region is None else oriented_box(region, grid, orientation)
-            if (stride := octree.pop("stride", None)) is not None:
-                octree["path"] = path_from(stride)
             labelling = Labelling(bound, grid, box, strategy, **octree)
             how = labelling.strategy
             labelling.prepare()
@@ -259,6 +286,7 @@ class Field:
             stages=stages,
         )
 
+    @_in_turn
     def probability_map(
         self,
         *,
@@ -277,7 +305,7 @@ class Field:
             beside: Bytes of the grant that the caller needs meanwhile, of a label map for example.
 
         Raises:
-            SettingsError: Arguments that exclude each other.
+            SettingsError: Arguments that exclude each other, or an answer that is not a number.
             ResourceError: The grant does not hold the probabilities.
         """
         grid, orientation = self._target(spacing, shape, like)
@@ -293,7 +321,10 @@ class Field:
         ask, done = self._bound.asker(grid), 0
         with reporting(progress) as report:
             for piece, voxels in slabs(grid.shape, box, question_locations(classes)):
-                found = probabilities(ask(voxels).float().cpu().numpy(), self.model.temperature)
+                logits = ask(voxels)
+                if logits.isnan().any():
+                    raise SettingsError(*NOT_A_NUMBER)
+                found = probabilities(logits.float().cpu().numpy(), self.model.temperature)
                 part = np.moveaxis(found.reshape(*box_shape(piece), -1), -1, 0)
                 turned[(slice(None), *(slice(a - o, b - o) for a, b, o in zip(*piece, low, strict=True)))] = (
                     part
@@ -304,6 +335,7 @@ class Field:
         affine = _stored_affine(grid.part(low, size), orientation, (x, y, z))
         return Volume(out, affine, self.volume.source, (like or self.volume).header)
 
+    @_in_turn
     def mesh(
         self,
         structure: str | int = 1,
@@ -388,6 +420,25 @@ class Field:
             x, y, z = (int(n) for n in moved_triple("shape", shape, self._orientation))
             return Grid.with_shape(self.grid, (x, y, z)), self._orientation
         return self.grid, self._orientation
+
+
+def _check_heeded(strategy: str, octree: Mapping[str, Any], reevaluate: bool) -> None:
+    """Refuse options that would change nothing."""
+    if reevaluate and strategy not in START_STATES:
+        raise SettingsError("reevaluate", f"{strategy!r} does not use it", "Leave it out")
+    if octree and strategy not in ("auto", "octree"):
+        raise SettingsError(
+            min(octree), f"{strategy!r} does not use it", 'Leave it out, or use strategy="octree"'
+        )
+
+
+def _named_start(octree: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the octree without a start that is another strategy, or what is done anyway."""
+    start = octree.get("start")
+    if isinstance(start, str) and start in START_STATES:
+        raise SettingsError("start", f"{start!r} is the released algorithm", f'Use strategy="{start}"')
+    # The network's own prediction is where the octree starts, if it has one.
+    return {k: v for k, v in octree.items() if k != "start" or not isinstance(v, str) or v != "predict"}
 
 
 def _check_names(method: Callable[..., Any], given: Mapping[str, Any], known: Set[str]) -> None:

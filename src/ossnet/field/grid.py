@@ -114,6 +114,8 @@ def moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
     """
     if np.shape(values) != (3,) or np.asarray(values).dtype.kind not in "iuf":
         raise SettingsError(name, f"{values!r} is not one number an axis", "Give three")
+    if name == "shape" and not all(float(value).is_integer() for value in values):
+        raise SettingsError(name, f"{values!r} has fractions of voxels", "Give whole numbers")
     return orientation.moved(values)
 
 

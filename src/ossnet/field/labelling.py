@@ -150,7 +150,6 @@ class Labelling:
         predicted = start is None
         local = self._local if predicted else None
         if predicted:
-            options.pop("segmentation", None)  # for start="predict"
             start, looked = self._start(local, options, progress)
         if looked:
             options["doubt"] = None  # the lattice was asked: there is none

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -398,16 +398,23 @@ def model_folder(path: Path | str) -> Path:
     raise ModelError(path, reason, f"Give a model folder, or the run folder of a training{names}")
 
 
-def import_released(path: Path | str, output_shape: Shape | None = None) -> Model:
+def import_released(
+    path: Path | str, output_shape: Shape | None = None, large_pool: Literal["avg", "released"] = "avg"
+) -> Model:
     """A model from the authors' weight files (SPEC §2: everything is read from the state dict).
 
     Args:
         path: `oss_net_*.pt`; read without running code from it.
         output_shape: The low-resolution grid, where it cannot be inferred (SPEC §7.37).
+        large_pool: How B and D pool their 14³ patches in dense inference; "released": by their maximum, as the
+            authors' code does (SPEC §7.3).
 
     Raises:
         ModelError: No such network, or the grid must be given.
+        SettingsError: There is no such way of pooling.
     """
+    if large_pool not in ("avg", "released"):
+        raise SettingsError("large_pool", f"{large_pool!r} is unknown", "Use avg or released")
     spec, weights = read_released(path, output_shape)
     network = OSSNet(spec)
     network.load_state_dict(weights, strict=True)
@@ -420,7 +427,12 @@ def import_released(path: Path | str, output_shape: Shape | None = None) -> Mode
         preparation,
         {1: "foreground"} if spec.classes == 1 else {k: f"class {k}" for k in range(1, spec.classes)},
         channels,
-        {"variant": spec.variant, "source": f"imported from {Path(path).name}", "versions": versions()},
+        {
+            "variant": spec.variant,
+            "source": f"imported from {Path(path).name}",
+            "settings": {"network": {"large_pool": large_pool}},
+            "versions": versions(),
+        },
     )
 
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ossnet.errors import InputError, ResourceError
@@ -33,6 +34,8 @@ def _place() -> str:
 _HOST = _place()
 _OWN: set[str] = set()
 """Temporary files that this process is writing; one before it may have had its number."""
+
+_ALONE = Lock()
 
 _LONG = 3600.0
 """Seconds after which a file that a process elsewhere began is given up."""
@@ -200,6 +203,8 @@ def _give_usual_permissions(path: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
+    # It is told only when it is set: two threads that do so in turns would leave the wrong one.
+    with _ALONE:
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask

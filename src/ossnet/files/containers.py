@@ -26,7 +26,8 @@ FILE_ENDINGS = (
 NIFTI = (".nii.gz", ".nii", ".hdr.gz", ".hdr")
 NRRD = (".nrrd", ".nhdr")
 METAIMAGE = (".mha", ".mhd")
-_SEGMENTATIONS = (".seg.nrrd", ".seg.nhdr")
+SLICER = ".seg.nrrd"
+_SEGMENTATIONS = (SLICER, ".seg.nhdr")
 
 
 def is_image(path: Path) -> bool:

@@ -3,7 +3,7 @@
 What such an object holds: DICOM PS3.3, A.51. Each structure is a binary segment; frames without voxels are left out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
         raise VolumeError(
             path, f"labels do not lie on {series.name}: {reason}", "Segment the series on its own grid"
         )
-    names = _names(turned)
+    names = turned.structures()
     if not names:
         raise VolumeError(path, "there is no structure, and a DICOM segmentation needs one", "Use NIfTI")
     files = list(dict.fromkeys(frame.file for frame in stack.frames))
@@ -164,12 +164,6 @@ def require_highdicom() -> Any:
             'Run pip install "ossnet[dicom]"',
         ) from error
     return highdicom
-
-
-def _names(labels: LabelMap) -> Mapping[int, str]:
-    """Value → name of all structures that there are or might have been."""
-    present = {int(v) for v in np.unique(labels.data)}
-    return {v: labels.names.get(v) or f"label {v}" for v in sorted(present | set(labels.names)) if v}
 
 
 def _frames(labels: LabelMap, stack: Stack, values: list[int]) -> UInt16[np.ndarray, "Z Y X"]:

@@ -1,15 +1,22 @@
 """How much memory is free, and refusing what does not fit."""
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ossnet.errors import ResourceError
 
+_GROUPS = Path("/sys/fs/cgroup")
+"""Control groups of Linux: how containers, and the jobs of clusters, are kept to their memory."""
+
+_MEMBER = Path("/proc/self/cgroup")
+"""The groups that this process is in."""
+
 
 def available_memory() -> int:
-    """Bytes this process may still take: the smaller of the machine's and the container's free memory."""
-    free = [2**63]
+    """Bytes this process may still take: the least of the machine's, the container's and the job's free memory."""
+    free = [2**63, *_left_by_groups()]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -18,15 +25,35 @@ def available_memory() -> int:
         with suppress(AttributeError, ValueError, OSError):
             # No /proc, as on macOS: all there is, since what is free is not told.
             free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    with suppress(OSError, ValueError, IndexError):
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            stat = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-            # Cached files count as used there but are given up when memory is asked for.
-            cached = int(stat[stat.index("inactive_file") + 1])
-            free.append(int(limit) - used + cached)
     return max(0, min(free))
+
+
+def _left_by_groups() -> Iterator[int]:
+    """Bytes that each limit leaves: of the groups of this process and of all above them, in both versions."""
+    lines: list[str] = []
+    with suppress(OSError):
+        lines = _MEMBER.read_text().splitlines()
+    for line in lines or ["0::/"]:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers:
+            top, limit, used, cached = _GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit = _GROUPS / "memory", "memory.limit_in_bytes"
+            used, cached = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # In a container its own group lies at the top, whatever path the system knows it by.
+        group = top / path.lstrip("/")
+        for folder in (group, *(above for above in group.parents if above.is_relative_to(top))):
+            with suppress(OSError, ValueError, IndexError):
+                most, stat = (
+                    (folder / limit).read_text().strip(),
+                    (folder / "memory.stat").read_text().split(),
+                )
+                if most != "max":
+                    # Cached files count as used but are given up when memory is asked for.
+                    given_up = int(stat[stat.index(cached) + 1])
+                    yield int(most) - int((folder / used).read_text()) + given_up
 
 
 def check_memory(path: Path, nbytes: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Num, UInt
 
 from ossnet.errors import VolumeError
 from ossnet.files.atomic import atomic_write
@@ -17,8 +17,8 @@ from ossnet.files.voxels import slabs
 from ossnet.volume import Affine, FileHeader, LabelMap, Volume
 
 _COMMENT = 6  # NIfTI extension code for plain text
-# zlib's default is 6; 4 is twice as fast on scans and 3 % larger.
-_LEVEL = 4
+PACKING = 4
+"""Of zlib, whose default is 6; 4 is twice as fast on scans and 3 % larger."""
 
 
 def write_volume(volume: Volume, path: Path | str) -> None:
@@ -45,20 +45,31 @@ def write_labels(labels: LabelMap, path: Path | str) -> None:
         VolumeError: The file name has another ending, or a label is negative.
         ResourceError: The disk is full.
     """
-    data = labels.data
-    if data.size and int(data.min()) < 0:
-        raise VolumeError(path, f"a label is negative ({int(data.min())})", "Labels must be 0 or more")
-    dtype = np.min_scalar_type(int(data.max()) if data.size else 0)
     _write(
         Path(path),
-        data.shape,
-        data.astype(dtype, copy=False)[None],
+        labels.shape,
+        unsigned(labels, path)[None],
         labels.affine,
         labels.header,
         labels.names,
         labels.origin,
         "label",
     )
+
+
+def unsigned(labels: LabelMap, path: Path | str) -> UInt[np.ndarray, "X Y Z"]:
+    """The voxels of a label map in the smallest unsigned type that holds them.
+
+    Args:
+        path: The file that they are meant for.
+
+    Raises:
+        VolumeError: A label is negative.
+    """
+    data = labels.data
+    if data.size and int(data.min()) < 0:
+        raise VolumeError(path, f"a label is negative ({int(data.min())})", "Labels must be 0 or more")
+    return data.astype(np.min_scalar_type(int(data.max()) if data.size else 0), copy=False)
 
 
 def names_in(start: bytes) -> dict[int, str]:
@@ -97,7 +108,7 @@ def _write(
     with atomic_write(path) as temporary, temporary.open("wb") as raw:
         if path.name.lower().endswith(".gz"):
             # No name and no time inside: the same volume gives the same bytes.
-            with gzip.GzipFile("", "wb", _LEVEL, raw, mtime=0) as packed:
+            with gzip.GzipFile("", "wb", PACKING, raw, mtime=0) as packed:
                 _stream(packed, head, data, dtype)
         else:
             _stream(raw, head, data, dtype)

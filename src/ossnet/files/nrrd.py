@@ -46,6 +46,9 @@ _SPACES = {
 }
 """Space, its words together → signs that bring it to RAS. (With time, the fourth axis is none in space.)"""
 
+MAKER = "ossnet"
+"""The key of what made a label map of ours (`LabelMap.origin`)."""
+
 _UNITS = {"": 1.0, "mm": 1.0, "cm": 10.0, "m": 1000.0, "um": 1e-3, "µm": 1e-3, "μm": 1e-3}
 
 
@@ -81,6 +84,7 @@ def read_nrrd_header(path: Path) -> Header:
         packed=packed,
         notes=notes,
         names=_segments(pairs),
+        origin=pairs.get(MAKER, ""),
     )
 
 

@@ -107,6 +107,7 @@ def checked(
     packed: Literal["gzip", "zlib"] | None,
     notes: Sequence[str],
     names: dict[int, str] | None = None,
+    origin: str = "",
 ) -> Header:
     """The header of an image whose place and size can be trusted.
 
@@ -116,6 +117,8 @@ def checked(
         affine: Voxel index → mm, RAS+.
         offset: Bytes before the voxels; -1: they are the last bytes of the file.
         notes: Readings that were chosen.
+        names: Label value → name, where the file says them.
+        origin: What it says of its making.
 
     Raises:
         VolumeError: It cannot be trusted.
@@ -140,6 +143,7 @@ def checked(
         packed=packed,
         named=False,
         names=names or {},
+        origin=origin,
         warnings=tuple(notes),
     )
     check_size(path, data_path, header.offset + header.nbytes, packed is not None)

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ossnet.colours import REFERENCE, colour
 from ossnet.errors import VolumeError
-from ossnet.reports.colours import REFERENCE, colour
 from ossnet.volume import LabelMap, Volume, closest_canonical, same_place
 
 PLANES = ("sagittal", "coronal", "axial")

@@ -16,8 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from ossnet.colours import colour
 from ossnet.files.atomic import write_text
-from ossnet.reports.colours import colour
 from ossnet.reports.figures import on_scan, window
 from ossnet.reports.render import Surface, render, signed_volume
 from ossnet.volume import LabelMap, Volume, closest_canonical

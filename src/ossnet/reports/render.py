@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from skimage.measure import marching_cubes
 
-from ossnet.reports.colours import rgb
+from ossnet.colours import rgb
 from ossnet.volume import LabelMap, transform
 
 

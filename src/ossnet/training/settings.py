@@ -313,6 +313,9 @@ VARIANT_RECIPES: dict[str, Changes] = {
 }
 """What differs from the defaults, which are the paper's for O-Net and A to D, by variant."""
 
+_PAPER_VALIDATION: Changes = {"locations": 2**17, "scheme": "uniform", "empty_score": 0.0}
+"""Of all networks alike (SPEC §3)."""
+
 PRESETS: dict[str, Changes] = {
     "brats2020": {
         "variant": "C",
@@ -324,6 +327,7 @@ PRESETS: dict[str, Changes] = {
             "fold": "paper",
             "normalise": "zscore",
         },
+        "validation": _PAPER_VALIDATION,
     },
     "lits": {
         "variant": "C",
@@ -337,6 +341,7 @@ PRESETS: dict[str, Changes] = {
         },
         "schedule": {"batch_size": 4},
         "sampling": {"strategy": "border"},
+        "validation": _PAPER_VALIDATION,
     },
 }
 """The paper's two experiments (SPEC §1, §3)."""

@@ -78,9 +78,9 @@ def validation_questions(case: CachedCase, settings: Settings, classes: int) -> 
         locations = case.fit.to_fitted(torch.from_numpy(voxels).float())
         return Questions(locations, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(weights))
     if settings.validation.scheme == "released_lits":
-        places = sample_locations(rng, case.fit, 2**14, case.border, 0.4)
+        places = sample_locations(rng, case.fit, 2**14, case.border, 0.4, include_last=False)
     else:
-        places = sample_locations(rng, case.fit, count)
+        places = sample_locations(rng, case.fit, count, include_last=settings.sampling.include_last_voxel)
     labels = labels_at(case.labels, case.fit, places).astype(np.int64)
     return Questions(torch.from_numpy(places), torch.from_numpy(labels), None)
 
@@ -106,7 +106,8 @@ def validate(
                 device=fabric.device,
                 precision=precision,
                 once=True,
-                **model.engine_options(),
+                # Large patches are pooled as in training, also where dense inference has them otherwise (SPEC §7.3).
+                **{**model.engine_options(), "large_pool": "avg"},
             )
             for one in model.answering
         ]

@@ -12,7 +12,7 @@ from ossnet.field.binding import precision_of
 from ossnet.field.model import Model
 from ossnet.field.provenance import look_of, made_by, origin, was_changed
 from ossnet.files.atomic import clear_unfinished, require_folder
-from ossnet.files.containers import FILE_ENDINGS, is_slicer_segmentation, scan_name, stem
+from ossnet.files.containers import FILE_ENDINGS, SLICER, is_slicer_segmentation, scan_name, stem
 from ossnet.files.dicom import is_dicom
 from ossnet.files.dicom_seg import require_highdicom
 from ossnet.files.reading import origin_of
@@ -28,6 +28,7 @@ class Options:
     region: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None
     probabilities: bool = False
     dicom_seg: bool = False
+    seg_nrrd: bool = False
     largest: bool = False
     smallest_ml: float = 0.0
     device: str = "auto"
@@ -73,9 +74,18 @@ class Job:
         """Where the DICOM segmentation goes."""
         return self.target.with_name(f"{stem(self.target)}.dcm")
 
+    @property
+    def seg_nrrd(self) -> Path:
+        """Where the segmentation for 3D Slicer goes."""
+        return self.target.with_name(f"{stem(self.target)}{SLICER}")
+
     def results(self, options: Options) -> tuple[Path, ...]:
         """All that is written."""
-        more = ((options.probabilities, self.probabilities), (options.dicom_seg, self.dicom_seg))
+        more = (
+            (options.probabilities, self.probabilities),
+            (options.dicom_seg, self.dicom_seg),
+            (options.seg_nrrd, self.seg_nrrd),
+        )
         return (self.target, *(file for wanted, file in more if wanted))
 
 
@@ -171,7 +181,8 @@ def plan_jobs(
     ]
     if out is not None:
         if not single and out.suffix.lower() in FILE_ENDINGS and not out.is_dir():
-            raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", "End it in .nii.gz")
+            fix = "End it in .nii.gz" + (", and add --seg-nrrd" if is_slicer_segmentation(out) else "")
+            raise SettingsError("--out", f"{out} is neither NIfTI nor a folder", fix)
         require_folder(out.parent if single else out)
         holding = {path.resolve() for path in images if path.is_dir()}
         holding |= {file.resolve().parent for job in jobs for file in job.files}
@@ -276,6 +287,5 @@ def clear(jobs: Sequence[Job]) -> None:
     for folder in {job.target.parent for job in jobs}:
         if any(folder.glob(".writing-*")):
             for job in jobs:
-                clear_unfinished(job.target)
-                clear_unfinished(job.probabilities)
-                clear_unfinished(job.dicom_seg)
+                for file in (job.target, job.probabilities, job.dicom_seg, job.seg_nrrd):
+                    clear_unfinished(file)

@@ -120,46 +120,59 @@ def segment_all(
     finally:
         report.write()
     if failed:
-        raise _summed_up(failed)
+        raise summed_up(failed)
     return report.content()
 
 
 def forecast_all(
     model: Model, jobs: Sequence[Job], options: Options, *, with_targets: bool = False
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[InputError | ResourceError]]:
     """What each scan would take, from its header; with a region it takes less. What `segment_all` refuses is refused.
 
     Args:
         with_targets: The targets are meant: what is finished there takes nothing, and nothing may be in the way.
+
+    Returns:
+        An entry a scan, and what is wrong with those that cannot be segmented: their entries say it as `error`.
     """
     targets = jobs if with_targets else []
     require_own_files(targets, options)
     origins, todo = _begun(model, targets, options)
     if with_targets:
         Report(report_file(jobs, 0, 1), model, options, origins)
-    out = []
+    out: list[dict[str, Any]] = []
+    failed: list[InputError | ResourceError] = []
     for job in jobs:
         if with_targets and job not in todo:
             out.append({"scan": job.name, "finished": True, **asdict(Forecast(0, 0.0, 0, 0))})
             continue
-        headers = [look_at(file) for file in job.files]
-        header = headers[0]
-        model.require_channels(sum(one.channels for one in headers), header.path)
-        expected = forecast(
-            model,
-            header.shape,
-            header.affine,
-            memory=options.memory,
-            device=options.device,
-            spacing=options.spacing,
-            region=options.region,
-            dense=options.strategy == "dense" or options.probabilities,
-            probabilities=options.probabilities,
-            precision=options.precision,  # type: ignore[arg-type]
-            chunk=options.chunk,
-        )
-        out.append({"scan": job.name, "finished": False, **asdict(expected)})
-    return out
+        try:
+            expected = _forecast(model, job, options)
+        except (InputError, ResourceError) as error:
+            failed.append(error)
+            out.append({"scan": job.name, "finished": False, "error": str(error)})
+        else:
+            out.append({"scan": job.name, "finished": False, **asdict(expected)})
+    return out, failed
+
+
+def _forecast(model: Model, job: Job, options: Options) -> Forecast:
+    headers = [look_at(file) for file in job.files]
+    header = headers[0]
+    model.require_channels(sum(one.channels for one in headers), header.path)
+    return forecast(
+        model,
+        header.shape,
+        header.affine,
+        memory=options.memory,
+        device=options.device,
+        spacing=options.spacing,
+        region=options.region,
+        dense=options.strategy == "dense" or options.probabilities,
+        probabilities=options.probabilities,
+        precision=options.precision,  # type: ignore[arg-type]
+        chunk=options.chunk,
+    )
 
 
 def _begun(model: Model, jobs: Sequence[Job], options: Options) -> tuple[Origins, list[Job]]:
@@ -237,6 +250,8 @@ def _segment(
         if maps is not None:
             maps.save(job.probabilities)
         result = signed(labels, made_by)
+        if options.seg_nrrd:
+            result.save(job.seg_nrrd)
         entry["origin"] = result.origin
         result.save(job.target)  # last: its presence means finished
 
@@ -287,7 +302,7 @@ class _Reader:
         return read_volume(job.files, nonfinite="replace" if self._options.replace_nan else "refuse")
 
 
-def _summed_up(failed: Sequence[OssnetError]) -> OssnetError:
+def summed_up(failed: Sequence[OssnetError]) -> OssnetError:
     """One error for all."""
     first, more = failed[0], len(failed) - 1
     if not more:

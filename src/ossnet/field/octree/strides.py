@@ -49,18 +49,26 @@ def check_path(path: Path, shape: Triple) -> tuple[Triple, ...]:
         if path != "auto":
             raise SettingsError("path", f"{path!r} is not known", "Give strides such as (8, 4, 1), or 'auto'")
         return choose_path(shape)
-    given: list[Any] = [int(s) if isinstance(s, Integral) else s for s in path]
-    steps: list[Triple] = [(s, s, s) if isinstance(s, int) else s for s in given]
+    steps = [_stride(given) for given in path] if isinstance(path, Sequence | np.ndarray) else []
     good = bool(steps) and steps[-1] == (1, 1, 1) and all(s >= 1 for step in steps for s in step)
     for coarse, fine in pairwise(steps):
         good = good and coarse != fine and all(c % f == 0 for c, f in zip(coarse, fine, strict=True))
     if not good:
         raise SettingsError(
             "path",
-            f"{tuple(path)} is not a way from coarse to fine",
+            f"{path!r} is not a way from coarse to fine",
             "Let each stride divide the one before, end at 1",
         )
     return tuple(steps)
+
+
+def _stride(given: Any) -> Triple:
+    """One stride for all axes, or one each; zeros for what is none."""
+    values = (given,) * 3 if isinstance(given, Integral) else given
+    if np.shape(values) != (3,) or not all(isinstance(value, Integral) for value in values):
+        return 0, 0, 0
+    x, y, z = values
+    return int(x), int(y), int(z)
 
 
 def check_region(region: Box | None, shape: Triple) -> Window:
