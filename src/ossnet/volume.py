@@ -198,9 +198,9 @@ class _Placed:
 
 
 def _require_array(data: Any, kinds: str, where: Path | str, what: str) -> None:
-    """Refuse what is no numpy array of these kinds of values."""
+    """Refuse what is no numpy array of these kinds of values, in 64 bits at most."""
     found = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
-    if not isinstance(data, np.ndarray) or data.dtype.kind not in kinds:
+    if not isinstance(data, np.ndarray) or data.dtype.kind not in kinds or data.dtype.itemsize > 8:
         raise VolumeError(where, f"its data is {found}", f"Give a numpy array of {what}")
 
 

@@ -184,6 +184,25 @@ def test_nnunet_version_1(tmp_path: Path) -> None:
     assert [p.name for p in data["a"].images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
 
 
+def test_nnunet_version_1_with_names_like_patterns(tmp_path: Path) -> None:
+    for name in ("a[1]", "a1", "a1_2"):
+        image(tmp_path / "imagesTr" / f"{name}_0000.nii.gz")
+        label(tmp_path / "labelsTr" / f"{name}.nii.gz")
+    describe(
+        tmp_path,
+        modality={"0": "T1"},
+        labels={"0": "background", "1": "tumour"},
+        training=[
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+            for name in ("a[1]", "a1", "a1_2")
+        ],
+    )
+    data = open_dataset(tmp_path)
+    assert {case.name: case.images[0].name for case in data.cases} == {
+        name: f"{name}_0000.nii.gz" for name in ("a[1]", "a1", "a1_2")
+    }
+
+
 def brats(root: Path, name: str, channels: tuple[str, ...], seg: str, ending: str = ".nii.gz") -> None:
     for number, channel in enumerate(channels):
         image(root / name / f"{name}{channel}{ending}", number)

@@ -90,6 +90,6 @@ def test_refusals_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_labels_of_one_bit(tmp_path: Path) -> None:
-    LabelMap(LABELS.data > 0, np.eye(4)).save(tmp_path / "a.seg.nrrd")
+    LabelMap((LABELS.data > 0).astype(np.int8), np.eye(4)).save(tmp_path / "a.seg.nrrd")
     assert read_nrrd_header(tmp_path / "a.seg.nrrd").dtype == np.uint8
     assert read_labels(tmp_path / "a.seg.nrrd").names == {1: "label 1"}

@@ -1,6 +1,7 @@
 """From a data set to a run folder (slow machines: about a minute)."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from ossnet.errors import InputError, SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
 from ossnet.files.lock import alone_in
+from ossnet.training.illustration import Events
 from ossnet.training.loop import STATE, State
 from ossnet.training.recipes.base import StepLoss
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
@@ -360,6 +362,11 @@ def test_an_undefined_loss_is_forgiven_and_many_in_a_row_are_not(
     def loss(self: OccupancyRecipe, *arguments: Any) -> StepLoss:
         nonlocal count
         count += 1
+        if count in spoilt:
+            # As a garbled forward pass does, running averages of normalisations become undefined too.
+            for buffer in self.network.buffers():
+                if buffer.is_floating_point():
+                    buffer.fill_(float("nan"))
         found = usual(self, *arguments)
         return StepLoss(found.total * float("nan"), found.parts) if count in spoilt else found
 
@@ -370,9 +377,38 @@ def test_an_undefined_loss_is_forgiven_and_many_in_a_row_are_not(
     rows = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     assert int(rows[-1]["skipped"]) == 1
+    network = ossnet.load(out / "last").network
+    assert all(bool(buffer.isfinite().all()) for buffer in network.buffers())
     spoilt, count = set(range(1, 1000)), 0
     with pytest.raises(SettingsError, match="the loss became nan"):
         run(balls, tmp_path / "always", changes=["schedule.epochs=30"])
+
+
+def test_what_a_kill_left_unwritten_is_written_when_it_goes_on(
+    finished: Path, balls: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "r").mkdir()
+    shutil.copy(finished / "settings.json", tmp_path / "r")
+    run(balls, tmp_path / "r", resume=True, changes=["validation.dense=false"])
+    assert json.loads((tmp_path / "r" / "splits.json").read_text())["val"]
+    assert (tmp_path / "r" / "plan.txt").is_file()
+
+
+def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    events = Events(tmp_path / "events", 0)
+    events.scalars({"iou": 0.5, "step": 3}, 3)
+
+    class Full:
+        def add_scalar(self, *_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    events._writer.close()
+    events._writer = Full()
+    with pytest.warns(UserWarning, match="no more TensorBoard events: No space left"):
+        events.scalars({"iou": 0.5}, 4)
+    events.scalars({"iou": 0.5}, 5)
+    events.close()
 
 
 def test_a_training_that_was_too_long_says_so() -> None:

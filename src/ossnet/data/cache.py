@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import overload
 import numpy as np
 from jaxtyping import Integer, Num
 
+from ossnet.data.cases import values_of
 from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
 from ossnet.errors import ResourceError
 from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
+
+_FILES = 1 << 16
+"""Open at a time: two a case that is mapped."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class CachedCase:
         orientation: What was done to the stored axes.
         classes: 1 for binary, otherwise the number of classes including background.
         border_kernel, border_width_mm: The border band, `sampling.border_voxels`.
+        present: The labels that it holds, background too.
     """
 
     name: str
@@ -46,6 +52,7 @@ class CachedCase:
     border_kernel: int = 13
     border_width_mm: float | None = None
     header: FileHeader = field(default_factory=FileHeader)
+    present: frozenset[int] = frozenset()
 
     @cached_property
     def border(self) -> list[Integer[np.ndarray, " _"]]:
@@ -100,6 +107,7 @@ def load_case(
         border_kernel=border_kernel,
         border_width_mm=border_width_mm,
         header=volume.header,
+        present=frozenset(values_of(labels.data)),
     )
 
 
@@ -131,7 +139,7 @@ class CaseCache(Sequence[CachedCase]):
         size = case.image.nbytes + case.labels.nbytes
         if self.held_bytes + size > limit_bytes:
             self.mapped_bytes += size
-            return _mapped(case, folder)
+            return _mapped(case, folder, len(self._cases))
         self.held_bytes += size
         return case
 
@@ -157,17 +165,30 @@ def _in_order(
             waiting.append(pool.submit(load, cases[index + ahead]))
 
 
-def _mapped(case: CachedCase, folder: Path) -> CachedCase:
+def _mapped(case: CachedCase, folder: Path, number: int) -> CachedCase:
     folder.mkdir(parents=True, exist_ok=True)
+    _allow_many_files()
     arrays = {}
     for kind in ("image", "labels"):
-        file = folder / f"{case.name}.{os.getpid()}.{kind}.npy"
+        # Names of cases may be paths.
+        file = folder / f"{number}.{os.getpid()}.{kind}.npy"
         try:
             np.save(file, getattr(case, kind), allow_pickle=False)
+            arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise ResourceError(
                 f"{folder}: cases beyond data.cache_gb are kept here, and cannot be written "
                 f"({error.strerror or error}). Free some space, or raise data.cache_gb."
             ) from error
-        arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
     return replace(case, image=arrays["image"], labels=arrays["labels"])
+
+
+def _allow_many_files() -> None:
+    """A mapped file counts as open as long as it is; of thousands systems allow few before they are asked."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = _FILES if most == resource.RLIM_INFINITY else min(most, _FILES)
+        if now != resource.RLIM_INFINITY and now < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))

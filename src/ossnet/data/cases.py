@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,25 @@ def values_in_files(names: Mapping[int, str], label_map: Mapping[int, int]) -> s
     return set(label_map) | (set(names) - set(label_map.values()))
 
 
+def values_of(data: Integer[np.ndarray, "X Y Z"]) -> list[int]:
+    """The values in a label map, ascending; plane by plane, which takes hardly any memory beside it."""
+    found: set[int] = set()
+    for plane in np.moveaxis(data, int(np.argmax(np.abs(data.strides))), 0):
+        few = plane.dtype.itemsize == 1
+        found.update((np.flatnonzero(np.bincount(plane.ravel())) if few else np.unique(plane)).tolist())
+    return sorted(found)
+
+
 def relabelled(
     data: Integer[np.ndarray, "X Y Z"], label_map: Mapping[int, int]
 ) -> Integer[np.ndarray, "X Y Z"]:
     """A label map with classes for values, in the smallest type that holds them; values not named stay."""
-    values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
-    targets = np.array([label_map.get(int(v), int(v)) for v in values])
+    values = values_of(data)
+    targets = np.array([label_map.get(v, v) for v in values])
     targets = targets.astype(np.min_scalar_type(int(targets.max(initial=0))))
-    if not len(values) or int(values[-1]) > np.iinfo(np.uint16).max:
+    if not values or values[-1] > np.iinfo(np.uint16).max:
         return np.asarray(targets[np.searchsorted(values, data)])
-    table = np.zeros(int(values[-1]) + 1, targets.dtype)
+    table = np.zeros(values[-1] + 1, targets.dtype)
     table[values] = targets
     return np.asarray(table[data])
 
@@ -116,12 +126,15 @@ class Dataset:
 
     def __getitem__(self, name: str) -> Case:
         """The case of this name."""
-        for case in self.cases:
-            if case.name == name:
-                return case
-        raise DatasetError(
-            self.root, f"there is no case {name}", "Check the name, or the split that names it"
-        )
+        if name not in self._by_name:
+            raise DatasetError(
+                self.root, f"there is no case {name}", "Check the name, or the split that names it"
+            )
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Case]:
+        return {case.name: case for case in self.cases}
 
     def __len__(self) -> int:
         """Number of complete cases."""
@@ -211,8 +224,7 @@ class Dataset:
         return volume, labels
 
     def _classes(self, data: np.ndarray, where: Path, label_map: Mapping[int, int]) -> np.ndarray:
-        values = np.flatnonzero(np.bincount(data.ravel())) if data.dtype.itemsize == 1 else np.unique(data)
-        found = [int(v) for v in values]
+        found = values_of(data)
         declared = values_in_files(self.label_names, label_map)
         unknown = [v for v in found if v not in declared]
         if unknown:

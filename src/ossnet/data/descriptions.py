@@ -1,9 +1,9 @@
 """What a `dataset.json` says: channels, labels and, in some layouts, which files there are."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,16 @@ def nnunet(value: Mapping[str, Any], path: Path) -> Description:
 def decathlon(value: Mapping[str, Any], path: Path) -> Description:
     """Decathlon (and nnU-Net version 1): `modality`, `labels` value → name, `training` pairs."""
     listed = []
+    numbered: dict[Path, dict[str, list[Path]]] = {}
     for entry in value["training"]:
         image, label = str(entry["image"]), str(entry["label"])
         files = [image]
         if not (path.parent / image).exists():
             # nnU-Net version 1 lists case.nii.gz and stores case_0000.nii.gz, case_0001.nii.gz, …
             base = path.parent / image
-            pattern = f"{stem(base)}_[0-9][0-9][0-9][0-9].*"
-            numbered = sorted(f for f in base.parent.glob("*") if fnmatchcase(composed(f.name), pattern))
-            found = nifti_first([f for f in numbered if is_image(f)])
+            if base.parent not in numbered:
+                numbered[base.parent] = _numbered_images(base.parent)
+            found = nifti_first(numbered[base.parent].get(stem(base), []))
             files = [str(f.relative_to(path.parent)) for f in found] or files
         listed.append((stem(label), tuple(files), label))
     if len({name for name, _, _ in listed}) < len(listed):
@@ -76,6 +77,15 @@ def decathlon(value: Mapping[str, Any], path: Path) -> Description:
         _named(value["labels"], path),
         tuple(listed),
     )
+
+
+def _numbered_images(folder: Path) -> dict[str, list[Path]]:
+    """Images of a folder that end in four digits, by what stands before these."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*")):
+        if is_image(file) and (match := re.fullmatch(r"(.+)_\d{4}", stem(file))):
+            found.setdefault(match[1], []).append(file)
+    return found
 
 
 def _channels(value: Mapping[str, Any]) -> tuple[str, ...]:

@@ -256,8 +256,7 @@ def as_float(
     """Voxels of any real type as a float32 tensor of their own; moved in their own type where torch has it."""
     native = image.astype(image.dtype.newbyteorder("="), copy=False)
     # Torch has not all unsigned types, and warns of arrays that are mapped read-only.
-    torch_has = native.dtype.itemsize <= 8 and native.dtype not in (np.uint16, np.uint32, np.uint64)
-    if not torch_has or not native.flags.writeable:
+    if native.dtype in (np.uint16, np.uint32, np.uint64) or not native.flags.writeable:
         native = native.astype(np.float32)
     whole = np.ascontiguousarray(native)
     if any(stride < 0 for stride in whole.strides):

@@ -69,7 +69,8 @@ def unsigned(labels: LabelMap, path: Path | str) -> UInt[np.ndarray, "X Y Z"]:
     data = labels.data
     if data.size and int(data.min()) < 0:
         raise VolumeError(path, f"a label is negative ({int(data.min())})", "Labels must be 0 or more")
-    return data.astype(np.min_scalar_type(int(data.max()) if data.size else 0), copy=False)
+    smallest = np.min_scalar_type(int(data.max()) if data.size else 0)
+    return data.astype(np.dtype(f"u{smallest.itemsize}"), copy=False)
 
 
 def names_in(start: bytes) -> dict[int, str]:

@@ -1,6 +1,8 @@
 """What people look at while a network trains: pictures, and TensorBoard events."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +47,22 @@ class Events:
         """Write numbers; names without a group are validation scores."""
         if self._writer is None:
             return
-        for name, value in values.items():
-            if isinstance(value, int | float) and name not in ("step", "epoch"):
-                self._writer.add_scalar(name if "/" in name else f"validation/{name}", value, step)
+        with self._spared():
+            for name, value in values.items():
+                if isinstance(value, int | float) and name not in ("step", "epoch"):
+                    self._writer.add_scalar(name if "/" in name else f"validation/{name}", value, step)
 
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:
-            self._writer.close()
+            with self._spared():
+                self._writer.close()
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """A disk that is full ends the log and not the training."""
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            warnings.warn(f"no more TensorBoard events: {error.strerror or error}", stacklevel=4)

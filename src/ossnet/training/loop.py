@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -132,6 +132,7 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
         self._next_save = time.monotonic() + self.settings.runtime.checkpoint_seconds
         with (
+            closing(self.events),
             ThreadPoolExecutor(max(self._workers, 1), initializer=_compute_alone) as pool,
             StopRequest() as self.stop,
         ):
@@ -145,7 +146,6 @@ class Trainer:
                     self._save()
                 raise
         self._finish_last()
-        self.events.close()
         return self.state
 
     # Setting up ---------------------------------------------------------------------------------------------------
@@ -267,6 +267,7 @@ class Trainer:
     def _step(self, examples: Sequence[Any], fraction: float) -> None:
         self._set_rates(fraction)
         self._whole = False  # the forward pass moves running averages already
+        averages = [buffer.clone() for buffer in self.network.buffers()]
         loss = self.gradients(examples)
         norm = nn.utils.clip_grad_norm_(
             self.network.parameters(), self.settings.optimiser.clip_norm or math.inf
@@ -278,8 +279,11 @@ class Trainer:
                 self.average.update(self.network)
         else:
             # Half-precision convolutions of some CPU libraries return garbage for tiny maps now and then: such a
-            # step must not reach the weights. A training that diverged is caught by its loss below.
+            # step must not reach the weights, nor the running averages, which would not be numbers ever again. A
+            # training that diverged is caught by its loss below.
             self.state.skipped += 1
+            for buffer, before in zip(self.network.buffers(), averages, strict=True):
+                buffer.copy_(before)
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         value = self._over_processes(loss)

@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -184,11 +183,14 @@ def _train(
                 f"structures are small beside the network's coarse cells: in use every {gap:.1f} mm are asked first"
             )
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
-        if fabric.is_global_zero and not resume:
-            # Not before every case was read: a refusal leaves nothing behind.
-            write_json(out / SETTINGS, settings.model_dump(mode="json"))
-            write_json(out / SPLITS, used)
-            write_text(out / PLAN, "\n".join(reasons) + "\n")
+        if fabric.is_global_zero:
+            # Not before every case was read: a refusal leaves nothing behind. What a kill left unwritten follows.
+            if not resume:
+                write_json(out / SETTINGS, settings.model_dump(mode="json"))
+            if not resume or not (out / SPLITS).exists():
+                write_json(out / SPLITS, used)
+            if not resume or not (out / PLAN).exists():
+                write_text(out / PLAN, "\n".join(reasons) + "\n")
         if remark := learnt_early(trainer.run(resume)):
             say(remark)
     finally:
@@ -274,7 +276,7 @@ def _never_seen(cases: CaseCache, model: Model) -> list[str]:
     """Names of structures that no case holds; empty where none holds any, which is told otherwise."""
     missing = dict(model.label_names)
     for case in cases:
-        for label in np.unique(case.reference()).tolist():
+        for label in {min(value, 1) for value in case.present} if case.classes == 1 else case.present:
             missing.pop(label, None)
         if not missing:
             break
