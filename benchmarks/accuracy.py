@@ -109,7 +109,10 @@ def main() -> None:
         return
     if given.data is None or given.runs is None:
         parser.error("name a data set and a folder for the runs")
-    for rival in given.only or RIVALS:
+    wanted = given.only or [*RIVALS]
+    if "unet3d" in wanted and _short(given.data.resolve()) not in PATCHES:
+        parser.error(f"{given.data.name}: add the patches of unet3d to PATCHES, or choose others with --only")
+    for rival in wanted:
         train(given.data.resolve(), given.runs, rival, given.minutes, given.changes, given.note)
 
 

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ossnet.errors import OssnetError
+    from ossnet.field.components import without_islands
     from ossnet.field.field import Field
+    from ossnet.field.mesh.extract import save_mesh
     from ossnet.field.model import Model, import_released
     from ossnet.field.octree.refinement import Refinement, refine
+    from ossnet.field.octree.tree import Octree
     from ossnet.files.dicom_seg import write_dicom_seg
     from ossnet.files.reading import read_labels
     from ossnet.files.reading import read_volume as read
@@ -26,6 +29,7 @@ _WHERE = {
     "Field": "ossnet.field.field:Field",
     "LabelMap": "ossnet.volume:LabelMap",
     "Model": "ossnet.field.model:Model",
+    "Octree": "ossnet.field.octree.tree:Octree",
     "OssnetError": "ossnet.errors:OssnetError",
     "Refinement": "ossnet.field.octree.refinement:Refinement",
     "Volume": "ossnet.volume:Volume",
@@ -34,6 +38,8 @@ _WHERE = {
     "read": "ossnet.files.reading:read_volume",
     "read_labels": "ossnet.files.reading:read_labels",
     "refine": "ossnet.field.octree.refinement:refine",
+    "save_mesh": "ossnet.field.mesh.extract:save_mesh",
+    "without_islands": "ossnet.field.components:without_islands",
     "write_dicom_seg": "ossnet.files.dicom_seg:write_dicom_seg",
 }
 
@@ -41,6 +47,7 @@ __all__ = [
     "Field",
     "LabelMap",
     "Model",
+    "Octree",
     "OssnetError",
     "Refinement",
     "Volume",
@@ -49,6 +56,8 @@ __all__ = [
     "read",
     "read_labels",
     "refine",
+    "save_mesh",
+    "without_islands",
     "write_dicom_seg",
 ]
 

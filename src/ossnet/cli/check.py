@@ -31,7 +31,8 @@ def command(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="How files are named (see above); found out by itself otherwise.", show_default=False
+            help="How files are named (see above), detected when not given; in a training --set data.layout=…",
+            show_default=False,
         ),
     ] = None,
     jobs: Annotated[

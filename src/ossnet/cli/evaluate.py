@@ -43,8 +43,8 @@ def command(
 
     Dice, IoU, HD95, average symmetric surface distance, surface Dice and volume difference, for each class
     and case, with means and 95 % confidence intervals; also for regions of several classes that the data set
-    names (nnU-Net) or its field judges (BraTS: whole tumour, tumour core). Predictions are found by the names of
-    the cases (`CASE.nii.gz` or `CASE_seg.nii.gz`).
+    names (nnU-Net) or that BraTS judges (whole tumour, tumour core). Predictions are found by the names of the cases
+    (`CASE.nii.gz`, `CASE_seg.nii.gz` and the like, in any format that is read).
 
     **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
     """

@@ -122,9 +122,9 @@ def command(
         )
     if len(missing) == len(wanted):
         raise SettingsError(
-            "structure",
+            "--structure",
             f"{', '.join(missing)} was not found in {'this scan' if labels is None else labels}",
-            "Look at `ossnet segment` first"
+            "Segment the scan and look at the result, or choose another structure"
             if labels is None
             else "Draw it there, or choose another structure",
         )

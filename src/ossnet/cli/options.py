@@ -21,7 +21,12 @@ Mirror = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Memory = Annotated[str | None, typer.Option(help='Memory limit, the loaded scan not counted, such as "2GB".')]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help='Memory limit above the loaded scan and the model, such as "2GB"; on a GPU of its memory.'
+    ),
+]
 ReplaceNan = Annotated[
     bool, typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them.")
 ]

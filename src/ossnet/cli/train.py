@@ -62,7 +62,8 @@ def command(
     replace_nan: ReplaceNan = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     help_settings: Annotated[
-        bool, typer.Option("--help-settings", help="List every setting, with the values of --variant.")
+        bool,
+        typer.Option("--help-settings", help="List every setting that --variant heeds, with its values."),
     ] = False,
 ) -> None:
     """Train a network on a data set.

@@ -129,7 +129,9 @@ class Files:
         """Reason and fix where there are no images, from what is there instead."""
         reason = "there are no images in it"
         if self._others[".dcm"] or self._others[".ima"]:
-            return f"{reason}, but DICOM files", "Convert them first, for example with dcm2niix"
+            return f"{reason}, but DICOM files that are no scan, or not read here", (
+                "Convert them first, for example with dcm2niix"
+            )
         kinds = (".mgz", ".mgh", ".mnc", ".gipl")
         if other := [ending for ending in kinds if self._others[ending]]:
             return f"{reason}, but {' and '.join(other)} files", "Convert them to .nii.gz first"

@@ -183,6 +183,8 @@ def run_demo(
     say(f"hippocampi, with the model that is shipped: {MODEL}")
     hippocampi = segment_hippocampi(template.brain)
     hippocampi.labels.save(out / "hippocampi_seg.nii.gz")
+    for side, crop in hippocampi.crops.items():
+        crop.save(out / f"hippocampus_{side}.nii.gz")
 
     def judged(labels: Integer[np.ndarray, "X Y Z"]) -> dict[int, Scores]:
         scores = compare(labels, front.labels, front.affine, NAMES, TOLERANCE_MM)
@@ -329,4 +331,6 @@ def _clear(out: Path) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         for name in ("front_seg.nii.gz", "hippocampi_seg.nii.gz", "scores.csv", "scores.json", "index.html"):
             (out / name).unlink(missing_ok=True)
+        for crop in out.glob("hippocampus_*.nii.gz"):
+            crop.unlink()
     write_text(out / _MARKER, json.dumps({"made by": "ossnet demo"}) + "\n")

@@ -28,6 +28,7 @@ class Hippocampi:
 
     Attributes:
         volume: The part of the scan around both.
+        crops: Side → what was cut out and segmented.
         labels: On that part: 1 anterior, 2 posterior.
         volumes_ml: Side → structure → volume.
         evaluated: Locations asked.
@@ -38,6 +39,7 @@ class Hippocampi:
     """
 
     volume: Volume
+    crops: dict[str, Volume]
     labels: LabelMap
     volumes_ml: dict[str, dict[str, float]]
     evaluated: int
@@ -57,10 +59,11 @@ def segment_hippocampi(brain: Volume) -> Hippocampi:
     together = np.zeros(brain.shape, np.uint8)
     volumes: dict[str, dict[str, float]] = {}
     surfaces: list[Surface] = []
+    crops: dict[str, Volume] = {}
     evaluated, seconds = 0, 0.0
     for side, centre in CENTRES.items():
         low = np.rint(brain.to_voxel(np.array([centre]))[0]).astype(int) - np.array(BOX) // 2
-        part = _cut(brain, low, low + BOX)
+        part = crops[side] = _cut(brain, low, low + BOX)
         started = time.perf_counter()
         found = model.field(part).segment()
         seconds += time.perf_counter() - started
@@ -77,6 +80,7 @@ def segment_hippocampi(brain: Volume) -> Hippocampi:
     x, y, z = (slice(a, b) for a, b in corners.T.tolist())
     return Hippocampi(
         volume=shown,
+        crops=crops,
         labels=LabelMap(np.ascontiguousarray(together[x, y, z]), shown.affine, names=model.label_names),
         volumes_ml=volumes,
         evaluated=evaluated,

@@ -115,6 +115,13 @@ def make_plan(
     reasons.append(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
+    if classes > 1 and dataset.label_map:
+        moved = ", ".join(f"{value} in label files is {k}" for value, k in dataset.label_map.items())
+        reasons.append(f"structures are numbered 1 to {classes - 1}, in results too: {moved}")
+    if settings.data.fold == "paper":
+        reasons.append(
+            "a split of the paper's sizes, drawn anew: the authors' lists are not at hand (yours: splits_final.json)"
+        )
     if dataset.regions:
         how = "learnt as one with all others" if classes == 1 else "learnt label by label, and judged as well"
         reasons.append(f"regions of several labels are {how}: {', '.join(dataset.regions)}")
@@ -167,6 +174,7 @@ def make_plan(
                 if math.isinf(enough)
                 else f", or over {enough:,.0f} steps if they take less (schedule.passes)"
             )
+            + "; cases left out are segmented after them"
         )
     model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
     model.channel_names = tuple(dataset.channel_names)

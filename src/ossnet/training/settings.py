@@ -1,6 +1,6 @@
 """All settings of a training, one tree; presets are named instances, files and `--set` change them.
 
-Names and defaults of the options on which paper and released code disagree are those of SPEC §7.
+What paper and released code disagree on can be chosen where SPEC §7 names a setting.
 """
 
 import difflib
@@ -161,9 +161,11 @@ class OptimiserSettings(_Group):
         1e-2,
         description="learning rate of Padé coefficients; released: lr, as the shared buffer made it (SPEC §7.13)",
     )
-    weight_decay: float = Field(0.0, ge=0)
-    lookahead_k: int = Field(5, ge=1)
-    lookahead_alpha: float = Field(0.8, gt=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, in units of the learning rate")
+    lookahead_k: int = Field(5, ge=1, description="lookahead_radam: steps between those of the slow weights")
+    lookahead_alpha: float = Field(
+        0.8, gt=0, le=1, description="lookahead_radam: how far slow weights go to the fast ones"
+    )
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
     ema: float | None = Field(
         None,
@@ -180,7 +182,7 @@ class ScheduleSettings(_Group):
         "steps",
         description="steps: x0.1 at milestones; cosine; root: falls with the root of the steps, and linearly to 0",
     )
-    epochs: int = Field(50, ge=1)
+    epochs: int = Field(50, ge=1, description="passes through the cases; without minutes")
     minutes: float | None = Field(
         None,
         gt=0,
@@ -228,15 +230,15 @@ class ValidationSettings(_Group):
     )
     dense: bool = Field(True, description="segment the validation cases at the end")
     dense_cases: int | None = Field(None, ge=1, description="at most this many")
-    picture: bool = True
+    picture: bool = Field(True, description="draw the first case left out at each validation, into pictures/")
 
 
 class RuntimeSettings(_Group):
     """Machine: nothing here changes what is learnt, but for rounding and `batch_size`: a device takes one example."""
 
-    devices: int = Field(1, ge=1)
-    nodes: int = Field(1, ge=1)
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = Field(1, ge=1, description="GPUs, or processes of a CPU, on each machine")
+    nodes: int = Field(1, ge=1, description="machines")
+    accelerator: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
         "auto", description="auto: bf16 where the machine computes in it and the variant was tried with it"
     )
