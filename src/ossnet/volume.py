@@ -298,7 +298,7 @@ class LabelMap(_Placed):
 
     def structures(self) -> dict[int, str]:
         """Value → name of all structures that are there or might have been."""
-        found = set(self.names).union(*(np.unique(plane).tolist() for plane in self.data)) - {0}
+        found = {*self.names, *(int(value) for plane in self.data for value in np.unique(plane))} - {0}
         return {value: self.names.get(value) or f"label {value}" for value in sorted(found)}
 
     def surface_voxels(self) -> int:

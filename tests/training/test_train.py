@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from tests.training.conftest import SMALL
 
 import ossnet
-from ossnet.data.cache import CaseCache
+from ossnet.data.cache import CachedCase, CaseCache, load_case
+from ossnet.data.layouts import Case, open_dataset
+from ossnet.data.preparation import Preparation
 from ossnet.errors import InputError, SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
@@ -392,6 +394,19 @@ def test_what_a_kill_left_unwritten_is_written_when_it_goes_on(
     run(balls, tmp_path / "r", resume=True, changes=["validation.dense=false"])
     assert json.loads((tmp_path / "r" / "splits.json").read_text())["val"]
     assert (tmp_path / "r" / "plan.txt").is_file()
+
+
+def test_mapped_cases_of_several_caches_stay_what_they_are(balls: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(balls)
+
+    def load(case: Case) -> CachedCase:
+        return load_case(dataset, case, Preparation(), 3)
+
+    first, second = (CaseCache(dataset.cases[i : i + 2], load, 0, tmp_path / "mapped") for i in (0, 2))
+    for cached, case in zip([*first, *second], dataset.cases, strict=False):
+        assert isinstance(cached.labels, np.memmap)
+        np.testing.assert_array_equal(cached.labels, load(case).labels)
+        assert cached.present == {0, 1, 2}
 
 
 def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def command(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="How files are named (see above), detected when not given; in a training --set data.layout=…",
+            help="How files are named (see above), detected when not given; for training use --set data.layout=…",
             show_default=False,
         ),
     ] = None,
@@ -84,9 +84,11 @@ def show(found: "Fingerprint", console: Console, *, cases: bool = False) -> None
     facts.add_row("Cases", _cases_line(found))
     facts.add_row("Channels", Text(f"{len(data.channel_names)}: {', '.join(data.channel_names)}"))
     facts.add_row("Structures", Text(f"{len(structures)}: {', '.join(structures)}" if structures else "none"))
-    if data.label_map:
-        moved = ", ".join(f"{value} in files is class {number}" for value, number in data.label_map.items())
-        facts.add_row("Label values", moved)
+    moved = [
+        f"{value} in files is class {number}" for value, number in data.label_map.items() if value != number
+    ]
+    if moved:
+        facts.add_row("Label values", ", ".join(moved))
     facts.add_row("Splits", _splits_line(found))
     _block(console, facts)
     if found.cases:

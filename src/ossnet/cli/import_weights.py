@@ -31,9 +31,6 @@ def command(
 
     if any((out / name).exists() for name in ("model.json", "model", "settings.json")):
         raise SettingsError("--out", f"{out} holds a model or a run already", "Name another folder")
-    if large_pool not in ("avg", "released"):
-        raise SettingsError("--large-pool", f"{large_pool!r} is unknown", "Use avg or released")
-    require_folder(out)
 
     grid = None
     if output_shape is not None:
@@ -44,6 +41,7 @@ def command(
                 "--output-shape", f"{output_shape!r} is not three numbers", "Write for example 8,8,5"
             ) from None
         grid = (x, y, z)
-    model = import_released(file, grid, large_pool)  # type: ignore[arg-type]
+    model = import_released(file, grid, large_pool)  # type: ignore[arg-type]  # which it checks
+    require_folder(out)
     model.save(out)
     say(f"variant {model.variant}, {model.channels} channel(s), {model.preparation.shape} voxels: {out}")

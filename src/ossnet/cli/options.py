@@ -24,7 +24,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help='Memory limit above the loaded scan and the model, such as "2GB"; on a GPU of its memory.'
+        help='Memory limit above the loaded scan and the model, such as "2GB"; on a GPU, its memory is meant.'
     ),
 ]
 ReplaceNan = Annotated[

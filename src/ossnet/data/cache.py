@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import overload
 
@@ -21,6 +22,9 @@ from ossnet.volume import Affine, FileHeader, LabelMap, Orientation, Volume
 
 _FILES = 1 << 16
 """Open at a time: two a case that is mapped."""
+
+_NUMBERS = count()
+"""Of mapped cases: several caches share a folder."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class CaseCache(Sequence[CachedCase]):
         size = case.image.nbytes + case.labels.nbytes
         if self.held_bytes + size > limit_bytes:
             self.mapped_bytes += size
-            return _mapped(case, folder, len(self._cases))
+            return _mapped(case, folder)
         self.held_bytes += size
         return case
 
@@ -165,20 +169,20 @@ def _in_order(
             waiting.append(pool.submit(load, cases[index + ahead]))
 
 
-def _mapped(case: CachedCase, folder: Path, number: int) -> CachedCase:
+def _mapped(case: CachedCase, folder: Path) -> CachedCase:
     folder.mkdir(parents=True, exist_ok=True)
     _allow_many_files()
-    arrays = {}
+    arrays, number = {}, next(_NUMBERS)
     for kind in ("image", "labels"):
-        # Names of cases may be paths.
+        # Not by name, which may be a path.
         file = folder / f"{number}.{os.getpid()}.{kind}.npy"
         try:
             np.save(file, getattr(case, kind), allow_pickle=False)
             arrays[kind] = np.load(file, mmap_mode="r", allow_pickle=False)
         except OSError as error:
             raise ResourceError(
-                f"{folder}: cases beyond data.cache_gb are kept here, and cannot be written "
-                f"({error.strerror or error}). Free some space, or raise data.cache_gb."
+                f"{folder}: cases beyond data.cache_gb are kept here, which failed ({error.strerror or error}). "
+                "Free some space, allow more open files (ulimit -n), or raise data.cache_gb."
             ) from error
     return replace(case, image=arrays["image"], labels=arrays["labels"])
 

@@ -129,7 +129,7 @@ class Files:
         """Reason and fix where there are no images, from what is there instead."""
         reason = "there are no images in it"
         if self._others[".dcm"] or self._others[".ima"]:
-            return f"{reason}, but DICOM files that are no scan, or not read here", (
+            return f"{reason}, but DICOM files that are not a readable scan", (
                 "Convert them first, for example with dcm2niix"
             )
         kinds = (".mgz", ".mgh", ".mnc", ".gipl")

@@ -21,7 +21,7 @@ from ossnet.colours import colour
 from ossnet.errors import SettingsError
 from ossnet.evaluation.metrics import Scores, compare
 from ossnet.evaluation.tables import Row, summarise, to_csv, to_json
-from ossnet.experiments.hippocampi import MODEL, Hippocampi, segment_hippocampi
+from ossnet.experiments.hippocampi import CENTRES, MODEL, Hippocampi, segment_hippocampi
 from ossnet.field.field import Field
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_json, write_text
@@ -184,7 +184,7 @@ def run_demo(
     hippocampi = segment_hippocampi(template.brain)
     hippocampi.labels.save(out / "hippocampi_seg.nii.gz")
     for side, crop in hippocampi.crops.items():
-        crop.save(out / f"hippocampus_{side}.nii.gz")
+        crop.save(out / _crop_name(side))
 
     def judged(labels: Integer[np.ndarray, "X Y Z"]) -> dict[int, Scores]:
         scores = compare(labels, front.labels, front.affine, NAMES, TOLERANCE_MM)
@@ -322,6 +322,11 @@ def fit_thresholds(
     return int(best[0]), int(best[1])
 
 
+def _crop_name(side: str) -> str:
+    """Of what is cut out around a hippocampus, to try the shipped model on."""
+    return f"hippocampus_{side}.nii.gz"
+
+
 def _clear(out: Path) -> None:
     """Remove an earlier demo, and nothing else."""
     if out.is_dir() and any(out.iterdir()):
@@ -329,8 +334,8 @@ def _clear(out: Path) -> None:
             raise SettingsError(out, "the folder holds other files", "Choose another folder for --out")
         for name in ("data", "run"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("front_seg.nii.gz", "hippocampi_seg.nii.gz", "scores.csv", "scores.json", "index.html"):
+        crops = [_crop_name(side) for side in CENTRES]
+        written = ("front_seg.nii.gz", "hippocampi_seg.nii.gz", "scores.csv", "scores.json", "index.html")
+        for name in (*written, *crops):
             (out / name).unlink(missing_ok=True)
-        for crop in out.glob("hippocampus_*.nii.gz"):
-            crop.unlink()
     write_text(out / _MARKER, json.dumps({"made by": "ossnet demo"}) + "\n")

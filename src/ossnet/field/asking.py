@@ -21,7 +21,7 @@ _ROUNDED = 1e-6
 """Voxels that a place on the face of the scan may lie outside by rounding."""
 
 CERTAIN = 1000.0
-"""The logit of what needs no asking: a probability of 1 in float32, whatever temperature divides it."""
+"""The logit of what needs no asking: a probability of 1 in float32, at any temperature up to 50."""
 
 
 def ask_at(answer: Answer, locations: Num[np.ndarray, "N 3"], to_network: Affine) -> Float[Tensor, "N *K"]:

@@ -113,8 +113,8 @@ def _in_turn(
 class Field:
     """What a model answers for one scan.
 
-    Threads may ask one field at a time as they like; where memory is granted, label maps, probabilities of all voxels
-    and meshes are made one after the other. Several fields on one GPU belong into one thread.
+    Several threads may ask the same field at once; where memory is granted, label maps, probabilities of all voxels and
+    meshes are made one after the other. Several fields on one GPU belong into one thread.
 
     Args:
         model: A trained model.
@@ -242,7 +242,7 @@ class Field:
                 the whole first lattice.
 
         Raises:
-            SettingsError: Arguments that exclude each other, or change nothing with this strategy.
+            SettingsError: Arguments that exclude each other, or belong to another strategy.
             ResourceError: The grant does not hold the label map.
         """
         own_grid = spacing is None and shape is None and like is None and region is None
@@ -423,7 +423,7 @@ class Field:
 
 
 def _check_heeded(strategy: str, octree: Mapping[str, Any], reevaluate: bool) -> None:
-    """Refuse options that would change nothing."""
+    """Refuse options of other strategies."""
     if reevaluate and strategy not in START_STATES:
         raise SettingsError("reevaluate", f"{strategy!r} does not use it", "Leave it out")
     if octree and strategy not in ("auto", "octree"):

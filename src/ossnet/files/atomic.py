@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from ossnet.errors import InputError, ResourceError
@@ -35,7 +34,9 @@ _HOST = _place()
 _OWN: set[str] = set()
 """Temporary files that this process is writing; one before it may have had its number."""
 
-_ALONE = Lock()
+# It is told only when it is set: once, before there are threads that write files meanwhile.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 _LONG = 3600.0
 """Seconds after which a file that a process elsewhere began is given up."""
@@ -199,12 +200,4 @@ def _flush(path: Path) -> None:
 def _give_usual_permissions(path: Path) -> None:
     """Temporary files are private; a result is as readable as any file of this user."""
     with suppress(OSError):
-        path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    # It is told only when it is set: two threads that do so in turns would leave the wrong one.
-    with _ALONE:
-        mask = os.umask(0o077)
-        os.umask(mask)
-    return mask
+        path.chmod(0o666 & ~_UMASK)

@@ -70,6 +70,7 @@ def unsigned(labels: LabelMap, path: Path | str) -> UInt[np.ndarray, "X Y Z"]:
     if data.size and int(data.min()) < 0:
         raise VolumeError(path, f"a label is negative ({int(data.min())})", "Labels must be 0 or more")
     smallest = np.min_scalar_type(int(data.max()) if data.size else 0)
+    # By its size: NumPy has two types of 64 bits.
     return data.astype(np.dtype(f"u{smallest.itemsize}"), copy=False)
 
 

@@ -115,12 +115,13 @@ def make_plan(
     reasons.append(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
-    if classes > 1 and dataset.label_map:
-        moved = ", ".join(f"{value} in label files is {k}" for value, k in dataset.label_map.items())
-        reasons.append(f"structures are numbered 1 to {classes - 1}, in results too: {moved}")
+    moved = [f"{value} in label files is {k}" for value, k in dataset.label_map.items() if value != k]
+    if moved and len(structures) == len(names):
+        reasons.append(f"results number structures without gaps: {', '.join(moved)}")
     if settings.data.fold == "paper":
         reasons.append(
-            "a split of the paper's sizes, drawn anew: the authors' lists are not at hand (yours: splits_final.json)"
+            "a split of the paper's sizes, drawn anew: the authors' lists are not at hand (a list of your own: "
+            "splits_final.json in the data set, and --fold 0)"
         )
     if dataset.regions:
         how = "learnt as one with all others" if classes == 1 else "learnt label by label, and judged as well"
@@ -174,7 +175,7 @@ def make_plan(
                 if math.isinf(enough)
                 else f", or over {enough:,.0f} steps if they take less (schedule.passes)"
             )
-            + "; cases left out are segmented after them"
+            + ("; cases left out are segmented after them" if settings.validation.dense else "")
         )
     model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
     model.channel_names = tuple(dataset.channel_names)

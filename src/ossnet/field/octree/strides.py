@@ -65,7 +65,8 @@ def check_path(path: Path, shape: Triple) -> tuple[Triple, ...]:
 def _stride(given: Any) -> Triple:
     """One stride for all axes, or one each; zeros for what is none."""
     values = (given,) * 3 if isinstance(given, Integral) else given
-    if np.shape(values) != (3,) or not all(isinstance(value, Integral) for value in values):
+    several = isinstance(values, Sequence | np.ndarray) and len(values) == 3
+    if not several or not all(isinstance(value, Integral) for value in values):
         return 0, 0, 0
     x, y, z = values
     return int(x), int(y), int(z)
