@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import Fit, FitWarning, Preparation, as_float, prepare_scan, reduce_by_two
+from ossnet.training.settings import make_settings
 from ossnet.volume import Volume
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "released_weights"
@@ -127,3 +128,27 @@ def test_mirrored_axes_of_one_voxel_are_no_matter(dtype: type) -> None:
     image = np.arange(8, dtype=dtype).reshape(1, 8, 1, 1)[:, :, ::-1]
     assert image.strides[2] < 0
     assert torch.equal(as_float(image)[0, :, 0, 0], torch.arange(8.0))
+
+
+@settings(max_examples=60)
+@given(source=SHAPES, target=SHAPES)
+def test_labels_of_a_resized_grid_lie_where_the_image_does(
+    source: tuple[int, int, int], target: tuple[int, int, int]
+) -> None:
+    fit = Fit.resize(source, target, centred=True)
+    for axis, table in enumerate(fit.nearest()):
+        seen = torch.zeros(target[axis], 3)
+        seen[:, axis] = torch.arange(target[axis])
+        place = fit.to_scan(seen)[:, axis].numpy()
+        assert np.abs(table - place).max() <= 0.5 + 1e-4
+    released = Fit.resize(source, target)
+    assert all((r <= c).all() for r, c in zip(released.nearest(), fit.nearest(), strict=True))
+
+
+def test_the_papers_presets_take_labels_as_released() -> None:
+    assert make_settings("C").data.resized_labels == "centred"
+    assert make_settings("C", "lits").data.resized_labels == "released"
+    resized = Preparation(fit="resize", shape=(4, 4, 4), resized_labels="centred")
+    assert resized.fit_for((9, 8, 8), (1.0, 1.0, 1.0)).nearest()[0].tolist() == [1, 3, 5, 7]
+    released = Preparation(fit="resize", shape=(4, 4, 4)).fit_for((9, 8, 8), (1.0, 1.0, 1.0))
+    assert released.nearest()[0].tolist() == [0, 2, 4, 6]

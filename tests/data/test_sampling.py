@@ -90,14 +90,15 @@ def test_a_small_band_is_taken_whole(resize: bool) -> None:
     wanted=st.integers(1, 400),
     flips=st.tuples(*[st.booleans()] * 3),
     seed=st.integers(0, 2**31),
+    centred=st.booleans(),
 )
 def test_a_resized_band_is_drawn_from_without_repeats(
-    target: tuple[int, int, int], wanted: int, flips: tuple[bool, bool, bool], seed: int
+    target: tuple[int, int, int], wanted: int, flips: tuple[bool, bool, bool], seed: int, centred: bool
 ) -> None:
     """All that was wanted, or all there is: shrunken grids have less of a band than the scan has."""
     mask = np.zeros((10, 9, 8), np.uint8)
     mask[3:7, 2:8, 1:5] = 1
-    fit = Fit.resize(mask.shape, target)
+    fit = Fit.resize(mask.shape, target, centred=centred)
     fitted = fit.labels(torch.from_numpy(flipped(mask, flips).copy())).numpy()
     found = border_locations(np.random.default_rng(seed), np.flatnonzero(mask), fit, wanted, flips)
     assert len(np.unique(found, axis=0)) == len(found) == min(wanted, int(fitted.sum()))

@@ -36,12 +36,17 @@ class Fit:
 
     Padding has scale 1 and `offset` voxels of zeros before the scan (SPEC §1: ceil(gap/2)); resizing has
     scale S/n and offset 0, which is trilinear interpolation without aligned corners.
+
+    Attributes:
+        centred: A resized grid takes labels from the voxels nearest to its own. Otherwise as released, from voxel
+            floor(i * n / S) (SPEC §1), which is up to half a voxel of the coarser grid beside what the image shows.
     """
 
     source: Shape
     target: Shape
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     offset: tuple[int, int, int] = (0, 0, 0)
+    centred: bool = False
 
     @classmethod
     def none(cls, shape: Shape) -> "Fit":
@@ -57,10 +62,10 @@ class Fit:
         return cls(shape, target, offset=(offset[0], offset[1], offset[2]))
 
     @classmethod
-    def resize(cls, shape: Shape, target: Shape) -> "Fit":
+    def resize(cls, shape: Shape, target: Shape, *, centred: bool = False) -> "Fit":
         """The whole scan stretched onto `target`."""
         sx, sy, sz = (t / s for s, t in zip(shape, target, strict=True))
-        return cls(shape, target, scale=(sx, sy, sz))
+        return cls(shape, target, scale=(sx, sy, sz), centred=centred)
 
     @property
     def resizes(self) -> bool:
@@ -76,7 +81,7 @@ class Fit:
         return F.pad(image, self._padding())
 
     def labels(self, labels: Num[Tensor, "X Y Z"]) -> Num[Tensor, "SX SY SZ"]:
-        """Labels on the network's grid: zero padded, or nearest as released, index floor(i * n / S)."""
+        """Labels on the network's grid: zero padded, or of the voxels that `nearest` tells."""
         if self.resizes:
             for axis, index in enumerate(self.nearest()):
                 labels = labels.index_select(axis, torch.from_numpy(index).to(labels.device))
@@ -85,7 +90,10 @@ class Fit:
 
     def nearest(self) -> list[Integer[np.ndarray, " S"]]:
         """Per axis, the scan voxel that each voxel of a resized grid takes its label from."""
-        return [np.arange(s) * n // s for n, s in zip(self.source, self.target, strict=True)]
+        half = 1 if self.centred else 0
+        return [
+            (2 * np.arange(s) + half) * n // (2 * s) for n, s in zip(self.source, self.target, strict=True)
+        ]
 
     def to_fitted(self, locations: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Voxel indices of the (oriented) scan to indices on the network's grid."""
@@ -142,6 +150,9 @@ class Preparation(BaseModel):
     )
     shape: Annotated[Shape | None, Field(description="network grid in voxels, for pad and resize")] = None
     spacing: Annotated[Spacing | None, Field(description="network grid in mm, for fit=spacing")] = None
+    resized_labels: Literal["released", "centred"] = Field(
+        "released", description="which voxels labels are taken from where scans are resized (`Fit.centred`)"
+    )
     spacing_tolerance: float = Field(
         0.05, ge=0, description="relative difference of spacings up to which nothing is resampled"
     )
@@ -162,6 +173,7 @@ class Preparation(BaseModel):
 
     def fit_for(self, shape: Shape, spacing: Spacing, name: str = "scan") -> Fit:
         """How an (oriented) scan of this shape and spacing (mm) lies on the network's grid."""
+        centred = self.resized_labels == "centred"
         match self.fit:
             case "pad" if self.shape is not None:
                 if all(n <= s for n, s in zip(shape, self.shape, strict=True)):
@@ -172,9 +184,9 @@ class Preparation(BaseModel):
                     FitWarning,
                     stacklevel=2,
                 )
-                return Fit.resize(shape, self.shape)
+                return Fit.resize(shape, self.shape, centred=centred)
             case "resize" if self.shape is not None:
-                return Fit.resize(shape, self.shape)
+                return Fit.resize(shape, self.shape, centred=centred)
             case "spacing" if self.spacing is not None:
                 x, y, z = (
                     n if abs(mm / want - 1) <= self.spacing_tolerance else max(1, round(n * mm / want))

@@ -113,7 +113,8 @@ def border_locations(
         if len(voxels) > count:
             voxels = voxels[rng.choice(len(voxels), count, replace=False, shuffle=False)]
         return np.asarray(_unravel(voxels, fit.source, flips) + np.array(fit.offset))
-    first, many = zip(*(_preimages(n, s) for n, s in zip(fit.source, fit.target, strict=True)), strict=True)
+    tables = zip(fit.nearest(), fit.source, strict=True)
+    first, many = zip(*(_preimages(table, n) for table, n in tables), strict=True)
     # Network voxels of the band, numbered scan voxel by scan voxel; a shrunken grid has none of most of these.
     places = _unravel(voxels, fit.source, flips)
     ends = np.cumsum(np.prod([m[places[:, a]] for a, m in enumerate(many)], axis=0))
@@ -203,8 +204,7 @@ def _unravel(flat: np.ndarray, shape: Shape, flips: Flips) -> np.ndarray:
     return index
 
 
-def _preimages(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
+def _preimages(table: Integer[np.ndarray, " S"], source: int) -> tuple[np.ndarray, np.ndarray]:
     """For each scan voxel: the first network voxel that takes its label from it, and how many do."""
-    table = np.arange(target) * source // target
     many = np.bincount(table, minlength=source)
     return np.concatenate([[0], np.cumsum(many)[:-1]]), many

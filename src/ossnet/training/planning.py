@@ -271,7 +271,8 @@ def _fitted(
             "Enlarge it, or use data.fit=resize",
         )
     reasons.append(f"every scan {'zero padded' if kind == 'pad' else 'resized'} to {shape} voxels")
-    return base.model_copy(update={"fit": kind, "shape": shape}), blocks
+    labels = settings.data.resized_labels
+    return base.model_copy(update={"fit": kind, "shape": shape, "resized_labels": labels}), blocks
 
 
 def _oss_net(

@@ -47,6 +47,11 @@ class DataSettings(_Group):
     shape: Size | None = Field(
         None, description="network grid S in voxels; proposed from the data when not given"
     )
+    resized_labels: Literal["centred", "released"] = Field(
+        "centred",
+        description="the voxel that a label is taken from where scans are resized: the nearest one, or as released "
+        "(SPEC §1), beside it",
+    )
     spacing: tuple[Millimetres, Millimetres, Millimetres] | None = Field(
         None, description="network grid in mm, for fit=spacing"
     )
@@ -328,6 +333,7 @@ PRESETS: dict[str, Changes] = {
             "shape": (256, 256, 160),
             "fold": "paper",
             "normalise": "zscore",
+            "resized_labels": "released",
         },
         "validation": _PAPER_VALIDATION,
     },
@@ -340,6 +346,7 @@ PRESETS: dict[str, Changes] = {
             "shape": (512, 512, 512),
             "fold": "paper",
             "normalise": "zscore",
+            "resized_labels": "released",
         },
         "schedule": {"batch_size": 4},
         "sampling": {"strategy": "border"},
@@ -373,7 +380,7 @@ _PAPER = frozenset(
 )
 _WHOLE = frozenset({"augmentation.probability", "augmentation.brightness", "augmentation.noise"})
 _CROPS = frozenset({"augmentation.spatial", "augmentation.intensity", "augmentation.grows"})
-_GRID = frozenset({"data.fit", "data.shape"})
+_GRID = frozenset({"data.fit", "data.shape", "data.resized_labels"})
 
 UNUSED: dict[str, frozenset[str]] = {
     "multiscale": frozenset({*_GRID, *_PAPER, *_WHOLE, "sampling.include_last_voxel"})

@@ -133,7 +133,7 @@ class SliceUNetRecipe(_DenseRecipe):
         """One slice across `axis` before padding or resizing in its plane: (C, H, W), (H, W)."""
         fit, source = case.fit, case.fit.source[axis]
         place = (index + 0.5) * fit.scale[axis] ** -1 - 0.5 if fit.resizes else index - fit.offset[axis]
-        nearest = index * source // fit.target[axis] if fit.resizes else int(place)
+        nearest = int(fit.nearest()[axis][index]) if fit.resizes else int(place)
         image, labels = flipped(case.image, plan.flips), flipped(case.labels, plan.flips)
         shape = [n for a, n in enumerate(fit.source) if a != axis]
         if not 0 <= nearest < source:
