@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,8 +52,7 @@ from ossnet.volume import (
 if TYPE_CHECKING:
     import trimesh
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 Points = Num[np.ndarray, "N 3"] | Sequence[Sequence[float | int] | Num[np.ndarray, "3"]]
 """Three numbers a point."""
@@ -97,17 +96,15 @@ class Segmentation(LabelMap):
     stages: tuple[int, ...] = field(default=())
 
 
-def _in_turn(
-    method: Callable[Concatenate["Field", Arguments], Result],
-) -> Callable[Concatenate["Field", Arguments], Result]:
+def _in_turn(method: Method) -> Method:
     """One at a time where memory is granted (`Binding.turn`)."""
 
     @wraps(method)
-    def waiting(self: "Field", *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+    def waiting(self: "Field", *args: Any, **options: Any) -> Any:
         with self._bound.turn:
             return method(self, *args, **options)
 
-    return waiting
+    return cast(Method, waiting)
 
 
 class Field:
