@@ -44,6 +44,16 @@ def test_help_of_each_command_does_without_torch(name: str) -> None:
     assert "torch" not in answer.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("chosen", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_how_threads_wait_is_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    environment = dict(chosen)
+    monkeypatch.setattr(main.os, "environ", environment)
+    main._spare_processors()
+    assert environment == (chosen or {"GOMP_SPINCOUNT": "1000"})
+
+
 def test_version_and_unknown_commands() -> None:
     assert run.invoke(main.app, ["--version"]).output.startswith("ossnet ")
     answer = run.invoke(main.app, ["chek"])

@@ -5,6 +5,7 @@ reads and whose docstring is the help. It is listed here and imported only when 
 `ossnet --help` answers at once and torch is loaded by the commands that need it.
 """
 
+import os
 from importlib import import_module, metadata
 from typing import Annotated, Any
 
@@ -89,4 +90,16 @@ def main(
 
 def run() -> None:
     """Entry point of the installed command."""
+    _spare_processors()
     app()
+
+
+def _spare_processors() -> None:
+    """Let threads that wait for each other sleep soon, where nobody chose otherwise.
+
+    GNU's OpenMP, which torch's programs for Linux use, has them turn in circles for milliseconds otherwise. That gains
+    nothing when they are alone, and beside other work they burn what it computes with: of two trainings at once on two
+    cores each step took eleven times as long (`benchmarks/beside.py`). It is read when torch is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
