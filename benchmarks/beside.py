@@ -2,8 +2,8 @@
 
     python benchmarks/beside.py Dataset004_Hippocampus --output FILE.json
 
-Two trainings with all threads each: what a user does who starts a second one. `GOMP_SPINCOUNT` and `OMP_WAIT_POLICY` are
-those of GNU's OpenMP; "as it is" leaves both alone, as Python programs that import the package do.
+Two trainings with all threads each: what a user does who starts a second one. `GOMP_SPINCOUNT` and `OMP_WAIT_POLICY`
+are those of GNU's OpenMP; "as it is" is what it does where both are left alone, as in programs that import the package.
 """
 
 import argparse
