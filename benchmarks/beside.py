@@ -22,7 +22,8 @@ WAYS: dict[str, dict[str, str]] = {
     "1000 turns": {"GOMP_SPINCOUNT": "1000"},
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
-"""300,000 is what GNU's OpenMP takes by itself where there are no more threads than processors."""
+"""300,000 is what GNU's OpenMP takes by itself where there are no more threads than processors; two at once then take
+minutes for these steps."""
 
 
 def main() -> None:
