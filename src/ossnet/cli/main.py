@@ -98,8 +98,9 @@ def _spare_processors() -> None:
     """Let threads that wait for each other sleep soon, where nobody chose otherwise.
 
     GNU's OpenMP, which torch for Linux uses, has them turn in circles for milliseconds otherwise. That gains a few
-    percent when they are alone, and beside other work they burn what it computes with: a training on two cores took 0.2 s
-    a step, 4.7 s beside another program of ours, and 0.4 s so (`benchmarks/beside.py`). It is read when torch is loaded.
+    percent when they are alone, and beside other work they burn what it computes with: a training on two cores took
+    0.2 s a step, 4.7 s beside another program of ours, and 0.4 s so (`benchmarks/beside.py`). It is read when torch is
+    loaded.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
