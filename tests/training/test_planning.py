@@ -197,3 +197,15 @@ def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
     settings = make_settings("C", changes=[*SMALL, "augmentation.mirror_in_use=true"])
     with pytest.raises(SettingsError, match="variant C cannot be asked mirrored"):
         make_plan(dataset, dataset.cases, settings)
+
+
+def test_what_comes_after_the_minutes_is_told_where_it_comes(balls: Path) -> None:
+    dataset = open_dataset(balls)
+
+    def told(*changes: str) -> bool:
+        plan = make_plan(dataset, dataset.cases, make_settings(changes=changes))
+        return any("cases left out are segmented after them" in reason for reason in plan.reasons)
+
+    assert told()
+    assert not told("data.fold=all")
+    assert not told("validation.dense=false")

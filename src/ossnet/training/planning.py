@@ -168,6 +168,7 @@ def make_plan(
     minutes = settings.schedule.minutes
     if minutes is not None:
         enough = enough_steps(settings.schedule, len(train) * recipe.repeats)
+        judged = settings.validation.dense and settings.data.fold != "all"
         reasons.append(
             f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
             + (
@@ -175,7 +176,7 @@ def make_plan(
                 if math.isinf(enough)
                 else f", or over {enough:,.0f} steps if they take less (schedule.passes)"
             )
-            + ("; cases left out are segmented after them" if settings.validation.dense else "")
+            + ("; cases left out are segmented after them" if judged else "")
         )
     model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
     model.channel_names = tuple(dataset.channel_names)
