@@ -70,6 +70,43 @@ def test_distant_slices_are_not_rotated_into_each_other() -> None:
         assert draw_map(ball(), plan, np.random.default_rng(seed)).axes == (0, 2)
 
 
+@settings(max_examples=40)
+@given(
+    seed=SEEDS,
+    crop=st.tuples(*[st.integers(16, 72)] * 3),
+    flips=st.sampled_from([(), (0, 1, 2)]),
+    centred=st.sampled_from([0.0, 1.0]),
+)
+def test_a_crop_that_is_not_deformed_holds_voxels_of_the_scan(
+    seed: int, crop: tuple[int, int, int], flips: tuple[int, ...], centred: float
+) -> None:
+    """In use nothing is interpolated; nor does a smaller scan leave the crop, or a smaller crop the scan."""
+    source = ball((60, 50, 40))
+    plan = replace(ISO, crop=crop, flips=flips, spatial=0.0, centred=centred)
+    mapping = draw_map(source, plan, np.random.default_rng(seed))
+    corners = np.array([[0, 0, 0], np.array(crop) - 1], np.float32)
+    ends = np.sort(mapping(corners), axis=0)
+    np.testing.assert_array_equal(ends, np.rint(ends))
+    smaller = np.array(crop) <= source.shape
+    assert (np.where(smaller, ends[0] >= 0, ends[0] <= 0)).all()
+    assert (np.where(smaller, ends[1] < source.shape, ends[1] >= np.array(source.shape) - 1)).all()
+
+
+@settings(max_examples=25)
+@given(seed=SEEDS, depth=st.integers(4, 24), axis=st.integers(0, 2))
+def test_thick_slices_are_not_mixed(seed: int, depth: int, axis: int) -> None:
+    """Between slices 10 mm apart lies nothing that a scan would show."""
+    crop, spacing = [40, 40, 40], [1.5, 1.5, 1.5]
+    crop[axis], spacing[axis] = depth, 10.0
+    plan = replace(
+        ISO, crop=(crop[0], crop[1], crop[2]), spacing=(spacing[0], spacing[1], spacing[2]), spatial=1.0
+    )
+    mapping = draw_map(ball((48, 48, 48)), plan, np.random.default_rng(seed))
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in crop), indexing="ij"), -1).reshape(-1, 3)
+    depths = mapping(voxels.astype(np.float32))[:, axis]
+    np.testing.assert_array_equal(depths, np.rint(depths))
+
+
 def test_grid_and_scan_coordinates_invert_each_other() -> None:
     points = np.random.default_rng(0).random((5, 3)).astype(np.float32)
     np.testing.assert_allclose(to_grid(to_scan(points, (2.0, 0.5, 1.1)), (2.0, 0.5, 1.1)), points, atol=1e-5)

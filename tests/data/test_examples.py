@@ -151,10 +151,10 @@ def test_a_single_slice_in_a_thick_crop_is_asked_about() -> None:
 
 def test_little_of_a_structure_keeps_a_part_of_the_weight() -> None:
     """Otherwise answering background everywhere would be no mistake to speak of."""
-    labels = np.zeros((64, 64, 64), np.uint8)
-    labels[30:33, 30:33, 30:33] = 1
+    labels = np.zeros((96, 96, 96), np.uint8)
+    labels[46:49, 46:49, 46:49] = 1
     source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
-    plan = replace(ISO, crop=(64, 64, 64), locations=2000, spatial=0.0, centred=1.0)
+    plan = replace(ISO, crop=(96, 96, 96), locations=2000, spatial=0.0, centred=1.0)
 
     def near(settings: CropSettings) -> float:
         made = example(source, settings, np.random.default_rng(0))
@@ -168,17 +168,17 @@ def test_little_of_a_structure_keeps_a_part_of_the_weight() -> None:
 
 def test_a_small_structure_in_a_large_one_keeps_a_part_of_the_weight() -> None:
     """A tumour in a liver: the liver's surface does not stand for it."""
-    grid = np.stack(np.meshgrid(*[np.arange(64) - 31.5] * 3, indexing="ij"))
-    labels = (np.sqrt((grid**2).sum(axis=0)) < 24).astype(np.uint8)
-    labels[30:33, 30:33, 30:33] = 2
+    grid = np.stack(np.meshgrid(*[np.arange(96) - 47.5] * 3, indexing="ij"))
+    labels = (np.sqrt((grid**2).sum(axis=0)) < 36).astype(np.uint8)
+    labels[46:49, 46:49, 46:49] = 2
     source = CropSource(labels[None].astype(np.float32), labels, 3, surface_voxels(labels, 3), as_is)
-    plan = replace(ISO, crop=(64, 64, 64), locations=4000, spatial=0.0)
+    plan = replace(ISO, crop=(96, 96, 96), locations=4000, spatial=0.0)
 
     def shares(settings: CropSettings) -> tuple[float, float]:
         made = example(source, settings, np.random.default_rng(0))
-        distance = (made["locations"] - 31).norm(dim=1)
+        distance = (made["locations"] - 47).norm(dim=1)
         weights = made["importance"] / made["importance"].sum()
-        return float(weights[distance < 10].sum()), float(weights[(distance - 24).abs() < 6].sum())
+        return float(weights[distance < 10].sum()), float(weights[(distance - 36).abs() < 6].sum())
 
     plain, kept = shares(replace(plan, least_near=0.0)), shares(plan)
     assert plain[0] < 0.03

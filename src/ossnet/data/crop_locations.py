@@ -16,9 +16,9 @@ from ossnet.data.crops import CropSettings, CropSource, Points, SpatialMap, insi
 _CELL = 2
 """Voxels along each edge of the cells in which the density of locations is known."""
 
-_LITTLE = 0.1
-"""With a smaller share of the weight near it, times the number of structures, a crop shows little of a structure
-(hearts, atria, hippocampi: 0.12 to 0.28)."""
+_LITTLE = (0.03, 0.06)
+"""With less than the second share of the weight near it, times the number of structures, a crop shows little of a
+structure, with the first or less as good as nothing. Hearts have 0.04 to 0.17, atria and hippocampi 0.15 to 0.26."""
 
 
 def surface_voxels(labels: Integer[np.ndarray, "X Y Z"], classes: int) -> list[Integer[np.ndarray, "_ 3"]]:
@@ -92,23 +92,30 @@ def draw_locations(
         return locations, np.ones(len(locations), np.float32)
     voxels = float(crop.prod()) * valid_draws / drawn
     everywhere = (len(locations) - len(near)) / voxels
-    crowd = everywhere + len(near) / kept * _density(shown, settings, locations)
+    crowd = everywhere + len(near) / kept * _density(
+        shown, settings, locations, np.full(len(shown), 1 / len(shown))
+    )
     weights = crowd**-settings.importance
     shares = np.bincount(group, weights[: len(near)], len(shown)) / weights.sum()
-    few = [points for points, share in zip(shown, shares, strict=True) if share * len(shown) < _LITTLE]
-    if few:
-        share = settings.least_near * len(few) / len(shown)
-        weights *= 1 + voxels * share / (1 - share) * _density(few, settings, locations)
+    least, enough = _LITTLE
+    lack = np.clip((enough - shares * len(shown)) / (enough - least), 0, 1)
+    if lack.any():
+        share = settings.least_near * lack.mean()
+        weights *= 1 + voxels * share / (1 - share) * _density(shown, settings, locations, lack / lack.sum())
     return locations, np.asarray(weights / weights.mean(), np.float32)
 
 
 def _density(
-    shown: Sequence[Float[np.ndarray, "_ 3"]], settings: CropSettings, locations: Points
+    shown: Sequence[Float[np.ndarray, "_ 3"]],
+    settings: CropSettings,
+    locations: Points,
+    odds: Float[np.ndarray, " S"],
 ) -> Float[np.ndarray, " N"]:
     """How densely locations near surfaces are drawn where `locations` lie, a draw and voxel.
 
     Args:
-        shown: Points of the surface of each structure; all structures are drawn as often.
+        shown: Points of the surface of each structure.
+        odds: How often each of them is drawn from; 1 together.
 
     A location near a surface is drawn for its label: the end of a vessel is asked often in a scan whose label
     follows the vessel so far, and seldom in one whose label ends earlier. A network that is trained on these as they
@@ -121,9 +128,9 @@ def _density(
     """
     shape = [-(-n // _CELL) for n in settings.crop]
     counts = np.zeros(math.prod(shape), np.float32)
-    for points in shown:
+    for points, share in zip(shown, odds, strict=True):
         found = np.bincount(_cells(points, shape), minlength=len(counts))
-        counts += found.astype(np.float32) / (len(points) * len(shown) * _CELL**3)
+        counts += found.astype(np.float32) * (share / (len(points) * _CELL**3))
     grid = counts.reshape(shape)
     smooth = [gaussian_filter(grid, s / _CELL, mode="constant", truncate=3) for s in settings.jitter]
     density: np.ndarray = np.mean(smooth, axis=0, dtype=np.float32).ravel()

@@ -31,6 +31,9 @@ _THIN = 16
 _GROWN = 4
 """Augmentation is twice what it was after so many times the passes after which it began to grow."""
 
+_AS_IN_USE = 0.5
+"""Share of the crops in which a smaller scan begins where the crop does, as the network meets it in use."""
+
 _BEND = 0.4
 """Largest displacement of the elastic grid, in distances between its control points."""
 
@@ -98,7 +101,7 @@ class CropSettings:
     """Largest |log| of the scale along the remaining axis."""
     elastic: float = 4.0
     """Largest displacement of the elastic grid, in units of the finest spacing."""
-    spatial: float = 0.8
+    spatial: float = 0.5
     """Probability of rotation, scaling and elastic deformation."""
     intensity: float = 1.0
     """Factor on the probabilities of all intensity changes; 0 for none."""
@@ -201,7 +204,11 @@ def inside(points: Points, shape: Triple) -> Bool[np.ndarray, " N"]:
 
 
 def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generator) -> SpatialMap:
-    """Where the crop lies in the scan and how it is deformed."""
+    """Where the crop lies in the scan and how it is deformed.
+
+    A crop that is not deformed holds voxels of the grid as they are, and across thick slices every crop does:
+    interpolation between voxels smooths, and scans in use are not smoothed.
+    """
     crop, mm = np.array(settings.crop), np.array(settings.spacing)
     size = np.array(source.shape) * np.array(source.zoom)
     centre = (size - 1) / 2
@@ -214,20 +221,24 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
         point = to_grid(surface[int(rng.integers(len(surface)))][None].astype(np.float32), source.zoom)[0]
         place = point + rng.uniform(-0.35, 0.35, 3) * crop - centre
         shift = np.where(size > crop, np.clip(place, -room, room), shift)
+    if rng.random() < _AS_IN_USE:
+        shift = np.where(size < crop, room, shift)
 
     allowed = _planes(mm, np.minimum(size, crop))
     a, b = allowed[int(rng.integers(len(allowed)))]
     c = 3 - a - b
     linear = np.eye(3)
     elastic = None
-    if rng.random() < settings.spatial:
+    thick = bool(mm[c] >= 2 * mm.min())
+    deformed = rng.random() < settings.spatial
+    if deformed:
         angle = rng.uniform(-1, 1) * settings.rotation
         scale = np.exp(rng.uniform(-1, 1) * settings.scaling)
         linear[a, a] = linear[b, b] = scale * np.cos(angle)
         linear[a, b], linear[b, a] = -scale * np.sin(angle), scale * np.sin(angle)
         across = np.exp(rng.uniform(-1, 1) * settings.scaling_across)
         # Voxels further apart than a single slice is thick could all miss it.
-        linear[c, c] = across if size[c] > 1 else 1.0
+        linear[c, c] = across if size[c] > 1 and not thick else 1.0
         linear = linear * mm / mm[:, None]
         if settings.elastic > 0:
             # Between control points displacements differ by less than these are apart: hardly anything is folded.
@@ -235,6 +246,9 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
             strength = rng.uniform(0, 1) * most
             elastic = rng.uniform(-1, 1, (2, 5, 5)) * strength / mm[[a, b]].reshape(2, 1, 1)
             elastic = elastic.astype(np.float32)
+    on_voxels = np.full(3, not deformed)
+    on_voxels[c] |= thick
+    shift = np.where(on_voxels, _on_voxels(shift, size - crop), shift)
     for axis in settings.flips:
         if rng.random() < 0.5:
             linear[:, axis] *= -1
@@ -248,8 +262,19 @@ def draw_map(source: CropSource, settings: CropSettings, rng: np.random.Generato
     )
     if (size < crop).any() and not _shows(made, size):
         # A few slices at the edge of the crop can be moved out of it.
-        return replace(made, centre=centre.astype(np.float32), elastic=None)
+        middle = centre + np.where(on_voxels, _on_voxels(np.zeros(3), size - crop), 0)
+        return replace(made, centre=middle.astype(np.float32), elastic=None)
     return made
+
+
+def _on_voxels(shift: Vector, more: Vector) -> Vector:
+    """The nearest shifts of a crop's middle from the scan's with which its voxels are voxels of the grid.
+
+    Args:
+        more: Voxels that the scan has more than the crop, or fewer: the crop stays inside it, or the other way round.
+    """
+    low, high = np.ceil(np.minimum(more, 0) - 1e-6), np.floor(np.maximum(more, 0) + 1e-6)
+    return np.asarray(np.clip(np.rint(more / 2 + shift), low, high) - more / 2)
 
 
 def _planes(mm: Vector, extent: Vector) -> list[tuple[int, int]]:
