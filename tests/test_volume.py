@@ -1,5 +1,6 @@
 """Geometry of volumes: places in the world survive every way of storing them."""
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -122,6 +123,23 @@ def test_volume_of_a_box_in_ml() -> None:
     shear = np.diag([2.0, 1.0, 5.0, 1.0])
     shear[0, 1] = 0.7  # does not change the volume
     assert LabelMap(data, shear).volumes_ml() == pytest.approx({2: 60 * 10 / 1000})
+
+
+def test_files_have_the_values_of_label_files() -> None:
+    data = np.arange(4, dtype=np.uint8).repeat(2).reshape(2, 2, 2)
+    labels = LabelMap(data, np.eye(4), names={1: "a", 3: "c"}, values={3: 400}, origin="ossnet 12")
+    stored = labels.as_in_files()
+    np.testing.assert_array_equal(np.unique(stored.data), [0, 1, 2, 400])
+    assert (dict(stored.names), stored.origin, stored.as_in_files()) == (
+        {1: "a", 400: "c"},
+        "ossnet 12 values",
+        stored,
+    )
+    assert labels.data is data
+    assert data.max() == 3
+    small = replace(labels, values={3: 200}).as_in_files(reuse=True)
+    assert small.data is data
+    np.testing.assert_array_equal(np.unique(data), [0, 1, 2, 200])
 
 
 def test_same_place_measures_at_the_far_corners() -> None:

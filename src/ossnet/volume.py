@@ -19,7 +19,9 @@ from ossnet.errors import VolumeError
 Affine = Float[np.ndarray, "4 4"]
 Shape = tuple[int, int, int]
 MARK = "ossnet"
-"""How the `origin` of our own results begins: label maps with it hold classes, whatever values label files have."""
+"""How the `origin` of our own results begins."""
+VALUES = "values"
+"""At the end of the `origin` of results that hold the values of the training's label files where these have gaps."""
 
 # Not typing.Self: the checks that tests add to each function do not know it outside of a checked class.
 _P = TypeVar("_P", bound="_Placed")
@@ -250,11 +252,14 @@ class LabelMap(_Placed):
         names: Label value → name.
         origin: What made it, at most 79 letters; read from and written into files (`descrip` of a NIfTI header).
         cropped: Whether it may be a part of its scan with background beyond, as 3D Slicer saves segmentations.
+        values: Label value → the one that stands for it in files, for those that differ: networks number structures
+            without gaps, BraTS 2020 has 1, 2 and 4.
     """
 
     data: Integer[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
     cropped: bool = False
+    values: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require_array(self.data, "iub", self.source or "label map", "whole numbers")
@@ -283,8 +288,34 @@ class LabelMap(_Placed):
 
     @property
     def holds_classes(self) -> bool:
-        """Whether it is a result of ours, which holds classes whatever values label files have."""
-        return self.origin.startswith(MARK)
+        """Whether it is a result of ours with the numbers of classes, whatever values label files have."""
+        return self.origin.startswith(MARK) and not self.holds_values
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether it is a result of ours with the values of the training's label files, which are not 1 to K."""
+        return self.origin.startswith(MARK) and self.origin.split()[-1] == VALUES
+
+    def as_in_files(self, *, reuse: bool = False) -> "LabelMap":
+        """The label map as it is saved: with the values of label files (`values`).
+
+        Args:
+            reuse: Write over `data` where its type holds them; the label map must not be used any more.
+        """
+        if not self.values:
+            return self
+        highest = max(int(self.data.max(initial=0)), *self.values)
+        table = np.arange(highest + 1)
+        table[list(self.values)] = list(self.values.values())
+        table = table.astype(np.min_scalar_type(int(table.max())))
+        data = (
+            self.data if reuse and self.data.dtype == table.dtype else np.empty(self.data.shape, table.dtype)
+        )
+        for new, old in zip(data, self.data, strict=True):  # plane by plane: `table[old]` is a copy
+            new[...] = table[old]
+        names = {self.values.get(value, value): name for value, name in self.names.items()}
+        origin = f"{self.origin} {VALUES}" if self.origin.startswith(MARK) else self.origin
+        return replace(self, data=data, names=names, values={}, origin=origin)
 
     def volumes_ml(self) -> dict[int, float]:
         """Volume of each structure present, in millilitres."""
@@ -319,13 +350,13 @@ class LabelMap(_Placed):
     def save(self, path: Path | str) -> None:
         """Write as NIfTI (`.nii`, `.nii.gz`) or as a segmentation of 3D Slicer (`.seg.nrrd`), atomically.
 
-        In the smallest unsigned type that holds the labels.
+        In the smallest unsigned type that holds the labels, which are those of label files (`values`).
         """
         from ossnet.files.nifti import write_labels
         from ossnet.files.slicer import write_slicer
 
         write = write_slicer if str(path).lower().endswith(".seg.nrrd") else write_labels
-        write(self, Path(path))
+        write(self.as_in_files(), Path(path))
 
 
 @runtime_checkable

@@ -185,6 +185,27 @@ def test_values_that_are_classes_too_are_read_in_one_way(tmp_path: Path) -> None
     refused(evaluate(tmp_path / "mixed", reference, "--only-predicted"), "label 2", "declared are [1, 3, 4]")
 
 
+def test_results_with_the_values_of_files_are_known_by_their_mark(tmp_path: Path) -> None:
+    """Files hold 1, 3 and 4: a result with 3 and 4 that has them from label files, and one with classes."""
+    reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "middle": 3, "back": 4})
+    labels(3, 4).save(reference / "labelsTr" / "a.nii.gz")
+    for values, origin in (((3, 4), "ossnet 0123 4567 values"), ((2, 3), "ossnet 0123 4567")):
+        file = tmp_path / origin / "a.nii.gz"
+        replace(labels(*values), origin=origin).save(file)
+        for against in (reference, reference / "labelsTr" / "a.nii.gz"):
+            told = json.loads(evaluate(file, against, "--json").out)
+            scored = [row["dice"] for row in told["cases"] if row["outcome"] == "scored"]
+            assert scored == ([1, 1] if against == reference or "values" in origin else [0])
+
+
+def test_weights_of_the_authors_are_judged_by_all_structures_together(tmp_path: Path) -> None:
+    reference = dataset(tmp_path / "d")
+    both = LabelMap((labels(1, 2).data > 0).astype(np.uint8), AFFINE, names={1: "foreground"})
+    replace(both, origin="ossnet 0123").save(tmp_path / "p" / "a.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", reference, "--only-predicted", "--json").out)
+    assert [(row["name"], row["dice"]) for row in told["cases"]] == [("front and back", 1)]
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> None:
     """Results hold classes, masks 255: a data set folder says so, single files do not."""

@@ -12,6 +12,7 @@ from tests.cli.refusals import ended, files_in, interrupted, refused, started, s
 from tests.files.nrrd_writer import write_nrrd
 from typer.testing import CliRunner
 
+import ossnet
 from ossnet.cli import main
 from ossnet.files.nifti import write_volume
 from ossnet.files.reading import read_labels, read_volume
@@ -53,6 +54,35 @@ def test_segmentations_for_slicer(scan: Path, model: Path, tmp_path: Path) -> No
     replace(slicers, origin="").save(out / "ball_00.seg.nrrd")
     assert "is no result of ossnet" in refused(tmp_path, *given, "--overwrite")
     assert "add --seg-nrrd" in refused(tmp_path, *segment(scan, model, tmp_path / "a.seg.nrrd"))
+
+
+def test_results_have_the_values_of_label_files(scan: Path, model: Path, tmp_path: Path) -> None:
+    """BraTS' 4, or a mask of 255, whatever number a network has for it."""
+    shutil.copytree(model, tmp_path / "model")
+    described = json.loads((model / "model.json").read_text())
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described | {"label_values": {"1": 255}}))
+    succeeded(*segment(scan, model, tmp_path / "plain"))
+    given = [*segment(scan, tmp_path / "model", tmp_path / "out"), "--seg-nrrd"]
+    assert "part 1 " in succeeded(*given)
+    plain = read_labels(tmp_path / "plain" / "ball_00.nii.gz")
+    for file in (tmp_path / "out" / "ball_00.nii.gz", tmp_path / "out" / "ball_00.seg.nrrd"):
+        found = read_labels(file)
+        np.testing.assert_array_equal(found.data, 255 * plain.data)
+        assert (dict(found.names), found.holds_values, found.holds_classes) == ({255: "part 1"}, True, False)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"]["labels"] == {"255": "part 1"}
+    assert report["scans"]["ball_00"]["volumes_ml"] == {"part 1": round(plain.volumes_ml()[1], 3)}
+    assert "1 of 1 are finished already" in succeeded(*given)
+    # In memory as the network answers, in files as the label files.
+    labels = ossnet.load(tmp_path / "model").field(ossnet.read(scan), device="cpu").segment()
+    np.testing.assert_array_equal(labels.data, plain.data)
+    labels.save(tmp_path / "own.nii.gz")
+    assert read_labels(tmp_path / "own.nii.gz").data.max() == 255
+    assert "made by another model" in refused(
+        tmp_path, *segment(scan, tmp_path / "model", tmp_path / "plain")
+    )
+    (tmp_path / "model" / "model.json").write_text(json.dumps(described | {"label_values": {"2": 255}}))
+    assert "a value of its own" in refused(tmp_path, *given)
 
 
 def test_a_scan_of_slicer_gets_the_labels_of_its_nifti_twin(scan: Path, model: Path, tmp_path: Path) -> None:
@@ -165,6 +195,9 @@ def test_in_a_folder_the_others_are_segmented(scan: Path, model: Path, tmp_path:
         assert "b.nii.gz" in said.splitlines()[-1]
         assert {p.name for p in files_in(out)} == {"a.nii.gz", "c.nii.gz", "report.json"}
     assert "2 of 3 are finished already" in said
+    asked = CliRunner().invoke(main.app, [str(a) for a in segment(folder, model, out, "--json")])
+    assert asked.exit_code == 2
+    assert json.loads(asked.stdout)["scans"].keys() == {"a", "b", "c"}
     scans = json.loads((out / "report.json").read_text())["scans"]
     assert "the file ends before" in scans["b"]["error"]
     assert scans["a"]["locations"] == scans["c"]["locations"] > 0

@@ -40,6 +40,22 @@ def test_the_default_variant_says_what_it_picked(balls: Path) -> None:
     assert "where a location lies" not in said
 
 
+def test_values_of_label_files_are_noted_where_they_have_gaps(balls: Path, tmp_path: Path) -> None:
+    shutil.copytree(balls, tmp_path / "balls")
+    assert "label_values" not in planned(tmp_path / "balls").model.metadata
+    description = json.loads((tmp_path / "balls" / "dataset.json").read_text())
+    description["labels"] |= {"core": 4, "ball": [1, 4]}
+    (tmp_path / "balls" / "dataset.json").write_text(json.dumps(description))
+    for file in (tmp_path / "balls" / "labelsTr").iterdir():
+        labels = read_labels(file)
+        replace(labels, data=np.where(labels.data == 2, 4, labels.data).astype(np.uint8)).save(file)
+    plan = planned(tmp_path / "balls")
+    assert plan.model.label_values == {1: 1, 2: 4}
+    assert [plan.model.label_of(given) for given in ("core", "4", 2)] == [2, 2, 2]
+    assert any("(4 is 2); results have the values of the label files" in reason for reason in plan.reasons)
+    assert planned(tmp_path / "balls", "data.target=foreground").model.label_values == {1: 1}
+
+
 def test_what_was_set_is_said_as_such(balls: Path) -> None:
     plan = planned(
         balls,

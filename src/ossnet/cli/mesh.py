@@ -1,20 +1,15 @@
 """`ossnet mesh`."""
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ossnet.cli.common import say
 from ossnet.cli.options import Device, Memory, Mirror, Models, ReplaceNan
-
-if TYPE_CHECKING:
-    from ossnet.volume import LabelMap
 
 
 def command(
@@ -97,12 +92,12 @@ def command(
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     drawn = None
     if labels is not None:
-        drawn = _as_classes(read_labels(labels), loaded.label_names)
+        drawn = loaded.as_classes(read_labels(labels))
         if unknown := set(np.unique(drawn.data).tolist()) - {0, *loaded.label_names}:
             raise VolumeError(
                 labels,
                 f"holds label {min(unknown)}, which the model does not have",
-                f"It has {', '.join(f'{k} ({v})' for k, v in loaded.label_names.items())}",
+                f"It has {loaded.structures()}",
             )
     field = loaded.field(volume, device=device, memory=memory)
     if drawn is None and len(wanted) > 1:
@@ -130,24 +125,6 @@ def command(
         )
     if missing:
         say(f"not in this scan: {', '.join(missing)}")
-
-
-def _as_classes(labels: "LabelMap", names: Mapping[int, str]) -> "LabelMap":
-    """Labels by the model's numbers, where they have those of label files, which the model's names may tell."""
-    import numpy as np
-
-    from ossnet.data.cases import relabelled, values_told
-
-    told = values_told(names)
-    values = {int(v) for v in np.unique(labels.data)} - {0}
-    if labels.holds_classes or not values <= set(told) or all(v == c for v, c in told.items()):
-        return labels
-    if values <= set(names):
-        listed = ", ".join(f"{v} for {names[v]}" for v in sorted(values))
-        warnings.warn(f"{labels.source}: labels are taken as the model's ({listed})", stacklevel=2)
-        return labels
-    named = {told.get(value, value): name for value, name in labels.names.items()}
-    return replace(labels, data=relabelled(labels.data, told), names=named)
 
 
 def _files(out: Path, scan: str, names: Mapping[int, str], kind: str | None) -> dict[int, Path]:

@@ -113,9 +113,7 @@ def command(
             raise summed_up(failed)
         return
     with progress("Segmenting", len(jobs)) as done:
-        report = segment_all(loaded, jobs, options, say=say, done=done)
-    if as_json:
-        print_json(report)
+        segment_all(loaded, jobs, options, say=say, done=done, reported=print_json if as_json else None)
 
 
 def _tell(forecasts: Sequence[Mapping[str, Any]], however: str) -> None:

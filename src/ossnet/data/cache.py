@@ -78,7 +78,8 @@ class CachedCase:
         stored = self.orientation.undo(labels.data)
         x, y, z = stored.shape
         back = np.linalg.inv(self.orientation.matrix((x, y, z)))
-        return LabelMap(stored, labels.affine @ back, header=self.header, names=labels.names)
+        affine = labels.affine @ back
+        return LabelMap(stored, affine, header=self.header, names=labels.names, values=labels.values)
 
 
 def load_case(

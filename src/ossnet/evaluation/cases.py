@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ossnet.data.cases import joined_name, nameless, relabelled, values_in_files, values_told
-from ossnet.data.layouts import Dataset, consecutive, open_dataset
+from ossnet.data.layouts import Dataset, open_dataset
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text
@@ -45,6 +45,7 @@ class Matched:
         values: Value in a label file → class, for those that differ.
         regions: Name → classes, for what is judged as one structure beside its parts.
         as_in_files: Predictions that do not say what made them hold the values of label files, not classes.
+        described: A data set says what `values` mean; otherwise they lead to the numbers that results have.
     """
 
     pairs: tuple[Pair, ...]
@@ -52,6 +53,7 @@ class Matched:
     values: dict[int, int] = field(default_factory=dict)
     as_in_files: bool = True
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    described: bool = False
 
     def reference(self, pair: Pair) -> LabelMap:
         """The label, as classes.
@@ -59,11 +61,11 @@ class Matched:
         Raises:
             VolumeError: The file cannot be trusted, or holds a value that is no class.
         """
-        return self._read(pair.label, self.values)
+        return self._read(pair.label, as_in_file=True)
 
     def prediction(self, pair: Pair) -> LabelMap:
         """The prediction, as classes (errors as for `reference`)."""
-        return self._read(pair.prediction, self.values if self.as_in_files else {})
+        return self._read(pair.prediction, as_in_file=self.as_in_files)
 
     def with_regions(self, more: Mapping[str, Sequence[int]]) -> "Matched":
         """Further regions, of values in label files.
@@ -88,12 +90,14 @@ class Matched:
         structures = [name for number, name in sorted(self.names.items()) if number]
         names = [name for number, name in prediction.names.items() if number]
         joined = joined_name(structures)
-        return joined if len(structures) > 1 and names == [joined] else None
+        # Weights of the authors tell no names of structures.
+        return joined if len(structures) > 1 and names in ([joined], [joined_name(())]) else None
 
-    def _read(self, file: Path, values: Mapping[int, int]) -> LabelMap:
+    def _read(self, file: Path, *, as_in_file: bool) -> LabelMap:
         labels = read_labels(file)
-        if labels.holds_classes:
-            values = {}
+        if labels.origin.startswith(MARK):
+            as_in_file = self.described and labels.holds_values
+        values = self.values if as_in_file else {}
         known = values_in_files(self.names, values)
         found = {int(v) for v in np.unique(labels.data)}
         if len(found) > _MANY and not self.names and not _in_pieces(labels):
@@ -167,14 +171,14 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
         return Matched(pairs, values=_values_of_undescribed(pairs))
     names, values = dict(dataset.label_names), dict(dataset.label_map)
     as_in_files = not values or _hold_file_values(pairs, names, values)
-    return Matched(pairs, names, values, as_in_files, dataset.regions)
+    return Matched(pairs, names, values, as_in_files, dataset.regions, described=True)
 
 
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
-    """Value → class in label files that nothing describes, judged against results of ossnet, which hold classes.
+    """Value → number in results of ossnet, for label files that nothing describes.
 
-    Where names of structures tell their values, these count. Otherwise, as in training, classes are the values in
-    ascending order, unless all values are classes, or all classes are values: then equal numbers are compared.
+    Where names of structures tell their values, these count. Otherwise numbers are taken in ascending order, as in
+    training, unless those of one side are all on the other: then equal ones are compared.
 
     Raises:
         DatasetError: There are more or fewer values than the model has structures, so that the order says nothing.
@@ -210,7 +214,7 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
             "other things, give the folder of the data set",
             stacklevel=3,
         )
-    return consecutive(dict.fromkeys(values, ""))[1]
+    return {v: k for v, k in zip(sorted(values), sorted(structures), strict=True) if v != k}
 
 
 def _values_in(file: Path) -> set[int]:
@@ -228,7 +232,7 @@ def _hold_file_values(pairs: Sequence[Pair], names: Mapping[int, str], values: M
     for pair in pairs:
         labels = read_labels(pair.prediction)
         found = {int(v) for v in np.unique(labels.data)}
-        if not labels.holds_classes and found - in_files and found <= set(names):
+        if not labels.origin.startswith(MARK) and found - in_files and found <= set(names):
             return False
     return True
 

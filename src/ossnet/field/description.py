@@ -53,6 +53,7 @@ class Description(_Part):
     piece_mm: Size | None = None
     temperature: Annotated[float, Field(gt=0)] = 1.0
     regions: dict[str, tuple[int, ...]] = {}
+    label_values: dict[int, Annotated[int, Field(gt=0)]] = {}
     about: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     whole_scans: dict[str, Any] = {}

@@ -277,6 +277,7 @@ class Field:
             affine=_stored_affine(grid, orientation, (x, y, z)),
             header=(like or self.volume).header,
             names=self.model.label_names,
+            values=self.model.moved_values,
             evaluated=evaluated,
             seconds=time.perf_counter() - started,
             strategy=how,
@@ -348,8 +349,8 @@ class Field:
             structure: Its name or label.
             faces: Simplify to about this many triangles.
             smooth: Rounds of Taubin smoothing.
-            labels: What `segment` gave for the scan's own grid, if it was called already; also changed since, or
-                stored in another voxel order.
+            labels: What `segment` gave for the scan's own grid, if it was called already; also changed since, read
+                from a file, or stored in another voxel order.
             options: Further arguments of `extract_mesh`.
 
         Raises:
@@ -383,7 +384,7 @@ class Field:
             raise SettingsError(
                 "labels", f"it is a {type(labels).__name__}", "Read it: ossnet.read_labels(path)"
             )
-        turned = labels.in_order_of(self.volume)
+        turned = self.model.as_classes(labels).in_order_of(self.volume)
         if reason := same_place(self.volume, turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
         if reason := same_names(labels.names, self.model.label_names):

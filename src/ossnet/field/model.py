@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ossnet.data.cases import relabelled, values_of, values_told
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, SettingsError, VolumeError
 from ossnet.field.description import Description
@@ -26,7 +28,7 @@ from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
 from ossnet.networks.released import read_released
-from ossnet.volume import Shape, Volume
+from ossnet.volume import LabelMap, Shape, Volume
 
 if TYPE_CHECKING:
     from ossnet.field.field import Field
@@ -56,7 +58,8 @@ class Model:
     Attributes:
         network: In evaluation mode, on the CPU until a field needs it elsewhere.
         preparation: What happens to a scan first.
-        label_names: Label value → structure; without background.
+        label_names: Label → structure, 1 to K; without background. In files they may have other numbers
+            (`label_values`).
         channel_names: Meaning of the input channels, in order.
         metadata: Variant, training settings, metrics, versions, `about` (further lines of the card) and `use`
             (what it is meant for); for people and reports.
@@ -139,16 +142,52 @@ class Model:
                 "Give one file with all channels, or one file a channel, in the order of the training",
             )
 
+    @property
+    def label_values(self) -> dict[int, int]:
+        """Label → its value in the label files of the training, and in results that are saved: BraTS' 4 is 3.
+
+        What the training noted, or else what names tell ("label 4").
+        """
+        noted = {int(label): int(value) for label, value in self.metadata.get("label_values", {}).items()}
+        told = {label: value for value, label in values_told(self.label_names).items()}
+        return {label: (noted or told).get(label, label) for label in self.label_names}
+
+    @property
+    def moved_values(self) -> dict[int, int]:
+        """Of `label_values` those that differ from their label."""
+        return {label: value for label, value in self.label_values.items() if label != value}
+
+    def as_classes(self, labels: LabelMap) -> LabelMap:
+        """A label map with the numbers of `label_names`, if it has those of label files (`label_values`).
+
+        Those that fit both are taken for values of label files, with a warning where it matters; values that fit
+        neither stay.
+        """
+        classes = {value: label for label, value in self.label_values.items()}
+        if labels.values or labels.holds_classes or not self.moved_values:
+            return labels
+        found = set(values_of(labels.data)) - {0}
+        if not found <= set(classes):
+            return labels
+        if found <= set(self.label_names) and any(classes[value] != value for value in found):
+            listed = ", ".join(f"{value} for {self.label_names[classes[value]]}" for value in sorted(found))
+            warnings.warn(
+                f"{labels.source or 'labels'}: numbers are taken as in label files ({listed})", stacklevel=2
+            )
+        names = {classes.get(value, value): name for value, name in labels.names.items()}
+        return replace(labels, data=relabelled(labels.data, classes), names=names, values=self.moved_values)
+
     def label_of(self, structure: str | int) -> int:
-        """The label of a structure that is given by name or label.
+        """The label of a structure that is given by name, by label (a number), or by its value in label files (a text).
 
         Raises:
             SettingsError: The model has no such structure.
         """
         if isinstance(structure, str):
-            known = {name.lower(): value for value, name in self.label_names.items()}
+            known = {str(value): label for label, value in self.label_values.items()}
             # Names first: teeth are named by numbers that are no labels.
-            found = known.get(structure.lower(), int(structure) if structure.isdecimal() else None)
+            known |= {name.lower(): label for label, name in self.label_names.items()}
+            found = known.get(structure.lower())
         else:
             found = structure
         if found in self.label_names:
@@ -156,8 +195,13 @@ class Model:
         raise SettingsError(
             "structure",
             f"{structure!r} is none of this model's",
-            f"Choose one of {', '.join(f'{k} ({v})' for k, v in self.label_names.items())}",
+            f"Choose one of {self.structures(in_files=isinstance(structure, str))}",
         )
+
+    def structures(self, *, in_files: bool = True) -> str:
+        """Numbers and names for people: the values of label files, or labels."""
+        values = self.label_values
+        return ", ".join(f"{values[k] if in_files else k} ({name})" for k, name in self.label_names.items())
 
     @property
     def piece_gap_mm(self) -> float | None:
@@ -329,6 +373,13 @@ class Model:
                 f"{structures} structure(s)",
                 f"Name {'1' if structures == 1 else f'1 to {structures}'}, each once",
             )
+        if (
+            len(set(model.label_values.values())) < structures
+            or not described.label_values.keys() <= names.keys()
+        ):
+            raise ModelError(
+                file, f"its label_values are {described.label_values}", "Give each label a value of its own"
+            )
         return model
 
     def card(self) -> str:
@@ -339,7 +390,7 @@ class Model:
         lines = [
             f"# {data.get('name', 'Segmentation')} model, variant {self.variant}",
             "",
-            f"- Structures: {', '.join(f'{k} {v}' for k, v in self.label_names.items())}",
+            f"- Structures: {', '.join(f'{self.label_values[k]} {v}' for k, v in self.label_names.items())}",
             f"- Input: {self.channels} channel(s) {', '.join(self.channel_names)}".rstrip(),
             f"- Network: {family_of(self.network)}, {parameters:,} parameters",
             f"- Preparation: {self.preparation.model_dump_json(exclude_defaults=True)}",

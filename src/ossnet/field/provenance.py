@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ossnet.errors import VolumeError
 from ossnet.files.reading import files_of, read_labels
-from ossnet.volume import MARK, LabelMap
-
-Labels = TypeVar("Labels", bound=LabelMap)
+from ossnet.volume import MARK, VALUES, LabelMap
 
 
 def origin(model: str, scan: str, options: Mapping[str, Any]) -> str:
@@ -46,12 +44,17 @@ def look_of(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def signed(labels: Labels, made_by: str) -> Labels:
+def signed(labels: LabelMap, made_by: str) -> LabelMap:
     """Labels that say what made them (`origin`), and by a digest of their values whether they were changed since.
 
     Both stand in the line that other programs keep; in a comment of its own the digest would be lost with them.
+
+    Returns:
+        The label map as files have it (`LabelMap.as_in_files`); the one given must not be used any more.
     """
-    return replace(labels, origin=f"{made_by} {_digest(labels)}")
+    stored = replace(labels, origin=made_by).as_in_files(reuse=True)
+    line = [made_by, _digest(stored), *stored.origin.removeprefix(made_by).split()]
+    return replace(stored, origin=" ".join(line))
 
 
 def made_by(line: str) -> str:
@@ -65,7 +68,7 @@ def was_changed(file: Path, line: str) -> bool:
     Args:
         line: What it says.
     """
-    digest = line.split()[2:]
+    digest = [word for word in line.split()[2:] if word != VALUES]
     try:
         return bool(digest) and digest != [_digest(read_labels(file))]
     except VolumeError:

@@ -115,9 +115,12 @@ def make_plan(
     reasons.append(
         f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
     )
-    moved = [f"{value} in label files is {k}" for value, k in dataset.label_map.items() if value != k]
-    if moved and len(structures) == len(names):
-        reasons.append(f"results number structures without gaps: {', '.join(moved)}")
+    values = {label: value for value, label in dataset.label_map.items() if value != label}
+    if values and len(structures) == len(names):
+        listed = ", ".join(f"{value} is {label}" for label, value in values.items())
+        reasons.append(
+            f"labels are numbered without gaps ({listed}); results have the values of the label files"
+        )
     if settings.data.fold == "paper":
         reasons.append(
             "a split of the paper's sizes, drawn anew: the authors' lists are not at hand (a list of your own: "
@@ -187,6 +190,8 @@ def make_plan(
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
+    if values and len(structures) == len(names):
+        model.metadata["label_values"] = {str(label): value for label, value in values.items()}
     if dataset.regions and classes > 1:
         model.metadata["regions"] = {name: list(parts) for name, parts in dataset.regions.items()}
     return TrainingPlan(model, recipe, classes, tuple(reasons))

@@ -48,6 +48,7 @@ class Options:
             "smallest_ml": self.smallest_ml,
             "replace_nan": self.replace_nan,
             "precision": precision_of(model, self.precision, self.device),  # type: ignore[arg-type]
+            **({"values": {str(k): v for k, v in model.moved_values.items()}} if model.moved_values else {}),
         }
 
 

@@ -81,7 +81,7 @@ class Report:
             "model": {
                 "variant": self.model.variant,
                 "data": self.model.metadata.get("data", {}).get("name"),
-                "labels": self.model.label_names,
+                "labels": {self.model.label_values[k]: name for k, name in self.model.label_names.items()},
                 "mirror": list(self.model.mirror),
                 "others": len(self.model.others),
                 "fingerprint": self.origins.fingerprint,
@@ -129,5 +129,8 @@ def said_by(job: Job, labels: LabelMap) -> dict[str, Any]:
         "origin": labels.origin,
         "shape": list(labels.shape),
         "spacing_mm": [round(s, 4) for s in labels.spacing],
-        "volumes_ml": {labels.names.get(k, str(k)): round(v, 3) for k, v in labels.volumes_ml().items()},
+        "volumes_ml": {
+            labels.names.get(k, str(k)): round(v, 3)
+            for k, v in ({k: 0.0 for k in sorted(labels.names) if k} | labels.volumes_ml()).items()
+        },
     }

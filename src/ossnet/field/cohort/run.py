@@ -42,12 +42,18 @@ def segment_all(
     *,
     say: Callable[[str], None] | None = None,
     done: Callable[[int], None] | None = None,
+    reported: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Segment scans; what is finished is not done again, a scan that cannot be used does not stop the others.
 
     The next scan is read and the last one written while the current one is answered. Under torchrun or SLURM each
     process takes its share. Only the label maps decide what is finished: of two processes that were started on the
     same folder each goes through all of it, and leaves out what the other has finished meanwhile.
+
+    Args:
+        say: Told a line about each scan.
+        done: Told the number of scans that are behind it.
+        reported: Given the report at the end, also where scans could not be segmented: their entries have `error`.
 
     Returns:
         The report, also written as `report.json` beside the label maps (`NAME_report.json` for a target named as a
@@ -119,9 +125,12 @@ def segment_all(
                     collect()
     finally:
         report.write()
+    content = report.content()
+    if reported:
+        reported(content)
     if failed:
         raise summed_up(failed)
-    return report.content()
+    return content
 
 
 def forecast_all(
@@ -192,7 +201,7 @@ def _begun(model: Model, jobs: Sequence[Job], options: Options) -> tuple[Origins
 
 def _told(entry: Mapping[str, Any]) -> str:
     """What a user wants to see of a scan, in a line."""
-    volumes = [f"{name} {ml:.2f} ml" for name, ml in entry["volumes_ml"].items()]
+    volumes = [f"{name} {ml:.2f} ml" for name, ml in entry["volumes_ml"].items() if ml]
     shown = volumes if len(volumes) <= 4 else [f"{len(volumes)} structures"]
     return f"{', '.join(shown) or 'no structure'}; {entry['locations']:,} locations, {entry['seconds']:.2f} s"
 
