@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Integer, Num
+from jaxtyping import Bool, Float, Integer, Num
 
 from ossnet.errors import VolumeError
 
@@ -247,7 +247,7 @@ class LabelMap(_Placed):
     """A segmentation.
 
     Attributes:
-        data: (X, Y, Z) integers, 0 is background.
+        data: (X, Y, Z) integers, 0 is background; or truth values.
         affine: (4, 4) float64, voxel index → world mm.
         names: Label value → name.
         origin: What made it, at most 79 letters; read from and written into files (`descrip` of a NIfTI header).
@@ -256,7 +256,7 @@ class LabelMap(_Placed):
             without gaps, BraTS 2020 has 1, 2 and 4.
     """
 
-    data: Integer[np.ndarray, "X Y Z"]
+    data: Integer[np.ndarray, "X Y Z"] | Bool[np.ndarray, "X Y Z"]
     names: Mapping[int, str] = field(default_factory=dict)
     cropped: bool = False
     values: Mapping[int, int] = field(default_factory=dict)

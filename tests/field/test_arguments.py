@@ -20,6 +20,7 @@ CASES = {
     "model.field(field.volume, device='mps')": "'mps' is not one that is used. Use auto, cpu or cuda",
     "ossnet.load(['a', 'b'])": "it is a list. Give folders one by one",
     "field.segment(region=(0, 0, 0, 5, 5, 5))": "Write ((x0, y0, z0), (x1, y1, z1))",
+    "field.segment(region=((0, 0, 0), (1, 1)))": "Write ((x0, y0, z0), (x1, y1, z1))",
     "field.mesh(1, labels='seg.nii.gz')": "it is a str. Read it: ossnet.read_labels(path)",
     "print(model, field, end='') or ossnet.load('nowhere')": "there is no such folder",
     "field.segment(region=((0, 0, 0), (9, 9, 9)), batch=0)": "batch: is 0",

@@ -1,6 +1,7 @@
 """Islands go when they are told to, and nothing else does."""
 
 import tracemalloc
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from ossnet.errors import SettingsError
-from ossnet.field.components import island_bytes, without_islands
+from ossnet.field.components import without_islands
 from ossnet.volume import LabelMap
 
 
@@ -51,15 +52,38 @@ def test_one_component_a_structure_is_left_and_none_is_invented(seed: int) -> No
         assert count == 1
 
 
-def test_memory_is_known_before() -> None:
-    rng = np.random.default_rng(0)
-    data = np.zeros((90, 80, 70), np.uint8)
-    data[5:85, 5:75, 5:65] = rng.random((80, 70, 60)) > 0.4
-    labels = LabelMap(data, np.eye(4))
+@given(st.integers(0, 10_000), st.floats(0.2, 0.8))
+def test_components_are_those_of_the_whole(seed: int, share: float) -> None:
+    """However their parts in planes hang together."""
+    data = np.random.default_rng(seed).random((9, 8, 7)) < share
+    labels = LabelMap(data.astype(np.uint8), np.eye(4))
+    parts, _ = ndimage.label(data)
+    sizes = np.bincount(parts.ravel())[1:]
+    expected = parts == 1 + sizes.argmax() if len(sizes) else data
+    np.testing.assert_array_equal(without_islands(labels, largest=True).data, expected)
+    large = np.isin(parts, 1 + np.flatnonzero(sizes >= 4))
+    np.testing.assert_array_equal(without_islands(labels, smallest_ml=0.004).data, large)
+
+
+def test_masks_of_truth_values() -> None:
+    labels = example()
+    mask = LabelMap(labels.data == 1, labels.affine)
+    assert without_islands(mask, largest=True).data.sum() == 56
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_hardly_any_memory_is_taken_beside_the_label_map(order: Literal["C", "F"]) -> None:
+    grid = np.stack(np.meshgrid(*[np.arange(n) for n in (160, 120, 100)], indexing="ij"))
+    data = np.zeros((160, 120, 100), np.uint8, order=order)
+    for centre in ((60, 60, 50), (130, 30, 30), (20, 100, 80)):
+        data[((grid - np.reshape(centre, (3, 1, 1, 1))) ** 2).sum(axis=0) < centre[0] ** 2 / 4] = 1
+    labels, before = LabelMap(data, np.eye(4)), int(data.sum())
     tracemalloc.start()
     try:
-        without_islands(labels, largest=True)
+        found = without_islands(labels, largest=True, reuse=True)
         taken = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert 0.5 * island_bytes(labels) < taken < 1.1 * island_bytes(labels)
+    assert found.data is data
+    assert 0 < int(data.sum()) < before
+    assert taken < 40 * 120 * 100 < data.nbytes

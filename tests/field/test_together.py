@@ -97,6 +97,22 @@ def test_a_grant_is_shared() -> None:
         together.field(SCAN, device="cpu", memory="100MB").segment()
 
 
+def test_maps_are_kept_in_what_the_machine_has_free_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    made = BlockwiseEncoder.__init__
+
+    def noted(self: BlockwiseEncoder, *args: Any, most_kept: int, **options: Any) -> None:
+        kept.append(most_kept)
+        made(self, *args, most_kept=most_kept, **options)
+
+    monkeypatch.setattr(BlockwiseEncoder, "__init__", noted)
+    monkeypatch.setattr("ossnet.field.engine.prepare.free_bytes", lambda _: 6_000_000_000)
+    models = others(1, *SPACED)
+    kept.clear()
+    replace(models[0], others=tuple(models[1:])).field(SCAN, device="cpu")
+    assert kept == [1_000_000_000] * 3
+
+
 def test_an_image_that_is_shared_is_counted_once() -> None:
     models = others(1, *[SPACED[1]] * 3)
     together = replace(models[0], others=tuple(models[1:]))

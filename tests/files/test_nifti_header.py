@@ -3,6 +3,8 @@
 import gzip
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -231,6 +233,16 @@ def test_stem(name: str) -> None:
 
 def test_free_memory_is_known() -> None:
     assert 1 << 20 < memory.available_memory() < 1 << 50
+
+
+def test_free_memory_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(reference: Any) -> int:
+        reference._obj.free = 123_456_789
+        return int(reference._obj.length == 64)
+
+    api = SimpleNamespace(kernel32=SimpleNamespace(GlobalMemoryStatusEx=told))
+    monkeypatch.setattr(memory.ctypes, "windll", api, raising=False)
+    assert memory._left_by_windows() == 123_456_789
 
 
 _FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")

@@ -111,6 +111,7 @@ class Binding:
             memory=grant,
             reserve=reserve,
             libraries=libraries,
+            among=self.count,
             **model.engine_options(),
         )
 

@@ -1,12 +1,11 @@
 """Islands: connected parts of a structure that a user may want gone. Nothing here runs unless it is asked for."""
 
 from dataclasses import replace
-from math import prod
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int
-from scipy import ndimage
+from jaxtyping import Bool, Int, Integer
+from scipy import ndimage, sparse
 
 from ossnet.errors import SettingsError
 from ossnet.volume import LabelMap
@@ -27,11 +26,9 @@ def connected_parts(
     return parts, sizes
 
 
-def island_bytes(labels: LabelMap) -> int:
-    """Memory that `without_islands` takes: a copy, and the parts of the structure with the largest box."""
-    boxes = [box for box in ndimage.find_objects(labels.data) if box is not None]
-    voxels = max((prod(s.stop - s.start for s in box) for box in boxes), default=0)
-    return labels.data.nbytes + 6 * voxels
+def _numbers(labels: LabelMap) -> Integer[np.ndarray, "X Y Z"]:
+    """Masks as numbers; without a copy."""
+    return labels.data.view(np.uint8) if labels.data.dtype == bool else labels.data
 
 
 def check_smallest(smallest_ml: float) -> None:
@@ -44,29 +41,62 @@ def check_smallest(smallest_ml: float) -> None:
         raise SettingsError("smallest_ml", f"is {smallest_ml}", "Give millilitres, 0 or more")
 
 
-def without_islands(labels: Labels, *, largest: bool = False, smallest_ml: float = 0.0) -> Labels:
+def without_islands(
+    labels: Labels, *, largest: bool = False, smallest_ml: float = 0.0, reuse: bool = False
+) -> Labels:
     """The label map without small 6-connected components; what is removed becomes background.
+
+    Plane by plane: beside the label map it takes memory for a few planes.
 
     Args:
         labels: (X, Y, Z) any labels; every structure is looked at by itself.
         largest: Of each structure its largest component alone (the first of equals).
         smallest_ml: Components below this volume are removed, in millilitres.
+        reuse: Remove them from `labels` itself, which must not be used any more, instead of a copy.
 
     Raises:
         SettingsError: A volume that is negative or not a number.
     """
     check_smallest(smallest_ml)
     voxel_ml = abs(float(np.linalg.det(labels.affine[:3, :3]))) / 1000
-    out = labels.data.copy()
-    boxes = ndimage.find_objects(labels.data)
-    for label, box in enumerate(boxes, 1):
+    out = labels.data if reuse and labels.data.flags.writeable else labels.data.copy()
+    for label, box in enumerate(ndimage.find_objects(_numbers(labels)), 1):
         if box is None:
             continue
-        parts, sizes = connected_parts(labels.data[box] == label)
+        component, sizes = _components(out[box], label)
         keep = sizes * voxel_ml >= smallest_ml * (1 - 1e-9)  # volumes are rounded
         if largest:
             keep &= np.arange(len(sizes)) == sizes.argmax()
-        keep[0] = True  # other structures in the box
-        for plane, part in zip(out[box], parts, strict=True):
-            plane[~keep[part]] = 0
+        if keep.all():
+            continue
+        first = 0
+        for plane in out[box]:
+            parts, count = ndimage.label(plane == label)
+            kept = np.concatenate([[True], keep[component[first : first + count]]])  # other structures stay
+            plane[~kept[parts]] = 0
+            first += count
     return replace(labels, data=out)
+
+
+def _components(
+    data: Integer[np.ndarray, "X Y Z"] | Bool[np.ndarray, "X Y Z"], label: int
+) -> tuple[Int[np.ndarray, " P"], Int[np.ndarray, " C"]]:
+    """The component of each part of a structure within a plane, and the voxels of each component.
+
+    Parts in the order of planes, and within each as `ndimage.label` numbers them; components in the order of their
+    first part.
+    """
+    sizes, touching, first, before = [], [np.zeros((0, 2), np.int64)], 0, None
+    for plane in data:
+        parts, count = ndimage.label(plane == label)
+        sizes.append(np.bincount(parts.ravel(), minlength=count + 1)[1:])
+        if before is not None:
+            below, known = before
+            both = (below > 0) & (parts > 0)
+            pairs = np.unique(below[both].astype(np.int64) * (count + 1) + parts[both])
+            touching.append(np.stack([known + pairs // (count + 1), first + pairs % (count + 1)], 1) - 1)
+        before, first = (parts, first), first + count
+    pairs = np.concatenate(touching)
+    graph = sparse.coo_matrix((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), (first, first))
+    _, component = sparse.csgraph.connected_components(graph, directed=False)
+    return component, np.bincount(component, np.concatenate(sizes)).astype(np.int64)

@@ -4,6 +4,7 @@ Letters: N locations, X Y Z voxels.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def label_everywhere(
     low, high = region or ((0, 0, 0), shape)
     size = box_shape((low, high))
     out = np.empty(size, dtype=np.uint8 if classes <= 256 else np.uint16)
-    done, total = 0, int(np.prod(size))
+    done, total = 0, prod(size)
     for box, voxels in slabs(shape, region, question_locations(classes)):
         logits = ask(voxels)
         if logits.isnan().any():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -310,7 +311,7 @@ class Field:
         box = None if region is None else oriented_box(region, grid, orientation)
         low, size = (0, 0, 0) if box is None else box[0], grid.shape if box is None else box_shape(box)
         classes = max(self.model.classes, 1)
-        self._bound.make_room(4 * classes * int(np.prod(size)) + beside, "probabilities of all voxels")
+        self._bound.make_room(4 * classes * prod(size) + beside, "probabilities of all voxels")
         self._bound.cover(None if box is None else needed(self._bound, grid, box, [1]))
         # Written through a view in the network's axis order: turning them round afterwards would need them twice.
         x, y, z = (size[i] for i in np.argsort(orientation.axes))

@@ -85,13 +85,20 @@ def box_shape(box: Box) -> Shape:
     return x, y, z
 
 
+def _is_array(values: Any, shape: tuple[int, ...]) -> bool:
+    try:
+        return bool(np.shape(values) == shape)
+    except ValueError:  # rows of different lengths
+        return False
+
+
 def check_box(box: Box, shape: Shape) -> Box:
     """A box ((x0, y0, z0), (x1, y1, z1)) of voxels, ends excluded, inside a grid.
 
     Raises:
         SettingsError: It is empty or leaves the grid.
     """
-    if np.shape(box) != (2, 3):
+    if not _is_array(box, (2, 3)):
         raise SettingsError("region", f"{box} is not two corners", "Write ((x0, y0, z0), (x1, y1, z1))")
     (x0, y0, z0), (x1, y1, z1) = box
     if not all(isinstance(n, Integral) for corner in box for n in corner):
@@ -112,7 +119,7 @@ def moved_triple(name: str, values: Any, orientation: Orientation) -> Any:
     Raises:
         SettingsError: They are not three numbers.
     """
-    if np.shape(values) != (3,) or np.asarray(values).dtype.kind not in "iuf":
+    if not _is_array(values, (3,)) or np.asarray(values).dtype.kind not in "iuf":
         raise SettingsError(name, f"{values!r} is not one number an axis", "Give three")
     if name == "shape" and not all(float(value).is_integer() for value in values):
         raise SettingsError(name, f"{values!r} has fractions of voxels", "Give whole numbers")

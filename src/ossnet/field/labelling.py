@@ -4,6 +4,7 @@ Letters: K classes, X Y Z voxels.
 """
 
 from itertools import product
+from math import prod
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -130,7 +131,7 @@ class Labelling:
         """
         shape = self.grid.shape if self.region is None else box_shape(self.region)
         # For the scan's own label map the paper's variants left room when they were bound.
-        if isinstance(self.bound.answer, Coverable) or np.prod(shape) > np.prod(self.bound.grid.shape):
+        if isinstance(self.bound.answer, Coverable) or prod(shape) > prod(self.bound.grid.shape):
             self.bound.make_room(self.bytes, f"a label map of {shape} voxels")
         path: Path = [1] if self.strategy == "dense" else self.options.get("path", "auto")
         self.bound.cover(None if self.region is None else needed(self.bound, self.grid, self.region, path))
@@ -239,7 +240,7 @@ def prepare_released(bound: Binding, strategy: str, reevaluate: bool) -> Release
         ResourceError: The grant does not hold them.
     """
     # Two grids of the network's size, and what a stage makes of them.
-    stages_bytes = _STAGES_BYTES * int(np.prod(bound.fit.target))
+    stages_bytes = _STAGES_BYTES * prod(bound.fit.target)
     bound.make_room(bound.asking_bytes(bound.grid) + stages_bytes, "the released stages")
     bound.cover(None)
     coarse = bound.answer.coarse

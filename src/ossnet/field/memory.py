@@ -64,7 +64,7 @@ def require_free(size: int, what: str) -> None:
     """Refuse what this machine cannot hold, whatever is granted: the system would end the process.
 
     Raises:
-        ResourceError: So.
+        ResourceError: More is asked for than is free.
     """
     if size > (free := available_memory()):
         raise ResourceError(
@@ -73,10 +73,10 @@ def require_free(size: int, what: str) -> None:
         )
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a GPU could still give; None for a CPU, whose system lends more than there is."""
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a GPU could still give; for other devices, the machine."""
     if device.type != "cuda":
-        return None
+        return available_memory()
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0] + idle)
 

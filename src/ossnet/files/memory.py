@@ -1,5 +1,6 @@
 """How much memory is free, and refusing what does not fit."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,7 +26,31 @@ def available_memory() -> int:
         with suppress(AttributeError, ValueError, OSError):
             # No /proc, as on macOS: all there is, since what is free is not told.
             free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        with suppress(AttributeError, OSError):
+            free.append(_left_by_windows())
     return max(0, min(free))
+
+
+class _WindowsMemory(ctypes.Structure):
+    """MEMORYSTATUSEX of the Windows API."""
+
+    _fields_ = (
+        ("length", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        *(
+            (name, ctypes.c_uint64)
+            for name in ("total", "free", "total_page", "free_page", "total_own", "own")
+        ),
+        ("extended", ctypes.c_uint64),
+    )
+
+
+def _left_by_windows() -> int:
+    """Free physical memory as Windows tells it; elsewhere an AttributeError."""
+    found = _WindowsMemory(length=ctypes.sizeof(_WindowsMemory))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(found)):  # type: ignore[attr-defined]
+        raise OSError("GlobalMemoryStatusEx failed")
+    return int(found.free)
 
 
 def _left_by_groups() -> Iterator[int]:

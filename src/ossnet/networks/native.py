@@ -62,8 +62,9 @@ def _load() -> ctypes.CDLL | None:
         return None
     errors = []
     # Compilers without OpenMP (Apple's) still give one fast thread.
-    for flags in (["-fopenmp"], []):
-        command = [*compiler, "-O3", "-std=gnu99", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+    # Older clang for ARM knows no processor by that name.
+    for flags in (["-march=native", "-fopenmp"], ["-march=native"], []):
+        command = [*compiler, "-O3", "-std=gnu99", "-fno-math-errno", "-fno-trapping-math"]
         command += ["-fPIC", "-shared", *flags]
         try:
             try:

@@ -21,12 +21,11 @@ from ossnet.field.cohort.jobs import (
 )
 from ossnet.field.cohort.report import Report, report_file, said_by
 from ossnet.field.cohort.sharing import processes, take_gpu
-from ossnet.field.components import check_smallest, island_bytes, without_islands
+from ossnet.field.components import check_smallest, without_islands
 from ossnet.field.field import Field
 from ossnet.field.forecast import Forecast, forecast
 from ossnet.field.labelling import check_strategy
 from ossnet.field.likeness import unlike_training
-from ossnet.field.memory import LIBRARIES, parse_size, require
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import signed
 from ossnet.files.dicom_seg import require_source, write_dicom_seg
@@ -235,11 +234,7 @@ def _segment(
     encoder_seconds = field.encoder_seconds
     del field  # its maps, before islands are looked for
     if options.largest or options.smallest_ml:
-        if options.memory is not None:
-            held = labels.data.nbytes + (0 if maps is None else maps.data.nbytes)
-            needed = LIBRARIES + held + island_bytes(labels)
-            require(parse_size(options.memory), needed, "looking for islands")
-        labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml)
+        labels = without_islands(labels, largest=options.largest, smallest_ml=options.smallest_ml, reuse=True)
     maps = maps and replace(maps, origin=origins.of_probabilities(job.name)[0])
     entry = {
         "files": [str(f) for f in job.files],

@@ -19,8 +19,7 @@ from ossnet.field.engine.encoding import SLAB_BYTES, encode, encode_halved, enco
 from ossnet.field.engine.fused import FusedAnswer
 from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.engine.scan import Scan
-from ossnet.field.memory import chunk_for, parse_size, require
-from ossnet.files.memory import available_memory
+from ossnet.field.memory import chunk_for, free_bytes, parse_size, require
 from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import computes_in_bf16, exact_float32
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -42,7 +41,7 @@ class Preparer(Protocol):
 
 
 PREPARERS: dict[type[nn.Module], Preparer] = {}
-"""Network class → how its answers are prepared. A family adds itself."""
+"""Network class → how its answers are prepared."""
 
 
 def prepare(
@@ -59,6 +58,7 @@ def prepare(
     engine: Engine = "fused",
     window: Shape | None = None,
     once: bool = False,
+    among: int = 1,
 ) -> Answer:
     """Bind a trained network to one scan: encode it once, and make asking cheap.
 
@@ -78,6 +78,7 @@ def prepare(
         engine: "plain" runs the training-time module, for comparison.
         window: Dense networks that were trained on patches: the patch size to slide with.
         once: No place is asked a second time: the default network keeps no fine maps for that.
+        among: Answers that share what the machine has free; a grant is divided by who gives it.
 
     Raises:
         SettingsError: If the network's family is unknown here or the image does not fit the network.
@@ -104,6 +105,7 @@ def prepare(
         engine=engine,
         window=window,
         once=once,
+        among=among,
     )
 
 
@@ -217,11 +219,11 @@ def prepare_multiscale(
     memory: int | None = None,
     libraries: int = 0,
     once: bool = False,
+    among: int = 1,
     **_: Any,
 ) -> Answer:
     """The default network: maps are made where locations are asked."""
     half = computes_in_bf16(precision, device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return BlockwiseEncoder(
         network,
         scan,
@@ -231,7 +233,7 @@ def prepare_multiscale(
         precision="bf16" if half else "fp32",
         chunk=chunk or 8192,
         keep=not once,
-        most_kept=free // 2,
+        most_kept=free_bytes(device) // 2 // among,
     )
 
 

@@ -95,13 +95,13 @@ class Scan:
         It is where it is resized, once instead of box by box, and on a GPU, which waits for every box otherwise.
 
         Args:
-            grant: Bytes; None: no limit but what the GPU has free.
+            grant: Bytes; None: no limit but what is free.
             beside: Bytes that others need at the same time.
         """
         if device.type == "cpu" and not self.origin.resizes:
             return False
-        available = [size for size in (grant, free_bytes(device)) if size is not None]
-        return not available or 2 * (self.hold_bytes + beside) <= min(available)
+        free = free_bytes(device)
+        return 2 * (self.hold_bytes + beside) <= (free if grant is None else min(grant, free))
 
     def hold(self, device: torch.device | str = "cpu") -> Float[Tensor, "C SX SY SZ"]:
         """The whole image, in memory on a device from now on."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from numbers import Integral
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ def choose_path(shape: Triple) -> tuple[Triple, ...]:
     Along an axis of fewer than 4 strides the stride is halved until there are 4: a stack of ten thick slices
     is not sampled at its first and ninth only.
     """
-    strides = (16, 8, 4, 1) if np.prod(shape, dtype=np.int64) >= _LARGE else (8, 4, 1)
+    strides = (16, 8, 4, 1) if prod(shape) >= _LARGE else (8, 4, 1)
     limits = [max(1, 2 ** int(np.log2(max(1, n / 4)))) for n in shape]
     path = [tuple(min(s, limit) for limit in limits) for s in strides]
     unique = [p for i, p in enumerate(path) if i == 0 or p != path[i - 1]]
