@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ossnet.evaluation.metrics import Scores
-from ossnet.evaluation.tables import Row, estimate, summarise, to_csv, to_json, to_screen
+from ossnet.evaluation.tables import Row, estimate, from_csv, summarise, to_csv, to_json, to_screen
 
 ABSENT = Scores(None, None, None, None, None, 0.0, None, 0.0, 0.0, "absent")
 MISSED = Scores(0.0, 0.0, 99.0, 99.0, 0.0, -5.0, -100.0, 0.0, 5.0, "missed")
@@ -52,6 +52,28 @@ def test_missed_structures_count_with_their_penalty() -> None:
     assert len(summary.classes) == 1  # one class needs no mean over classes
     with pytest.raises(KeyError):
         summary.of(None)
+
+
+def test_cases_of_one_patient_are_drawn_together() -> None:
+    """Two scans of one heart say hardly more than one."""
+    rng = np.random.default_rng(0)
+    hearts = rng.random(20)
+    apart = estimate([float(v) for v in hearts])
+    twice = estimate([float(v) for v in hearts.repeat(2)], [f"p{i}" for i in np.arange(20).repeat(2)])
+    assert (twice.mean, twice.n) == (pytest.approx(apart.mean), 40)
+    assert (twice.low, twice.high) == (pytest.approx(apart.low), pytest.approx(apart.high))
+    unaware = estimate([float(v) for v in hearts.repeat(2)])
+    assert unaware.high - unaware.low < 0.8 * (twice.high - twice.low)
+    assert estimate([0.5, 0.7], ["one", "one"]).low is None
+    rows = [
+        Row(f"p{i}_{phase}", 1, "", scores(0.5 + i / 100), f"p{i}")
+        for i in range(9)
+        for phase in ("ED", "ES")
+    ]
+    again = from_csv(to_csv(rows))
+    assert [(row.case, row.patient) for row in again] == [(row.case, row.patient) for row in rows]
+    dice = summarise(rows).of(1).estimates["dice"]
+    assert (dice.n, summarise(again).of(1).estimates["dice"]) == (18, dice)
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=30))

@@ -42,6 +42,7 @@ class CachedCase:
         classes: 1 for binary, otherwise the number of classes including background.
         border_kernel, border_width_mm: The border band, `sampling.border_voxels`.
         present: The labels that it holds, background too.
+        patient: Whose it is, where other cases may be of the same (`Case.group`).
     """
 
     name: str
@@ -57,6 +58,7 @@ class CachedCase:
     border_width_mm: float | None = None
     header: FileHeader = field(default_factory=FileHeader)
     present: frozenset[int] = frozenset()
+    patient: str | None = None
 
     @cached_property
     def border(self) -> list[Integer[np.ndarray, " _"]]:
@@ -113,6 +115,7 @@ def load_case(
         border_width_mm=border_width_mm,
         header=volume.header,
         present=frozenset(values_of(labels.data)),
+        patient=case.group,
     )
 
 

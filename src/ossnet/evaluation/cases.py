@@ -11,6 +11,7 @@ import numpy as np
 
 from ossnet.data.cases import joined_name, nameless, relabelled, values_in_files, values_told
 from ossnet.data.layouts import Dataset, open_dataset
+from ossnet.data.naming import patient_of
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text
@@ -28,11 +29,12 @@ _MANY = 32
 
 @dataclass(frozen=True)
 class Pair:
-    """A prediction and the label that it is judged by."""
+    """A prediction and the label that it is judged by; `patient`: whose they are, where others may be of the same."""
 
     case: str
     prediction: Path
     label: Path
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,10 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
             f"{len(missing)} of {len(references)} cases have no prediction: {_listed(missing)}",
             "Segment them, or add --only-predicted to leave them out",
         )
-    pairs = tuple(Pair(case, found[case], references[case]) for case in sorted(found))
+    whose = {case: patient_of(case) for case in found}
+    if dataset is not None:
+        whose |= {case.name: case.group for case in dataset.cases}
+    pairs = tuple(Pair(case, found[case], references[case], whose[case]) for case in sorted(found))
     if dataset is None:
         return Matched(pairs, values=_values_of_undescribed(pairs))
     names, values = dict(dataset.label_names), dict(dataset.label_map)
@@ -264,7 +269,7 @@ def score(
             raise
     known = [row for found in rows for row in found]
     _tell_other_names(known)
-    out = _complete(known, [pair.case for pair in matched.pairs])
+    out = _complete(known, matched.pairs)
     if not out:
         warnings.warn("no file holds a structure: there is nothing to judge", stacklevel=2)
     _tell_strangers(out)
@@ -338,7 +343,7 @@ def _score_pair(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
     for name, parts in regions.items():
         named[parts] = name
     scores = compare(prediction.data, reference.data, reference.affine, named, tolerance_mm)
-    return [Row(pair.case, label, name, scores[label]) for label, name in named.items()]
+    return [Row(pair.case, label, name, scores[label], pair.patient) for label, name in named.items()]
 
 
 def _in_pieces(labels: LabelMap) -> bool:
@@ -352,15 +357,15 @@ def _values(*maps: LabelMap) -> list[int]:
     return sorted({int(v) for labels in maps for v in np.unique(labels.data)} - {0})
 
 
-def _complete(rows: Sequence[Row], cases: Sequence[str]) -> list[Row]:
+def _complete(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Row]:
     """Without a list of classes, each case was scored for what it holds: add what others hold, as absent."""
     labels = {row.label: row.name for row in rows}
     grid = np.zeros((1, 1, 1), np.uint8)
     absent = compare(grid, grid, np.eye(4), [1])[1]
     known = {(row.case, row.label): row for row in rows}
     return [
-        known.get((case, label), Row(case, label, labels[label], absent))
-        for case in cases
+        known.get((pair.case, label), Row(pair.case, label, labels[label], absent, pair.patient))
+        for pair in pairs
         for label in sorted(labels, key=label_order)
     ]
 

@@ -18,8 +18,8 @@ from ossnet.evaluation.metrics import DISTANCE_RULE, EMPTY_RULE, Label, Scores
 RESAMPLES = 10_000
 SEED = 0
 INTERVAL_RULE = (
-    f"Intervals are 95 % percentile bootstrap intervals of the mean over cases ({RESAMPLES} resamples, seed "
-    f"{SEED}); they say nothing about another training run, and are too narrow below about ten cases."
+    f"Intervals are 95 % percentile bootstrap intervals of the mean over cases ({RESAMPLES} resamples of patients, "
+    f"seed {SEED}); they say nothing about another training run, and are too narrow below about ten patients."
 )
 
 METRICS: dict[str, str] = {
@@ -52,12 +52,13 @@ def label_order(label: Label) -> tuple[bool, Label]:
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one class or region of one case."""
+    """Scores of one class or region of one case; `patient`: whose it is, where others may be of the same."""
 
     case: str
     label: Label
     name: str
     scores: Scores
+    patient: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,32 @@ class Summary:
         raise KeyError(label)
 
 
-def estimate(values: Sequence[float | None]) -> Estimate:
+def estimate(values: Sequence[float | None], patients: Sequence[str] | None = None) -> Estimate:
     """Mean of the values that are defined, with a 95 % percentile bootstrap interval.
 
-    Fewer than two values have no interval.
+    Patients are resampled with all their cases (a cluster bootstrap): two scans of one heart are alike. Fewer than two
+    of them have no interval.
+
+    Args:
+        values: One a case.
+        patients: Whose each case is; None: each is of another.
     """
-    defined = np.array([v for v in values if v is not None], dtype=np.float64)
-    if defined.size == 0:
+    whose = range(len(values)) if patients is None else patients
+    defined = [(who, value) for who, value in zip(whose, values, strict=True) if value is not None]
+    if not defined:
         return Estimate(None, None, None, 0)
-    mean = float(defined.mean())
-    if defined.size == 1:
-        return Estimate(mean, None, None, 1)
+    of_patients: dict[object, list[float]] = {}
+    for who, value in defined:
+        of_patients.setdefault(who, []).append(value)
+    sums = np.array([sum(found) for found in of_patients.values()])
+    counts = np.array([len(found) for found in of_patients.values()])
+    mean = float(np.mean([value for _, value in defined]))
+    if len(sums) == 1:
+        return Estimate(mean, None, None, len(defined))
     # One generator a call: the interval depends on these values alone, not on what was computed before.
-    draws = np.random.default_rng(SEED).integers(defined.size, size=(RESAMPLES, defined.size))
-    low, high = np.percentile(defined[draws].mean(axis=1), (2.5, 97.5))
-    return Estimate(mean, float(low), float(high), int(defined.size))
+    draws = np.random.default_rng(SEED).integers(len(sums), size=(RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[draws].sum(axis=1) / counts[draws].sum(axis=1), (2.5, 97.5))
+    return Estimate(mean, float(low), float(high), len(defined))
 
 
 def summarise(rows: Sequence[Row]) -> Summary:
@@ -182,13 +194,17 @@ def _defined(scores: Scores, key: str) -> float | None:
     return None if scores.outcome == "absent" else getattr(scores, key)
 
 
+def _patients(rows: Sequence[Row]) -> list[str]:
+    return [row.case if row.patient is None else row.patient for row in rows]
+
+
 def _of_class(label: Label, rows: Sequence[Row]) -> ClassSummary:
     return ClassSummary(
         label,
         rows[0].name,
         len(rows),
         *_outcomes(rows),
-        {key: estimate([_defined(row.scores, key) for row in rows]) for key in METRICS},
+        {key: estimate([_defined(row.scores, key) for row in rows], _patients(rows)) for key in METRICS},
     )
 
 
@@ -197,10 +213,11 @@ def _mean_over_classes(rows: Sequence[Row]) -> ClassSummary:
     cases: dict[str, list[Scores]] = {}
     for row in rows:
         cases.setdefault(row.case, []).append(row.scores)
+    patients = _patients(list({row.case: row for row in rows}.values()))
     estimates = {}
     for key in METRICS:
         defined = [[v for s in scores if (v := _defined(s, key)) is not None] for scores in cases.values()]
-        estimates[key] = estimate([float(np.mean(values)) if values else None for values in defined])
+        estimates[key] = estimate([float(np.mean(v)) if v else None for v in defined], patients)
     return ClassSummary(None, "mean", len(cases), *_outcomes(rows), estimates)
 
 
@@ -258,11 +275,10 @@ def to_csv(rows: Sequence[Row]) -> str:
     columns = [f.name for f in fields(Scores)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["case", "label", "name", *columns])
+    writer.writerow(["case", "label", "name", *columns, "patient"])
     for row in rows:
-        writer.writerow(
-            [row.case, label_text(row.label), row.name, *(_cell(getattr(row.scores, c)) for c in columns)]
-        )
+        scores = (_cell(getattr(row.scores, c)) for c in columns)
+        writer.writerow([row.case, label_text(row.label), row.name, *scores, _cell(row.patient)])
     return out.getvalue()
 
 
@@ -282,7 +298,8 @@ def from_csv(text: str) -> list[Row]:
         if not all(v is None or math.isfinite(v) for v in numbers.values()):
             raise ValueError(f"line {table.line_num} holds a number that is not finite")
         scores = Scores(**numbers, outcome=values["outcome"])  # type: ignore[arg-type]
-        row = Row(line["case"], label_of(line["label"]), line["name"], scores)
+        patient = line.get("patient") or None  # which earlier tables do not have
+        row = Row(line["case"], label_of(line["label"]), line["name"], scores, patient)
         if rows.setdefault((row.case, row.label), row) is not row:
             raise ValueError(f"line {table.line_num} judges structure {line['label']} of {row.case} again")
     return list(rows.values())
@@ -298,5 +315,8 @@ def to_json(rows: Sequence[Row], summary: Summary, tolerance_mm: float) -> dict[
         "tolerance_mm": tolerance_mm,
         "rules": list(summary.rules),
         "summary": [asdict(entry) for entry in summary.classes],
-        "cases": [{"case": r.case, "label": r.label, "name": r.name, **asdict(r.scores)} for r in rows],
+        "cases": [
+            {"case": r.case, "patient": r.patient, "label": r.label, "name": r.name, **asdict(r.scores)}
+            for r in rows
+        ],
     }

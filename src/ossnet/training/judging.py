@@ -84,7 +84,9 @@ def judge(
         if field and calibrated:
             answers.append(asked(field, case, len(cases)))
         for label, scores in done["cases"][case.name]["scores"].items():
-            rows.append(Row(case.name, label_of(label), names[label_of(label)], Scores(**scores)))
+            rows.append(
+                Row(case.name, label_of(label), names[label_of(label)], Scores(**scores), case.patient)
+            )
     summary = summarise(rows)
     model.metadata["whole_scans"] = {
         f"{entry.name}, whole scans of {len(cases)} cases left out": {
