@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ossnet.data.layouts import Case, Dataset, open_dataset
-from ossnet.data.splits import Split, folds, read_splits, shared_patients, split
+from ossnet.data.splits import Split, folds, read_splits, shared_patients, split, spread
 from ossnet.errors import DatasetError, SettingsError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -106,3 +107,12 @@ def test_drawn_folds_equal_the_given_ones(folder: str) -> None:
         assert (list(part.train), list(part.validation)) == (expected["train"], expected["val"])
     if "Atrium" not in folder:  # its images are packed
         assert split(open_dataset(SHARED / folder), 0).train == tuple(given_splits[0]["train"])
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_some_of_many_are_spread_evenly(cases: int, count: int) -> None:
+    found = spread(range(cases), count)
+    assert len(found) == min(count, cases)
+    gaps = np.diff([*found, cases])
+    assert found[0] == 0
+    assert gaps.max() - gaps.min() <= 1

@@ -7,7 +7,7 @@ names, shuffled k-fold, seed 12345), with all cases of a patient on one side.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from ossnet.files.containers import composed
 
 if TYPE_CHECKING:
     from ossnet.data.cases import Dataset
+
+T = TypeVar("T")
 
 SEED = 12345
 """nnU-Net's seed."""
@@ -89,6 +91,16 @@ def split(dataset: "Dataset", fold: int | Literal["paper", "all"] = 0, k: int = 
             "fold", f"there is no fold {fold}", f"Use 0 to {len(splits) - 1}, 'paper' or 'all'"
         )
     return splits[fold]
+
+
+def spread(cases: Sequence[T], count: int) -> list[T]:
+    """So many of them, at most, evenly spread over all.
+
+    >>> spread("abcdefg", 3)
+    ['a', 'c', 'e']
+    """
+    count = min(count, len(cases))
+    return [cases[index * len(cases) // count] for index in range(count)]
 
 
 def read_splits(path: Path) -> tuple[Split, ...]:

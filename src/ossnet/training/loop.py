@@ -25,6 +25,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from ossnet.data.cache import CachedCase
+from ossnet.data.splits import spread
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_bytes, write_text
@@ -346,7 +347,8 @@ class Trainer:
         """The validation cases judged while training: with a time limit as many as take a fiftieth of it.
 
         So there are five validations at least (`_validation_is_due`). The first case is timed once; the number then
-        stays, so that the scores of a training can be compared.
+        stays, so that the scores of a training can be compared. They lie spread over all: names often go with sites or
+        diseases.
         """
         if self.settings.schedule.minutes is None:
             return self.validation
@@ -357,7 +359,7 @@ class Trainer:
             taken = self._over_processes(time.monotonic() - started)
             affordable = int(whole / 50 * self.fabric.world_size / max(taken, 1e-3))
             self.state.watched = min(max(affordable, 1), len(self.validation))
-        return self.validation[: self.state.watched]
+        return spread(self.validation, self.state.watched)
 
     def _validate(self) -> None:
         self._save()  # judging may take long, and be killed

@@ -15,7 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, Dataset, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
-from ossnet.data.splits import split
+from ossnet.data.splits import split, spread
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
@@ -94,7 +94,7 @@ def train(
         return out
     if settings.validation.dense and len(validation_cases):
         say("Segmenting the validation cases with the best model")
-        chosen = validation_cases[: settings.validation.dense_cases]
+        chosen = spread(validation_cases, settings.validation.dense_cases or len(validation_cases))
         with alone_in(out):
             summary = judge(out, chosen, say, device=fabric.device)
         for entry in summary.classes:
