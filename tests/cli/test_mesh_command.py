@@ -105,7 +105,9 @@ def test_structures_of_like_names_are_files_of_their_own(heart: tuple[Path, Path
 def test_files_that_are_there_stay(heart: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "x.stl").write_text("mine")
     one = mesh(heart, tmp_path / "x.stl", "--structure", "1")
-    assert "x.stl is there. Name another output, or replace it with --overwrite" in refused(tmp_path, *one)
+    assert "x.stl already exists. Name another output, or replace it with --overwrite" in refused(
+        tmp_path, *one
+    )
     succeeded(*one, "--overwrite")
     assert volume_of(tmp_path / "x.stl") > 0
 

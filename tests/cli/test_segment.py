@@ -250,7 +250,7 @@ def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Pat
     assert "made by another model" in refused(tmp_path, *dry, "--largest")
     assert files_in(tmp_path) == before
     shutil.copy(scan, out / "b.nii.gz")
-    assert "b.nii.gz is there and is no result of ossnet" in refused(tmp_path, *dry, "--overwrite")
+    assert "b.nii.gz already exists and is no result of ossnet" in refused(tmp_path, *dry, "--overwrite")
     (out / "b.nii.gz").unlink()
     (out / "report.json").write_text("{}")
     assert "no report of ossnet" in refused(tmp_path, *dry)

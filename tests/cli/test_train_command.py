@@ -53,7 +53,7 @@ def data(balls: Path, tmp_path: Path) -> Path:
         (["--set", "data.shape=0,8,8"], "data.shape"),
         (["--set", "seed=99999999999999999999"], "seed"),
         (["--set", "augmentation.flip_axes=[7]"], "augmentation.flip_axes"),
-        (["--fold", "x"], "data.fold: 'x' is none of its values. Its meaning: number of the fold"),
+        (["--fold", "x"], "data.fold: 'x' is not an allowed value. Its meaning: number of the fold"),
         (["--set", "optimiser.learning_rate=1"], "Perhaps optimiser.lr is meant"),
         (["--set", "data.fold=9"], "there is no fold 9"),
         (["--set", "data.fold=paper"], "no split"),

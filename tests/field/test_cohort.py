@@ -110,11 +110,11 @@ def test_results_of_something_else_are_not_taken_for_finished(
     assert other.fingerprint() != model.fingerprint()
     for changed, options in ((other, {}), (model, {"spacing": 0.5}), (model, {"largest": True})):
         with pytest.raises(
-            SettingsError, match=r"scan_0\.nii\.gz is there \(and 4 more\), made by another model"
+            SettingsError, match=r"scan_0\.nii\.gz already exists \(and 4 more\), made by another model"
         ):
             run(changed, scans, out, **options)
     tiny.scan((30, 9, 8)).save(scans / "scan_2.nii.gz")
-    with pytest.raises(SettingsError, match=r"scan_2\.nii\.gz is there, made by"):
+    with pytest.raises(SettingsError, match=r"scan_2\.nii\.gz already exists, made by"):
         run(model, scans, out)
     assert times(out) == before
     assert run(model, scans, out, overwrite=True)["scans"]["scan_2"]["shape"] == [30, 9, 8]
@@ -176,7 +176,7 @@ def test_probabilities_say_what_made_them(model: Model, scans: Path, tmp_path: P
     next(iter(other.network.parameters())).data.add_(0.01)
     run(other, scans, out, overwrite=True)  # leaves the maps of the first model
     with pytest.raises(
-        SettingsError, match=r"scan_0_probabilities\.nii\.gz is there \(and 4 more\), made by another"
+        SettingsError, match=r"scan_0_probabilities\.nii\.gz already exists \(and 4 more\), made by another"
     ):
         run(other, scans, out, probabilities=True)
     Volume(np.zeros((1, 4, 4, 4), np.float32), np.eye(4)).save(out / "scan_1_probabilities.nii.gz")
@@ -188,7 +188,9 @@ def test_probabilities_of_another_temperature_are_others(model: Model, scans: Pa
     run(model, scans, tmp_path / "out", probabilities=True)
     calibrated = replace(model, metadata={**model.metadata, "temperature": 2.0})
     run(calibrated, scans, tmp_path / "out")
-    with pytest.raises(SettingsError, match=r"_probabilities\.nii\.gz is there .* made by another model"):
+    with pytest.raises(
+        SettingsError, match=r"_probabilities\.nii\.gz already exists .* made by another model"
+    ):
         run(calibrated, scans, tmp_path / "out", probabilities=True)
     run(calibrated, scans, tmp_path / "out", probabilities=True, overwrite=True)
     before = times(tmp_path / "out")
@@ -234,13 +236,15 @@ def test_a_map_that_was_corrected_is_no_result(model: Model, scans: Path, tmp_pa
     replace(two, data=1 - two.data).save(out / "scan_1.nii.gz")
     before = times(out)
     for overwrite in (False, True):
-        with pytest.raises(SettingsError, match=r"scan_0\.nii\.gz is there \(and 1 more\) and was changed"):
+        with pytest.raises(
+            SettingsError, match=r"scan_0\.nii\.gz already exists \(and 1 more\) and was changed"
+        ):
             run(model, scans, out, overwrite=overwrite)
     assert times(out) == before
     assert read_labels(out / "scan_0.nii.gz").holds_classes
     one.save(out / "scan_0.nii.gz")
     (out / "scan_1.nii.gz").write_bytes((out / "scan_1.nii.gz").read_bytes()[:-20])
-    with pytest.raises(SettingsError, match=r"scan_1\.nii\.gz is there and was changed"):
+    with pytest.raises(SettingsError, match=r"scan_1\.nii\.gz already exists and was changed"):
         run(model, scans, out)
 
 

@@ -206,7 +206,9 @@ def test_what_was_mirrored_in_training_is_asked_mirrored(balls: Path) -> None:
     assert planned(balls).model.mirror == ()
     mirrored = planned(balls, "augmentation.flip_axes=[2,0,2]")
     assert mirrored.model.mirror == (0, 2)
-    assert "in use the mean of 4 answers, mirrored and not (augmentation.mirror_in_use)" in mirrored.reasons
+    assert (
+        "inference averages 4 predictions, mirrored and not (augmentation.mirror_in_use)" in mirrored.reasons
+    )
     alone = planned(balls, "augmentation.flip_axes=[0]", "augmentation.mirror_in_use=false")
     assert alone.model.mirror == ()
     dataset = open_dataset(balls)

@@ -125,7 +125,7 @@ def test_epochs_are_meant_where_they_are_given() -> None:
         ("optimiser.name=sgd", "lookahead_radam"),
         ("data.cache_gb=inf", "finite"),
         ("optimiser.lr=nan", "finite"),
-        ("optimiser.pade_lr=-1", "none of its values"),
+        ("optimiser.pade_lr=-1", "not an allowed value"),
     ],
 )
 def test_what_has_no_meaning_is_refused_with_help(change: str, message: str) -> None:

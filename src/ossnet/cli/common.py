@@ -154,7 +154,7 @@ def told() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("OSSNET_DEBUG") or not is_out_of_memory(error):
             raise
-        say("memory ran out. Close other programs, or use smaller settings.", "error")
+        say("memory ran out. Close other programs, or lower --memory or schedule.batch_size.", "error")
         raise typer.Exit(REFUSED) from None
 
 

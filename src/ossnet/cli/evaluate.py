@@ -22,11 +22,11 @@ def command(
         ),
     ],
     out: Out = None,
-    tolerance: Annotated[float, typer.Option(help="Of the surface Dice, in mm.", min=0.0)] = 1.0,
+    tolerance: Annotated[float, typer.Option(help="Tolerance of the surface Dice in mm.", min=0.0)] = 1.0,
     only_predicted: Annotated[
         bool,
         typer.Option(
-            "--only-predicted", help="Leave out cases without a prediction, do not refuse (as for a file)."
+            "--only-predicted", help="Skip cases without a prediction instead of failing (as for a file)."
         ),
     ] = False,
     region: Annotated[

@@ -32,7 +32,7 @@ def command(
         ),
     ] = None,
     kind: Annotated[
-        str, typer.Option("--format", help="Of the files in a folder: stl, ply, obj or glb.")
+        str, typer.Option("--format", help="File format when --out is a folder: stl, ply, obj or glb.")
     ] = "stl",
     labels: Annotated[
         Path | None,
@@ -87,7 +87,7 @@ def command(
     )
     if not overwrite and (there := [file for file in files.values() if file.exists()]):
         raise SettingsError(
-            "--out", f"{there[0]} is there", "Name another output, or replace it with --overwrite"
+            "--out", f"{there[0]} already exists", "Name another output, or replace it with --overwrite"
         )
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     drawn = None

@@ -8,23 +8,23 @@ Models = Annotated[
     list[str],
     typer.Option(
         "--model",
-        help="Run or model folder, or the name of a model that is shipped. Given several times, for folds as an "
-        "example: the mean of their probabilities.",
+        help="Run folder, model folder, or name of a shipped model. Repeat it to average the probabilities of several, "
+        "such as the folds of a cross-validation.",
     ),
 ]
 Mirror = Annotated[
     bool,
     typer.Option(
         "--mirror/--no-mirror",
-        help="Ask models that were trained on mirrored scans mirrored as well; or once only, in half the time for one "
-        "axis.",
+        help="For models that were trained on mirrored scans: average over mirrored copies too; --no-mirror: once, in "
+        "half the time for each axis.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Memory = Annotated[
     str | None,
     typer.Option(
-        help='Memory limit above the loaded scan and the model, such as "2GB"; on a GPU, its memory is meant.'
+        help='Memory limit beyond the loaded scan and the model, such as "2GB"; on a GPU, of GPU memory.'
     ),
 ]
 ReplaceNan = Annotated[

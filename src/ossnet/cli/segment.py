@@ -34,7 +34,7 @@ def command(
         str, typer.Option(help="auto, octree, dense; original, released, paper: the released algorithm.")
     ] = "auto",
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write probabilities (asks everywhere).")
+        bool, typer.Option("--probabilities", help="Also write probabilities (evaluates every voxel).")
     ] = False,
     dicom_seg: Annotated[
         bool, typer.Option("--dicom-seg", help="Also write DICOM segmentations; for DICOM series only.")
@@ -52,7 +52,9 @@ def command(
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     memory: Memory = None,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Locations a pass; chosen when not given.")] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Locations per batch (default: automatic).")
+    ] = None,
     replace_nan: ReplaceNan = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[
@@ -64,7 +66,7 @@ def command(
 
     **Example:** `ossnet segment scan.nii.gz --model runs/hippocampus --out scan_seg.nii.gz`
 
-    Folders resume: what this model made of this scan with these options is final, and not made again. Files that are
+    Folders resume: what this model made of this scan with these options is kept and not recomputed. Files that are
     something else are never replaced by accident. Next to the label maps lies `report.json` (`NAME_report.json` for
     one file): volumes, times, locations asked, versions.
     """

@@ -28,9 +28,9 @@ _FEW_STEPS = 500
 def command(
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in any layout that `ossnet check` knows. Needed, but for --resume."),
+        typer.Option(help="Data set in any layout that `ossnet check` knows. Required unless --resume."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make. Needed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to create. Required.")] = None,
     variant: Annotated[
         str | None, typer.Option(help="multiscale (default), O-Net, A, B, C, D, unet3d, unet2d, monai-unet.")
     ] = None,
@@ -47,14 +47,14 @@ def command(
     fold: Annotated[
         str | None,
         typer.Option(
-            help="Fold that is left out for validation: 0 (default) to 4, or those of splits_final.json; all: none is; "
-            "paper: the paper's split."
+            help="Fold that is left out for validation: 0 (default) to 4, or those of splits_final.json; all: train on "
+            "every case; paper: the paper's split."
         ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
-            help="Start from the stages and weights of this run or model; scans and structures may be others."
+            help="Start from the stages and weights of this run or model; scans and structures may differ."
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -63,7 +63,7 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     help_settings: Annotated[
         bool,
-        typer.Option("--help-settings", help="List every setting that --variant heeds, with its values."),
+        typer.Option("--help-settings", help="List every setting that --variant uses, with its values."),
     ] = False,
 ) -> None:
     """Train a network on a data set.
@@ -222,12 +222,12 @@ class Watcher:
         say(f"{each:.3g} s a step: about {steps:,.0f} steps in all, {minutes:.0f} minutes to go")
         if steps < _FEW_STEPS and self._batch_size > 1:
             say(
-                f"these are few steps to learn in: with fewer than {self._batch_size} scans each "
-                "(--set schedule.batch_size=1) there are more of them"
+                f"only about {steps:,.0f} steps will fit; with fewer than {self._batch_size} scans a step "
+                "(--set schedule.batch_size=1) there are more"
             )
 
     def validated(self, row: dict[str, Any]) -> None:
-        """One line."""
+        """Say a line with step, loss and scores."""
         scores = "".join(f"  {k} {v:.4f}" for k, v in row.items() if k.startswith(("dice", "iou")))
         scores = f"  sampled:{scores}" if scores else ""
         minutes = row["seconds"] / 60

@@ -100,7 +100,7 @@ class Model:
             if one != two:
                 return f"its {name.replace('_', ' ')} are {two} instead of {one}"
         if other.preparation.orientation != self.preparation.orientation:
-            return "it keeps the axes of the file, or does not, unlike the first"
+            return "one model reorients scans and the other does not"
         return None
 
     @property
@@ -297,7 +297,7 @@ class Model:
         """
         folder = Path(folder)
         if self.others:
-            raise ModelError(folder, "several models are no model to save", "Save each of them")
+            raise ModelError(folder, "an ensemble cannot be saved", "Save each of its models")
         # safetensors refuses tensors that share memory; state dicts of ours have none that do.
         weights = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
         if half:

@@ -127,7 +127,11 @@ def make_plan(
             "splits_final.json in the data set, and --fold 0)"
         )
     if dataset.regions:
-        how = "learnt as one with all others" if classes == 1 else "learnt label by label, and judged as well"
+        how = (
+            "merged with all other structures"
+            if classes == 1
+            else "learnt label by label, and judged as well"
+        )
         reasons.append(f"regions of several labels are {how}: {', '.join(dataset.regions)}")
 
     intensities = choose_intensities(dataset, train, settings)
@@ -163,7 +167,7 @@ def make_plan(
         )
     if mirror:
         reasons.append(
-            f"in use the mean of {2 ** len(mirror)} answers, mirrored and not (augmentation.mirror_in_use)"
+            f"inference averages {2 ** len(mirror)} predictions, mirrored and not (augmentation.mirror_in_use)"
         )
     if resumed is None and known is not None:
         reasons.append(_start_from(known, recipe.network, str(settings.network.init)))

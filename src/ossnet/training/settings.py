@@ -528,7 +528,7 @@ def _readable(error: ValidationError, tree: Mapping[str, Any], where: str) -> Se
         field, value = field.annotation.model_fields.get(path[1]), tree[path[0]].get(path[1])
     # Beyond the setting's own name: members of a union as words, places in a tuple as numbers.
     union = any(isinstance(part, str) for part in first["loc"][2:])
-    reason = f"{value!r} is none of its values" if union else f"{value!r}: {first['msg']}"
+    reason = f"{value!r} is not an allowed value" if union else f"{value!r}: {first['msg']}"
     meaning = _meaning(field) if field is not None else ""
     return SettingsError(
         f"{where}: {name}",

@@ -180,7 +180,8 @@ def _train(
             plan.model.metadata["piece_mm"] = round(extent, 2)
         if (gap := plan.model.piece_gap_mm) is not None:
             say(
-                f"structures are small beside the network's coarse cells: in use every {gap:.1f} mm are asked first"
+                "structures are small compared with the network's coarse cells: segmentation starts by evaluating "
+                f"every {gap:.1f} mm"
             )
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero:

@@ -275,7 +275,7 @@ def require_series(jobs: Sequence[Job], options: Options) -> None:
 
 def _first(targets: Sequence[Path]) -> str:
     more = f" (and {len(targets) - 1} more)" if len(targets) > 1 else ""
-    return f"{targets[0]} is there{more}"
+    return f"{targets[0]} already exists{more}"
 
 
 def finished(job: Job, options: Options) -> bool:
