@@ -206,6 +206,19 @@ def test_weights_of_the_authors_are_judged_by_all_structures_together(tmp_path: 
     assert [(row["name"], row["dice"]) for row in told["cases"]] == [("front and back", 1)]
 
 
+def test_labels_of_test_cases_mean_what_the_data_set_says(tmp_path: Path) -> None:
+    """`labelsTs` beside a `dataset.json`: names, values and regions are those of the data set."""
+    root = dataset(tmp_path / "d", named={"background": 0, "front": 1, "back": 4})
+    described = json.loads((root / "dataset.json").read_text())
+    described["labels"]["both"] = [1, 4]
+    (root / "dataset.json").write_text(json.dumps(described))
+    labels(4).save(root / "labelsTs" / "t.nii.gz")
+    replace(labels(2), origin="ossnet 0123", names={1: "front", 2: "back"}).save(tmp_path / "p" / "t.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", root / "labelsTs", "--json").out)
+    assert {row["name"]: row["dice"] for row in told["cases"]} == {"front": None, "back": 1, "both": 1}
+    refused(evaluate(tmp_path / "p", root), f"for test cases give {root / 'labelsTs'}")
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_our_results_against_labels_that_nothing_describes(tmp_path: Path) -> None:
     """Results hold classes, masks 255: a data set folder says so, single files do not."""

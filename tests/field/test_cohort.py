@@ -604,3 +604,14 @@ def test_processes_take_different_gpus(
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     take_gpu(environment)
     assert found == taken
+
+
+def test_channels_in_another_order_are_told(scans: Path, tmp_path: Path) -> None:
+    described = {"channel_names": {"0": "T1", "1": "FLAIR"}, "labels": {"background": 0, "part": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    with pytest.warns(VolumeWarning, match="calls the channels T1, FLAIR, and the model takes flair, t1"):
+        plan_jobs([scans], tmp_path / "out", channel_names=("flair", "t1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for names in (("t1", "flair"), ("image",), ()):
+            plan_jobs([scans], tmp_path / "out", channel_names=names)

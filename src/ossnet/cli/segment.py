@@ -103,7 +103,13 @@ def command(
         overwrite=overwrite,
     )
     loaded = Model.load(*model, mirror=mirror)
-    jobs = plan_jobs(images, out, channels_together=channels, most_channels=loaded.channels)
+    jobs = plan_jobs(
+        images,
+        out,
+        channels_together=channels,
+        most_channels=loaded.channels,
+        channel_names=loaded.channel_names,
+    )
     if dry_run:
         forecasts, failed = forecast_all(loaded, jobs, options, with_targets=out is not None)
         if len(failed) < len(forecasts):

@@ -51,7 +51,7 @@ def nnunet(value: Mapping[str, Any], path: Path) -> Description:
         )
     labels = value["labels"]
     regions = {str(k): tuple(sorted({int(n) for n in v})) for k, v in labels.items() if _is_region(v)}
-    return Description(_channels(value["channel_names"]), _named(labels, path), listed, regions)
+    return Description(channels_of(value["channel_names"]), _named(labels, path), listed, regions)
 
 
 def decathlon(value: Mapping[str, Any], path: Path) -> Description:
@@ -73,7 +73,7 @@ def decathlon(value: Mapping[str, Any], path: Path) -> Description:
         # One name in many folders: the folders name the cases.
         listed = [(composed(Path(label).parent.name) or name, files, label) for name, files, label in listed]
     return Description(
-        _channels(value.get("modality") or value.get("channel_names") or {}),
+        channels_of(value.get("modality") or value.get("channel_names") or {}),
         _named(value["labels"], path),
         tuple(listed),
     )
@@ -88,7 +88,8 @@ def _numbered_images(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _channels(value: Mapping[str, Any]) -> tuple[str, ...]:
+def channels_of(value: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names in order, of numbers → names."""
     return tuple(str(value[key]) for key in sorted(value, key=int))
 
 

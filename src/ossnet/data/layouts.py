@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ossnet.data.cases import Case, Dataset, Problem, nameless
-from ossnet.data.descriptions import Description, read_description
+from ossnet.data.descriptions import Description, channels_of, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
@@ -123,6 +124,18 @@ def images_in(path: Path | str, channels: int | None = None) -> tuple[Case, ...]
     if series:
         return series
     raise DatasetError(root, *files.none())
+
+
+def described_channels(path: Path | str) -> tuple[str, ...]:
+    """What a `dataset.json` in a folder, or beside it, calls the channels of scans; nothing where there is none.
+
+    A damaged one is the matter of whoever needs it.
+    """
+    for folder in (Path(path), Path(os.path.abspath(path)).parent):
+        with suppress(DatasetError, TypeError, ValueError):
+            if (value := read_description(folder)) is not None:
+                return channels_of(value.get("channel_names") or value.get("modality") or {})
+    return ()
 
 
 def _unlabelled(root: Path, files: Files, channels: int | None) -> Iterator[Found]:

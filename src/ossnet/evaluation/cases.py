@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from ossnet.data.cases import joined_name, nameless, relabelled, values_in_files, values_told
 from ossnet.data.layouts import Dataset, open_dataset
-from ossnet.data.naming import patient_of
+from ossnet.data.naming import names_labels, patient_of
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text
@@ -160,7 +161,8 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
         raise DatasetError(
             predictions,
             f"{'is not' if predictions.is_file() else 'no file is'} named after a case of {labels}",
-            f"Name predictions after the cases, for example {missing[0]}.nii.gz",
+            f"Name predictions after the cases, for example {missing[0]}.nii.gz"
+            + (f"; for test cases give {labels / 'labelsTs'}" if (labels / "labelsTs").is_dir() else ""),
         )
     if missing and not only_predicted and not predictions.is_file():
         raise DatasetError(
@@ -371,15 +373,24 @@ def _complete(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[Row]:
 
 
 def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
-    """Case → label file, and the data set if the folder is one."""
+    """Case → label file, and the data set if the folder is one, or holds labels of one (nnU-Net's `labelsTs`)."""
     try:
         dataset = open_dataset(folder)
     except DatasetError:
         files = _images(folder)
         if not files:
             raise
-        return _named_alike(files), None
+        return _named_alike(files), _described_beside(folder)
     return {case.name: case.label for case in dataset.cases if case.label}, dataset
+
+
+def _described_beside(folder: Path) -> Dataset | None:
+    """The data set whose test labels a folder beside its description holds; of its own cases none is meant."""
+    if not (names_labels(folder) and (folder.parent / "dataset.json").is_file()):
+        return None
+    with suppress(DatasetError):
+        return replace(open_dataset(folder.parent), cases=(), problems=())
+    return None
 
 
 def _named_alike(files: Sequence[Path]) -> dict[str, Path]:

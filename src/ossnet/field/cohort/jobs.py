@@ -1,12 +1,13 @@
 """Which files become which: scans paired with targets, and what is in the way."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ossnet.data.layouts import images_in
+from ossnet.data.layouts import described_channels, images_in
 from ossnet.errors import DatasetError, SettingsError
 from ossnet.field.binding import precision_of
 from ossnet.field.model import Model
@@ -15,6 +16,7 @@ from ossnet.files.atomic import clear_unfinished, require_folder
 from ossnet.files.containers import FILE_ENDINGS, SLICER, is_slicer_segmentation, scan_name, stem
 from ossnet.files.dicom import is_dicom
 from ossnet.files.dicom_seg import require_highdicom
+from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import origin_of
 from ossnet.volume import MARK
 
@@ -134,6 +136,7 @@ def plan_jobs(
     *,
     channels_together: bool = False,
     most_channels: int | None = None,
+    channel_names: Sequence[str] = (),
 ) -> list[Job]:
     """Pair scans with targets.
 
@@ -142,6 +145,7 @@ def plan_jobs(
         out: A file for one scan, otherwise a folder; None where nothing will be written.
         channels_together: The files are the channels of one scan.
         most_channels: Those that the model takes: with more files of one name and four digits these are scans.
+        channel_names: What the model calls them, in order; another order in the data set's description is warned of.
 
     Raises:
         DatasetError: A path that is not there, or a folder without scans; results of ours are none.
@@ -155,6 +159,7 @@ def plan_jobs(
     else:
         for path in images:
             if path.is_dir():
+                _tell_other_order(path, channel_names)
                 found = [(case.name, case.images) for case in images_in(path, most_channels)]
                 # One target for a series: not for others that lie below it.
                 own = [scan for scan in found if scan[1] == (Path(os.path.abspath(path)),)]
@@ -196,6 +201,20 @@ def plan_jobs(
         if directory := next((job.target for job in jobs if job.target.is_dir()), None):
             raise SettingsError("--out", f"{directory} is a folder", "Name a file that is not there yet")
     return jobs
+
+
+def _tell_other_order(path: Path, names: Sequence[str]) -> None:
+    """Warn where scans have the model's channels in another order, which no file shows."""
+    theirs = described_channels(path)
+    if [n.casefold() for n in theirs] == [n.casefold() for n in names]:
+        return
+    if sorted(n.casefold() for n in theirs) == sorted(n.casefold() for n in names):
+        warnings.warn(
+            f"{path}: dataset.json calls the channels {', '.join(theirs)}, and the model takes {', '.join(names)}: "
+            "in another order it answers nonsense.",
+            VolumeWarning,
+            stacklevel=3,
+        )
 
 
 def _folders(job: Job) -> set[Path]:
