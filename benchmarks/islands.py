@@ -2,8 +2,8 @@
 
     python benchmarks/islands.py --model runs/atrium --data Dataset101_LeftAtrium --output FILE.json
 
-Scores of the validation cases as they are and with the largest component of each structure alone. Nothing in the
-package filters components; this says what a filter would gain.
+Scores of the validation cases as they are and with the largest component of each structure alone
+(`ossnet segment --largest`, off by default): what that would gain.
 """
 
 import argparse
