@@ -11,8 +11,10 @@ from tests.files.nrrd_writer import write_nrrd
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.data.splits import split
 from ossnet.errors import DatasetError, VolumeError
+from ossnet.evaluation.cases import match
 from ossnet.files.header import VolumeWarning
 from ossnet.files.nifti import write_labels, write_volume
+from ossnet.files.reading import read_labels
 from ossnet.volume import MARK, LabelMap, Orientation, Volume
 
 SHAPE = (4, 5, 6)
@@ -555,13 +557,28 @@ def test_a_segmentation_of_slicer_may_be_cropped(tmp_path: Path) -> None:
         (tmp_path / "a.seg.nrrd").unlink()
 
 
-def test_segments_numbered_anew_in_each_file_are_told(tmp_path: Path) -> None:
-    for case, names in (("a", {1: "Atrium", 2: "valve"}), ("b", {1: "valve", 2: "atrium"})):
+def test_segments_numbered_anew_in_each_file_are_known_by_their_names(tmp_path: Path) -> None:
+    for case, names in (
+        ("a", {1: "Atrium", 2: "valve"}),
+        ("b", {1: "valve", 2: "atrium"}),
+        ("c", {1: "Valve "}),
+    ):
         nrrd(tmp_path / f"{case}.nrrd", (3, 5, 7))
-        nrrd(tmp_path / f"{case}.seg.nrrd", (0, 1, 2), names)
-    (problem,) = open_dataset(tmp_path).problems
-    assert problem.where.endswith("b.seg.nrrd")
-    assert "label 1 is named 'valve', and 'Atrium' in a.seg.nrrd" in problem.reason
+        nrrd(tmp_path / f"{case}.seg.nrrd", (0, *names), names)
+    data = open_dataset(tmp_path)
+    assert (data.problems, data.label_map) == ((), {})
+    assert dict(data.label_names) == {0: "background", 1: "Atrium", 2: "valve"}
+    stored = {case: read_labels(tmp_path / f"{case}.seg.nrrd").data for case in "abc"}
+    for case, classes in (("a", (0, 1, 2)), ("b", (0, 2, 1)), ("c", (0, 2))):
+        np.testing.assert_array_equal(data.labels(data[case]).data, np.array(classes)[stored[case]])
+    matched = match(tmp_path / "b.seg.nrrd", tmp_path)
+    np.testing.assert_array_equal(matched.reference(matched.pairs[0]).data, data.labels(data["b"]).data)
+    # A segment without a name says nothing, and nor does a name that two of them have.
+    for names in ({1: "valve"}, {1: "valve", 2: "Valve"}):
+        nrrd(tmp_path / "b.seg.nrrd", (0, 1, 2), names)
+        (problem,) = open_dataset(tmp_path).problems
+        assert problem.where.endswith("b.seg.nrrd")
+        assert "label 1 is named 'valve', and 'Atrium' in a.seg.nrrd" in problem.reason
 
 
 def test_segments_must_be_those_of_the_description(tmp_path: Path) -> None:

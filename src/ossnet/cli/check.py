@@ -87,6 +87,8 @@ def show(found: "Fingerprint", console: Console, *, cases: bool = False) -> None
     moved = [
         f"{value} in files is class {number}" for value, number in data.label_map.items() if value != number
     ]
+    if data.by_name:
+        facts.add_row("Label values", "differ between files, which name them: names count")
     if moved:
         facts.add_row("Label values", ", ".join(moved))
     facts.add_row("Splits", _splits_line(found))

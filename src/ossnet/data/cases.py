@@ -1,7 +1,7 @@
 """A data set: its cases, what their channels and labels mean, and reading them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,16 @@ def values_in_files(names: Mapping[int, str], label_map: Mapping[int, int]) -> s
     return set(label_map) | (set(names) - set(label_map.values()))
 
 
+def name_key(name: str) -> str:
+    """Alike for names that mean one structure."""
+    return name.strip().casefold()
+
+
+def named_classes(names: Mapping[int, str], by_name: Mapping[str, int]) -> dict[int, int]:
+    """Value in a label file → class, by the names that the file gives (`Dataset.by_name`)."""
+    return {value: by_name[name_key(name)] for value, name in names.items() if name_key(name) in by_name}
+
+
 def values_of(data: Integer[np.ndarray, "X Y Z"]) -> list[int]:
     """The values in a label map, ascending; plane by plane, which takes hardly any memory beside it."""
     found: set[int] = set()
@@ -106,6 +116,8 @@ class Dataset:
         channel_names: Channels in the order in which networks get them.
         label_names: Class → name, background 0 included; classes are 0 … K-1.
         label_map: Value in the file → class, for the values that differ (BraTS stores class 3 as 4).
+        by_name: Name of a structure (`name_key`) → class, where each label file numbers structures in its own way and
+            names them, as 3D Slicer's segmentations may; empty where numbers count.
         splits: Folds of `splits_final.json`, or None.
         regions: Name → classes, for what the data set names of several labels together. The labels are learnt one by
             one, and judged one by one and together.
@@ -119,6 +131,7 @@ class Dataset:
     channel_names: tuple[str, ...]
     label_names: Mapping[int, str]
     label_map: Mapping[int, int] = field(default_factory=dict)
+    by_name: Mapping[str, int] = field(default_factory=dict)
     splits: tuple[Split, ...] | None = None
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
@@ -187,17 +200,22 @@ class Dataset:
         if case.label is None:
             raise DatasetError(case.images[0], "has no label", "Add its label file")
         labels = read_labels(case.label)
-        self._require_same_names(labels, case.label)
+        if self.by_name:
+            label_map: Mapping[int, int] = named_classes(labels.names, self.by_name)
+            declared = {0, *label_map}
+        else:
+            label_map = {} if labels.holds_classes else self.label_map
+            declared = values_in_files(self.label_names, label_map)
+            self._require_same_names(labels, case.label, label_map)
         return replace(
             labels,
-            data=self._classes(labels.data, case.label, {} if labels.holds_classes else self.label_map),
+            data=_as_classes(labels.data, case.label, label_map, declared),
             names=dict(self.label_names),
             origin="",  # of the file as it was
         )
 
-    def _require_same_names(self, labels: LabelMap, where: Path) -> None:
+    def _require_same_names(self, labels: LabelMap, where: Path, classes: Mapping[int, int]) -> None:
         """Refuse a label file whose own names say that it numbers structures otherwise than the data set."""
-        classes = {} if labels.holds_classes else self.label_map
         ours = {v: self.label_names.get(classes.get(v, v), "").casefold() for v in labels.names}
         theirs = {v: name.casefold() for v, name in labels.names.items()}
         if reason := same_names(theirs, ours):
@@ -223,16 +241,18 @@ class Dataset:
             )
         return volume, labels
 
-    def _classes(self, data: np.ndarray, where: Path, label_map: Mapping[int, int]) -> np.ndarray:
-        found = values_of(data)
-        declared = values_in_files(self.label_names, label_map)
-        unknown = [v for v in found if v not in declared]
-        if unknown:
-            raise VolumeError(
-                where,
-                f"holds label {unknown[0]}, which the data set does not declare",
-                f"Declare it, or correct the file; declared are {', '.join(map(str, sorted(declared)))}",
-            )
-        if not any(v in label_map for v in found):
-            return data
-        return relabelled(data, label_map)
+
+def _as_classes(
+    data: np.ndarray, where: Path, label_map: Mapping[int, int], declared: Set[int]
+) -> np.ndarray:
+    found = values_of(data)
+    unknown = [v for v in found if v not in declared]
+    if unknown:
+        raise VolumeError(
+            where,
+            f"holds label {unknown[0]}, which the data set does not declare",
+            f"Declare it, or correct the file; declared are {', '.join(map(str, sorted(declared)))}",
+        )
+    if all(label_map.get(v, v) == v for v in found):
+        return data
+    return relabelled(data, label_map)

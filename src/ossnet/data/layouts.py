@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ossnet.data.cases import Case, Dataset, Problem, nameless
+from ossnet.data.cases import Case, Dataset, Problem, name_key, nameless
 from ossnet.data.descriptions import Description, channels_of, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
 from ossnet.data.splits import read_splits
@@ -288,8 +288,9 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         )
     cases = _grouped(cases, root / "cases.json")
     names, mapping = dict(description.label_names), dict(layout.label_map)
+    by_name: dict[str, int] = {}
     if not names:
-        names, mapping, more = _found_labels(cases)
+        names, mapping, by_name, more = _found_labels(cases)
         problems += more
     elif layout.describe:
         names, mapping = consecutive(names)
@@ -304,6 +305,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         channel_names=description.channel_names or _channel_names(cases),
         label_names=names,
         label_map=mapping,
+        by_name=by_name,
         splits=read_splits(split_file) if split_file.exists() else None,
         regions=regions,
         problems=tuple(problems),
@@ -419,8 +421,14 @@ def consecutive(names: Mapping[int, str]) -> tuple[dict[int, str], dict[int, int
     return {number: names.get(value, "background") for number, value in enumerate(values)}, mapping
 
 
-def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int], list[Problem]]:
-    """Classes from what label files hold, for data sets that nothing describes."""
+def _found_labels(
+    cases: Sequence[Case],
+) -> tuple[dict[int, str], dict[int, int], dict[str, int], list[Problem]]:
+    """Classes from what label files hold, for data sets that nothing describes.
+
+    Returns:
+        Class → name, value → class where they differ, and name → class where files number structures differently.
+    """
 
     def values(case: Case) -> tuple[bool, set[int], dict[int, str]]:
         try:
@@ -443,11 +451,27 @@ def _found_labels(cases: Sequence[Case]) -> tuple[dict[int, str], dict[int, int]
         return (
             {0: "background"},
             {},
+            {},
             [Problem(example, f"label files hold {len(found)} values", "Are images and labels swapped?")],
         )
     told, problem = _told_names({case.label: names for case, (_, _, names) in zip(cases, each, strict=True)})
+    if problem and all(v - {0} <= set(names) for _, v, names in each):
+        by_name = _by_name([names for _, _, names in each])
+        if by_name:
+            return {0: "background", **by_name}, {}, {name_key(n): c for c, n in by_name.items()}, []
     names = {v: "background" if v == 0 else told.get(v, nameless(v)) for v in found}
-    return (*consecutive(names), [] if problem is None else [problem])
+    return (*consecutive(names), {}, [] if problem is None else [problem])
+
+
+def _by_name(files: Sequence[Mapping[int, str]]) -> dict[int, str]:
+    """Class → name, in the order in which label files name structures; nothing where one file has a name twice."""
+    first: dict[str, str] = {}
+    for names in files:
+        if len({name_key(name) for name in names.values()}) < len(names):
+            return {}
+        for _, name in sorted(names.items()):
+            first.setdefault(name_key(name), name.strip())
+    return dict(enumerate(first.values(), 1))
 
 
 def _told_names(files: Mapping[Path | None, Mapping[int, str]]) -> tuple[dict[int, str], Problem | None]:
@@ -464,7 +488,7 @@ def _told_names(files: Mapping[Path | None, Mapping[int, str]]) -> tuple[dict[in
                 problem = Problem(
                     str(file),
                     f"label {value} is named {name!r}, and {first!r} in {where and where.name}",
-                    "Give each structure one number in all label files",
+                    "Give each structure one number in all label files, or name all that are there",
                 )
     count = Counter(name for name, _ in told.values())
     return {v: name if count[name] == 1 else f"{name} {v}" for v, (name, _) in told.items()}, problem

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ossnet.data.cases import joined_name, nameless, relabelled, values_in_files, values_told
+from ossnet.data.cases import (
+    joined_name,
+    named_classes,
+    nameless,
+    relabelled,
+    values_in_files,
+    values_told,
+)
 from ossnet.data.layouts import Dataset, open_dataset
 from ossnet.data.naming import names_labels, patient_of
 from ossnet.errors import DatasetError, SettingsError, VolumeError
@@ -48,6 +55,7 @@ class Matched:
         values: Value in a label file → class, for those that differ.
         regions: Name → classes, for what is judged as one structure beside its parts.
         as_in_files: Predictions that do not say what made them hold the values of label files, not classes.
+        by_name: Name → class, where label files number structures each in its own way (`Dataset.by_name`).
         described: A data set says what `values` mean; otherwise they lead to the numbers that results have.
     """
 
@@ -57,6 +65,7 @@ class Matched:
     as_in_files: bool = True
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     described: bool = False
+    by_name: Mapping[str, int] = field(default_factory=dict)
 
     def reference(self, pair: Pair) -> LabelMap:
         """The label, as classes.
@@ -102,6 +111,9 @@ class Matched:
             as_in_file = self.described and labels.holds_values
         values = self.values if as_in_file else {}
         known = values_in_files(self.names, values)
+        if self.by_name and labels.names:
+            values = named_classes(labels.names, self.by_name)
+            known = {0, *values}
         found = {int(v) for v in np.unique(labels.data)}
         if len(found) > _MANY and not self.names and not _in_pieces(labels):
             raise VolumeError(
@@ -178,7 +190,7 @@ def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> M
         return Matched(pairs, values=_values_of_undescribed(pairs))
     names, values = dict(dataset.label_names), dict(dataset.label_map)
     as_in_files = not values or _hold_file_values(pairs, names, values)
-    return Matched(pairs, names, values, as_in_files, dataset.regions, described=True)
+    return Matched(pairs, names, values, as_in_files, dataset.regions, True, dataset.by_name)
 
 
 def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
