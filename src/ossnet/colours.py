@@ -16,9 +16,15 @@ REFERENCE = "#ffffff"
 """The reference in overlays."""
 
 
+_ROUNDS = ((1.0, 0.0), (0.6, 0.0), (0.5, 0.5))
+"""Share of a colour, and of white beside it: as it is, darker, lighter."""
+
+
 def colour(label: int) -> str:
-    """`#rrggbb` of a structure; label 1 is the first."""
-    return PALETTE[(label - 1) % len(PALETTE)]
+    """`#rrggbb` of a structure; label 1 is the first, and 24 of them differ."""
+    turn, index = divmod(label - 1, len(PALETTE))
+    share, white = _ROUNDS[turn % len(_ROUNDS)]
+    return "#" + "".join(f"{round(share * part + white * 255):02x}" for part in rgb(PALETTE[index]))
 
 
 def rgb(text: str) -> tuple[int, int, int]:

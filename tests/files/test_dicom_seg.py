@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ossnet.colours import colour, rgb
 from ossnet.errors import VolumeError
 from ossnet.files.dicom import holds_scan
 from ossnet.files.reading import origin_of, read_volume
@@ -83,6 +84,11 @@ def test_every_voxel_is_where_it_belongs(series: Path, tmp_path: Path) -> None:
         assert placed(tmp_path / name) == expected
     made = pydicom.dcmread(tmp_path / "a.dcm")
     assert [str(s.SegmentLabel) for s in made.SegmentSequence] == ["liver", "spleen", "nowhere"]
+    shades = [
+        highdicom.color.CIELabColor.from_dicom_value(s.RecommendedDisplayCIELabValue).to_rgb()
+        for s in made.SegmentSequence
+    ]
+    np.testing.assert_allclose(shades[:2], [rgb(colour(1)), rgb(colour(4))], atol=2)
     assert (made.Modality, made.StudyInstanceUID) == ("SEG", STUDY["StudyInstanceUID"])
     assert origin_of(tmp_path / "a.dcm") == "ossnet 0123"
     (tmp_path / "out").mkdir()

@@ -32,6 +32,11 @@ def count(png: bytes, ink: str) -> int:
     return int((np.abs(pixels(png) - rgb(ink)).max(axis=-1) < 100).sum())
 
 
+def test_many_structures_have_colours_of_their_own() -> None:
+    assert len({colour(label) for label in range(1, 25)}) == 24
+    assert colour(1) == colour(25)
+
+
 def test_prediction_and_reference_are_drawn_in_their_colours() -> None:
     volume, prediction, reference = scan()
     both = overlay(volume, prediction, reference, width_px=600)

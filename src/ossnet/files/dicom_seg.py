@@ -3,13 +3,14 @@
 What such an object holds: DICOM PS3.3, A.51. Each structure is a binary segment; frames without voxels are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt16
 
+from ossnet.colours import colour, rgb
 from ossnet.errors import InputError, VolumeError
 from ossnet.files.atomic import atomic_write
 from ossnet.files.dicom import Stack, damage_told, header_of, read_stack
@@ -57,7 +58,9 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
         raise VolumeError(path, "there is no structure, and a DICOM segmentation needs one", "Use NIfTI")
     files = list(dict.fromkeys(frame.file for frame in stack.frames))
     frames = _frames(turned, stack, list(names))
-    made = _segmentation(series, files, frames, list(names.values()), version, labels.origin)
+    # Colours as in other files of the same label map.
+    shown = {labels.values.get(label, label): name for label, name in names.items()}
+    made = _segmentation(series, files, frames, shown, version, labels.origin)
     with atomic_write(path) as temporary:
         made.save_as(temporary)
 
@@ -75,14 +78,14 @@ def require_source(series: Path | str) -> None:
     x, y, _ = stack.shape
     voxel = np.zeros((sum(frame.file in files for frame in stack.frames), y, x), np.uint16)
     voxel[0, 0, 0] = 1
-    _segmentation(Path(series), files, voxel, ["any"], "", "")
+    _segmentation(Path(series), files, voxel, {1: "any"}, "", "")
 
 
 def _segmentation(
     series: Path,
     files: Sequence[Path],
     frames: UInt16[np.ndarray, "Z Y X"],
-    names: Sequence[str],
+    names: Mapping[int, str],
     version: str,
     origin: str,
 ) -> Any:
@@ -91,7 +94,7 @@ def _segmentation(
     Args:
         files: Of the slices, in order.
         frames: Numbers of segments (0: none), in the order of the files and of the pictures in them.
-        names: Of the segments 1, 2, …
+        names: Label → name of the segments 1, 2, …
     """
     highdicom = require_highdicom()
     try:
@@ -99,7 +102,9 @@ def _segmentation(
             source_images=[_source(file) for file in files],
             pixel_array=frames,
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=[_segment(highdicom, n, name, version) for n, name in enumerate(names, 1)],
+            segment_descriptions=[
+                _segment(highdicom, n, *named, version) for n, named in enumerate(names.items(), 1)
+            ],
             series_instance_uid=highdicom.UID(),
             series_number=1000,
             sop_instance_uid=highdicom.UID(),
@@ -179,8 +184,8 @@ def _frames(labels: LabelMap, stack: Stack, values: list[int]) -> UInt16[np.ndar
     return out
 
 
-def _segment(highdicom: Any, number: int, name: str, version: str) -> Any:
-    """A segment; what kind of tissue a name means is left open, as 3D Slicer does."""
+def _segment(highdicom: Any, number: int, label: int, name: str, version: str) -> Any:
+    """A segment in the colour of its label; what kind of tissue a name means is left open, as 3D Slicer does."""
     tissue = highdicom.sr.CodedConcept("85756007", "SCT", "Tissue")
     family = highdicom.sr.CodedConcept("123110", "DCM", "Artificial Intelligence")
     return highdicom.seg.SegmentDescription(
@@ -192,4 +197,5 @@ def _segment(highdicom: Any, number: int, name: str, version: str) -> Any:
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             "ossnet", family, version or "unknown"
         ),
+        display_color=highdicom.color.CIELabColor.from_rgb(*rgb(colour(label))),
     )
