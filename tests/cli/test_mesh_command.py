@@ -1,5 +1,6 @@
 """`ossnet mesh`: a file for one structure, a folder for all of them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 import trimesh
 from tests import tiny
 from tests.cli.refusals import files_in, refused, succeeded
+from typer.testing import CliRunner
 
 import ossnet
+from ossnet.cli import main
 from ossnet.volume import LabelMap
 
 
@@ -54,6 +57,12 @@ def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
     said = succeeded(*mesh(heart, tmp_path / "out", "--labels", tmp_path / "drawn.nii.gz"))
     assert "not in this scan: part 1" in said
+    again = mesh(heart, tmp_path / "out", "--labels", tmp_path / "drawn.nii.gz", "--overwrite", "--json")
+    told = json.loads(CliRunner().invoke(main.app, [str(argument) for argument in again]).stdout)
+    file = tmp_path / "out" / "scan_part_2.stl"
+    assert (told["missing"], list(told["meshes"])) == (["part 1"], ["part 2"])
+    assert told["meshes"]["part 2"]["volume_ml"] == pytest.approx(volume_of(file) / 1000, abs=1e-3)
+    assert (told["meshes"]["part 2"]["file"], told["meshes"]["part 2"]["watertight"]) == (str(file), True)
     assert {p.name for p in files_in(tmp_path / "out")} == {"scan_part_2.stl"}
     assert volume_of(tmp_path / "out" / "scan_part_2.stl") == pytest.approx(2 * 7**3, rel=0.3)
     only = mesh(heart, tmp_path / "x.stl", "--structure", "1", "--labels", tmp_path / "drawn.nii.gz")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ossnet.cli.common import say
-from ossnet.cli.options import Device, Memory, Mirror, Models, ReplaceNan
+from ossnet.cli.common import print_json, say
+from ossnet.cli.options import AsJson, Device, Memory, Mirror, Models, ReplaceNan
 
 
 def command(
@@ -49,6 +49,7 @@ def command(
     device: Device = "auto",
     memory: Memory = None,
     replace_nan: ReplaceNan = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the surfaces of structures, watertight, in world millimetres.
 
@@ -103,6 +104,7 @@ def command(
     if drawn is None and len(wanted) > 1:
         drawn = field.segment()
     missing = []
+    written = {}
     for label in wanted:
         name = loaded.label_names[label]
         mesh = field.mesh(label, faces=faces, smooth=smooth, labels=drawn)
@@ -111,11 +113,20 @@ def command(
             continue
         file = files[label]
         save_mesh(mesh, file)
+        written[name] = {
+            "file": str(file),
+            "label": loaded.label_values[label],
+            "triangles": len(mesh.faces),
+            "volume_ml": round(float(mesh.volume) / 1000, 3),
+            "watertight": bool(mesh.is_watertight),
+        }
         say(
             f"{name}: {len(mesh.faces):,} triangles, {mesh.volume / 1000:.2f} ml, "
             f"{'watertight' if mesh.is_watertight else 'not watertight'} → {file}"
         )
-    if len(missing) == len(wanted):
+    if as_json:
+        print_json({"scan": [str(file) for file in image], "meshes": written, "missing": missing})
+    if not written:
         raise SettingsError(
             "--structure",
             f"{', '.join(missing)} was not found in {'this scan' if labels is None else labels}",
