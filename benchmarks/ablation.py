@@ -86,7 +86,7 @@ def run(data: Path, out: Path, change: Change, length: Sequence[str], threads: i
         mock.patch("ossnet.training.planning.plan", plan),
         mock.patch("ossnet.training.recipes.multiscale.crop_settings", crops),
         mock.patch("ossnet.networks.multiscale.offsets_in_cells", offsets),
-        mock.patch("ossnet.networks.blockwise.offsets_in_cells", offsets),
+        mock.patch("ossnet.field.engine.blockwise.answer.offsets_in_cells", offsets),
     ):
         resume = (out / "settings.json").is_file()
         train(data, out, settings, resume=resume, say=lambda text: print(text, flush=True))

@@ -9,10 +9,10 @@ from tests import tiny
 
 from ossnet.data.preparation import Preparation, prepare_scan, reduce_by_two
 from ossnet.errors import ResourceError
+from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
 from ossnet.field.engine.gather import PatchRows
 from ossnet.field.engine.scan import Scan, WindowRows
 from ossnet.field.memory import LIBRARIES
-from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Orientation, Volume
 
 FITS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def test_patches_from_boxes_are_those_of_the_whole(
     kind: Any, scattered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if scattered:
-        monkeypatch.setattr("ossnet.networks.sources.WINDOW", 100)
+        monkeypatch.setattr("ossnet.field.engine.sources.WINDOW", 100)
     volume = tiny.scan((40, 30, 20), channels=2)
     scan = Scan.bound(volume, Preparation())
     whole = prepare_scan(volume, Preparation()).image
@@ -122,10 +122,10 @@ def test_a_tight_grant_gives_the_label_map_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_maps_that_are_kept_give_way_to_what_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, scan = tiny.model("multiscale"), tiny.scan((24, 20, 18))
-    monkeypatch.setattr("ossnet.networks.blockwise.WORK_BYTES", 16 << 20)
+    monkeypatch.setattr("ossnet.field.engine.blockwise.answer.WORK_BYTES", 16 << 20)
     field = model.field(scan, device="cpu", precision="fp32", memory="200MB", chunk=256)
     expected = field.segment()
-    assert isinstance(field._bound.answer, BlockwiseEncoder)
+    assert isinstance(field._bound.answer, BlockwiseAnswer)
     answer = field._bound.answer
     assert answer.room is not None
     blocks = sum(m.bytes for maps in answer.blocks.values() for m in maps)

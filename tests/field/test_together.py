@@ -12,8 +12,8 @@ from tests.cli.refusals import refused, succeeded
 import ossnet
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, ResourceError
+from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
 from ossnet.field.model import Model
-from ossnet.networks.blockwise import BlockwiseEncoder
 
 SCAN = tiny.scan((30, 22, 14), affine=np.diag([0.8, 1.0, 1.5, 1.0]))
 
@@ -99,13 +99,13 @@ def test_a_grant_is_shared() -> None:
 
 def test_maps_are_kept_in_what_the_machine_has_free_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    made = BlockwiseEncoder.__init__
+    made = BlockwiseAnswer.__init__
 
-    def noted(self: BlockwiseEncoder, *args: Any, most_kept: int, **options: Any) -> None:
+    def noted(self: BlockwiseAnswer, *args: Any, most_kept: int, **options: Any) -> None:
         kept.append(most_kept)
         made(self, *args, most_kept=most_kept, **options)
 
-    monkeypatch.setattr(BlockwiseEncoder, "__init__", noted)
+    monkeypatch.setattr(BlockwiseAnswer, "__init__", noted)
     monkeypatch.setattr("ossnet.field.engine.prepare.free_bytes", lambda _: 6_000_000_000)
     models = others(1, *SPACED)
     kept.clear()
@@ -117,7 +117,7 @@ def test_an_image_that_is_shared_is_counted_once() -> None:
     models = others(1, *[SPACED[1]] * 3)
     together = replace(models[0], others=tuple(models[1:]))
     bound = together.field(SCAN, device="cpu", memory="600MB")._bound
-    budgets = {answer.budget for answer in bound.answers if isinstance(answer, BlockwiseEncoder)}
+    budgets = {answer.budget for answer in bound.answers if isinstance(answer, BlockwiseAnswer)}
     image = 4 * 24 * 22 * 21
     assert (bound.held, budgets) == (image, {(600_000_000 - image) // 3})
     # U-Nets need it only until their map is made.

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import SettingsError
+from ossnet.field.engine.blockwise.receptive import receptive_halo
 from ossnet.networks.multiscale import (
     Convolution,
     MultiscaleNetwork,
@@ -21,7 +22,6 @@ from ossnet.networks.multiscale import (
     to_cells,
 )
 from ossnet.networks.multiscale_plan import CROP_VOXELS, plan
-from ossnet.networks.receptive import receptive_halo
 
 STAGES = (
     Stage((2, 2, 2), (3, 3, 3), 4, 0, 1, 4),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ossnet.data.preparation import Fit
 from ossnet.field.binding import Binding, surface_voxels
 from ossnet.field.engine.answer import Answer
+from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
 from ossnet.field.engine.scan import Scan
 from ossnet.field.grid import Box, Grid, moved_spacing, oriented_box
 from ossnet.field.labelling import Labelling
@@ -23,7 +24,6 @@ from ossnet.field.memory import LIBRARIES, label_bytes, parse_size
 from ossnet.field.model import Model
 from ossnet.field.octree.lattice import lattice_size
 from ossnet.field.octree.strides import choose_path
-from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.volume import Affine, Shape, spacing_of
 
 SECONDS_PER_VOXEL = 8e-9
@@ -171,7 +171,7 @@ def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, f
     started = time.perf_counter()
     answer(some).cpu()
     again = time.perf_counter() - started
-    if not isinstance(answer, BlockwiseEncoder) or answer.computed == computed:
+    if not isinstance(answer, BlockwiseAnswer) or answer.computed == computed:
         return again / len(some), 0.0, 0.0
     each_block = max(first - again, 0.0) / (answer.computed - computed)
     # Those that a ball with that surface meets; some of its voxels have two or three faces to the outside.

@@ -7,7 +7,7 @@
     location ──► trilinear samples of the maps + raw patch + offset in mm ──► residual MLP ──► logits
 
 The trunk up to a coarse stage is strided convolutions and little else, so a coarse map of a whole scan is
-cheap; the lateral blocks of the fine stages are needed only where a location is asked (`networks.blockwise`).
+cheap; the lateral blocks of the fine stages are needed only where a location is asked (`field.engine.blockwise`).
 No layer uses statistics of its input: what is answered at a location depends on the scan within the receptive
 field alone, and never on the crop or block it was computed in.
 

@@ -14,13 +14,13 @@ from ossnet.data.patches import Pool
 from ossnet.data.preparation import reduce_by_two
 from ossnet.errors import SettingsError
 from ossnet.field.engine.answer import Answer
+from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
 from ossnet.field.engine.dense import prepare_unet
 from ossnet.field.engine.encoding import SLAB_BYTES, encode, encode_halved, encoding_bytes, plane_bytes
 from ossnet.field.engine.fused import FusedAnswer
 from ossnet.field.engine.plain import PlainAnswer, padded_voxels, plain_bytes_per_location
 from ossnet.field.engine.scan import Scan
 from ossnet.field.memory import chunk_for, free_bytes, parse_size, require
-from ossnet.networks.blockwise import BlockwiseEncoder
 from ossnet.networks.machine import computes_in_bf16, exact_float32
 from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.ossnet import OSSNet
@@ -224,7 +224,7 @@ def prepare_multiscale(
 ) -> Answer:
     """The default network: maps are made where locations are asked."""
     half = computes_in_bf16(precision, device)
-    return BlockwiseEncoder(
+    return BlockwiseAnswer(
         network,
         scan,
         device=device,

@@ -17,8 +17,8 @@ from torch import Tensor
 from ossnet.data.preparation import Fit, Preparation, as_float, reduce_by_two
 from ossnet.errors import VolumeError
 from ossnet.field.engine.gather import PatchRows
+from ossnet.field.engine.sources import WINDOW, windows
 from ossnet.field.memory import free_bytes
-from ossnet.networks.sources import WINDOW, windows
 from ossnet.volume import Shape, Volume
 
 _LARGEST = np.float64(np.finfo(np.float32).max)

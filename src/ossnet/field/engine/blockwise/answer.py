@@ -21,6 +21,10 @@ from jaxtyping import Float, Num
 from torch import Tensor
 
 from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
+from ossnet.field.engine.blockwise.coarse_maps import CoarseEncoder
+from ossnet.field.engine.blockwise.map_part import MapPart
+from ossnet.field.engine.blockwise.receptive import image_margin, map_margins, receptive_halo
+from ossnet.field.engine.sources import Held, Source, windows
 from ossnet.networks.boxes import (
     Box,
     Triple,
@@ -37,9 +41,7 @@ from ossnet.networks.boxes import (
     voxels_of,
     within,
 )
-from ossnet.networks.coarse_maps import CoarseEncoder
 from ossnet.networks.machine import exact_float32
-from ossnet.networks.map_part import MapPart
 from ossnet.networks.multiscale import (
     MultiscaleNetwork,
     gather_patches,
@@ -47,8 +49,6 @@ from ossnet.networks.multiscale import (
     positions_in_scan,
     to_cells,
 )
-from ossnet.networks.receptive import image_margin, map_margins, receptive_halo
-from ossnet.networks.sources import Held, Source, windows
 
 WORK_BYTES = 64 << 20
 """Working memory of a tile, at most: larger ones leave the caches and encode more where nothing is asked, smaller ones
@@ -70,7 +70,7 @@ ROWS = 64
 _NOTHING: Box = ((0, 0, 0), (0, 0, 0))
 
 
-class BlockwiseEncoder:
+class BlockwiseAnswer:
     """A trained network and one scan, as a function of position. Threads that ask at once take turns.
 
     Args:
@@ -385,7 +385,7 @@ class BlockwiseEncoder:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def _fine(self, block: Triple) -> list["MapPart"]:
+    def _fine(self, block: Triple) -> list[MapPart]:
         """Fine maps of a block and of the cells next to it, for interpolation; kept while memory allows."""
         if block in self.blocks:
             self.blocks.move_to_end(block)
@@ -406,7 +406,7 @@ class BlockwiseEncoder:
         self.blocks[block] = maps
         return maps
 
-    def _compute_block(self, block: Triple) -> list["MapPart"]:
+    def _compute_block(self, block: Triple) -> list[MapPart]:
         spec, first = self.spec, self.network.coarse_stage
         # What lies beyond the core is wrong, and never asked.
         box = meet(triple(i * b for i, b in zip(block, self.block, strict=True)), self.block, self.crop)

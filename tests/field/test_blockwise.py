@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, SettingsError
-from ossnet.networks.blockwise import BlockwiseEncoder
+from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
+from ossnet.field.engine.blockwise.receptive import receptive_halo
 from ossnet.networks.multiscale import MultiscaleNetwork, MultiscaleSpec, Stage, positions_in_scan
-from ossnet.networks.receptive import receptive_halo
 
 STAGES = (
     Stage((2, 2, 2), (3, 3, 3), 4, 0, 1, 4),
@@ -75,37 +75,37 @@ def test_blocks_equal_the_whole(
     network = trained(replace(SPEC, **options))
     volume, locations = torch.randn(network.spec.channels, *shape), random_locations(shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ossnet.networks.blockwise.WORK_BYTES", work)
-        answer = BlockwiseEncoder(network, volume, block=block)
+        patch.setattr("ossnet.field.engine.blockwise.answer.WORK_BYTES", work)
+        answer = BlockwiseAnswer(network, volume, block=block)
     expected = whole(network, volume, locations)
     assert torch.allclose(answer(locations), expected, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 def test_an_answer_does_not_depend_on_what_else_is_asked() -> None:
     volume = torch.randn(1, 40, 30, 20)
-    answer = BlockwiseEncoder(trained(), volume, block=16, chunk=100)
+    answer = BlockwiseAnswer(trained(), volume, block=16, chunk=100)
     locations = random_locations((40, 30, 20))
     together = answer(locations)
     for some in (torch.arange(1), torch.arange(13, 50), torch.randperm(400)[:99]):
-        fresh = BlockwiseEncoder(trained(), volume, block=16)
+        fresh = BlockwiseAnswer(trained(), volume, block=16)
         assert torch.equal(fresh(locations[some]), together[some])
 
 
 def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question moves what is covered and which blocks are kept: others are let in where that shows."""
-    usual = BlockwiseEncoder._compute_block
+    usual = BlockwiseAnswer._compute_block
 
-    def slow(encoder: BlockwiseEncoder, block: tuple[int, int, int]) -> Any:
+    def slow(encoder: BlockwiseAnswer, block: tuple[int, int, int]) -> Any:
         time.sleep(0.002)
         return usual(encoder, block)
 
-    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", slow)
+    monkeypatch.setattr(BlockwiseAnswer, "_compute_block", slow)
     network, volume = trained(), torch.randn(1, 600, 24, 24)
     extent = torch.tensor([20.0, 23.0, 23.0])
     places = [torch.rand(50, 3) * extent + torch.tensor([x, 0, 0]) for x in (0, 280, 560)]
-    alone = [BlockwiseEncoder(network, volume)(p) for p in places]
+    alone = [BlockwiseAnswer(network, volume)(p) for p in places]
     for _ in range(3):
-        shared = BlockwiseEncoder(network, volume)
+        shared = BlockwiseAnswer(network, volume)
         with ThreadPoolExecutor(3) as pool:
             asked = [pool.submit(shared, p) for p in places]
             while not all(a.done() for a in asked):
@@ -116,7 +116,7 @@ def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_asked_blocks_are_computed() -> None:
-    answer = BlockwiseEncoder(trained(), torch.randn(1, 64, 64, 16), block=16)
+    answer = BlockwiseAnswer(trained(), torch.randn(1, 64, 64, 16), block=16)
     answer(torch.tensor([[3, 3, 3], [10, 10, 12], [60, 60, 3]]))
     assert answer.computed == 2
     answer(torch.tensor([[4, 3, 3]]))
@@ -130,49 +130,47 @@ def test_a_region_with_its_halo_answers_as_the_whole() -> None:
     assert start > 0
     assert stop < 320
     locations = random_locations((16, 24, 16)) + torch.tensor([128.0, 0.0, 0.0])
-    part = BlockwiseEncoder(network, volume[:, start:stop])(
-        locations - torch.tensor([float(start), 0.0, 0.0])
-    )
-    assert torch.allclose(part, BlockwiseEncoder(network, volume)(locations), atol=1e-5)
+    part = BlockwiseAnswer(network, volume[:, start:stop])(locations - torch.tensor([float(start), 0.0, 0.0]))
+    assert torch.allclose(part, BlockwiseAnswer(network, volume)(locations), atol=1e-5)
 
 
-def budget_for(free: BlockwiseEncoder, blocks: int) -> int:
+def budget_for(free: BlockwiseAnswer, blocks: int) -> int:
     """What the least work of an encoder takes with chunks of 512, and so many bytes for blocks."""
     return (16 << 20) + sum(m.bytes for m in free._coarse) + 512 * free.bytes_per_location + blocks
 
 
 def test_memory_is_bounded_by_the_budget() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
-    free = BlockwiseEncoder(network, volume, block=16)
+    free = BlockwiseAnswer(network, volume, block=16)
     locations = random_locations((96, 96, 32), 2000)
     expected = free(locations)
     budget = budget_for(free, 300 << 10)
-    tight = BlockwiseEncoder(network, volume, block=16, budget=budget, chunk=512)
+    tight = BlockwiseAnswer(network, volume, block=16, budget=budget, chunk=512)
     assert torch.equal(tight(locations), expected)
     assert tight.fixed_bytes + tight.work + tight.chunk * tight.bytes_per_location <= budget
     assert tight.fixed_bytes < free.fixed_bytes
     with pytest.raises(ResourceError, match="Grant more"):
-        BlockwiseEncoder(network, volume, budget=1 << 20)
+        BlockwiseAnswer(network, volume, budget=1 << 20)
 
 
 def test_kept_blocks_give_way_where_a_device_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     network, volume = trained(), torch.randn(1, 48, 40, 24)
     locations = random_locations((48, 40, 24))
-    expected = BlockwiseEncoder(network, volume, block=16)(locations)
-    encoder, compute = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder._compute_block
+    expected = BlockwiseAnswer(network, volume, block=16)(locations)
+    encoder, compute = BlockwiseAnswer(network, volume, block=16), BlockwiseAnswer._compute_block
     most = 0
 
-    def scarce(self: BlockwiseEncoder, block: tuple[int, int, int]) -> Any:
+    def scarce(self: BlockwiseAnswer, block: tuple[int, int, int]) -> Any:
         nonlocal most
         if len(self.blocks) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         most = max(most, len(self.blocks))
         return compute(self, block)
 
-    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", scarce)
+    monkeypatch.setattr(BlockwiseAnswer, "_compute_block", scarce)
     torch.testing.assert_close(encoder(locations), expected)
     assert most == 2
-    monkeypatch.setattr(BlockwiseEncoder, "_compute_block", lambda *_: 1 / 0)
+    monkeypatch.setattr(BlockwiseAnswer, "_compute_block", lambda *_: 1 / 0)
     encoder.blocks.clear()
     with pytest.raises(ZeroDivisionError):
         encoder(locations)
@@ -180,10 +178,10 @@ def test_kept_blocks_give_way_where_a_device_has_no_more(monkeypatch: pytest.Mon
 
 def test_a_part_of_a_scan_needs_the_budget_of_the_part() -> None:
     network, volume = trained(), torch.randn(1, 4000, 16, 16)
-    free = BlockwiseEncoder(network, volume)
+    free = BlockwiseAnswer(network, volume)
     free.cover()
     held = sum(m.bytes for m in free._coarse)
-    answer = BlockwiseEncoder(
+    answer = BlockwiseAnswer(
         network, volume, chunk=256, budget=(16 << 20) + 256 * free.bytes_per_location + held // 2
     )
     answer.cover(((400, 0, 0), (440, 16, 16)))
@@ -198,7 +196,7 @@ def test_a_part_of_a_scan_needs_the_budget_of_the_part() -> None:
 
 def test_what_is_set_aside_takes_the_place_of_blocks() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
-    answer = BlockwiseEncoder(network, volume, block=16, budget=64 << 20, chunk=512)
+    answer = BlockwiseAnswer(network, volume, block=16, budget=64 << 20, chunk=512)
     locations = random_locations((96, 96, 32), 2000)
     expected, held = answer(locations), answer.fixed_bytes
     assert answer.room is not None
@@ -209,8 +207,8 @@ def test_what_is_set_aside_takes_the_place_of_blocks() -> None:
 
 def test_bfloat16_is_close() -> None:
     volume, locations = torch.randn(1, 32, 32, 16), random_locations((32, 32, 16))
-    exact = BlockwiseEncoder(trained(), volume)(locations)
-    rough = BlockwiseEncoder(trained(), volume, precision="bf16")(locations)
+    exact = BlockwiseAnswer(trained(), volume)(locations)
+    rough = BlockwiseAnswer(trained(), volume, precision="bf16")(locations)
     assert rough.dtype == torch.float32
     assert float((rough - exact).abs().mean()) < 0.05 * float(exact.std())
 
@@ -218,7 +216,7 @@ def test_bfloat16_is_close() -> None:
 @pytest.mark.parametrize("classes", [1, 3])
 def test_coarse_logits_cover_the_scan(classes: int) -> None:
     network = trained(replace(SPEC, classes=classes))
-    answer = BlockwiseEncoder(network, torch.randn(1, 33, 16, 9))
+    answer = BlockwiseAnswer(network, torch.randn(1, 33, 16, 9))
     assert answer.coarse is None
     answer.cover()
     assert answer.coarse is not None
@@ -227,7 +225,7 @@ def test_coarse_logits_cover_the_scan(classes: int) -> None:
     volume = torch.randn(1, 32, 16, 16)
     with torch.inference_mode():
         _, expected = network(volume[None], torch.zeros(1, 1, 3))
-    answer = BlockwiseEncoder(network, volume)
+    answer = BlockwiseAnswer(network, volume)
     answer.cover()
     coarse = answer.coarse
     assert coarse is not None
@@ -238,7 +236,7 @@ def test_the_prediction_of_many_classes_is_labels() -> None:
     network, volume = trained(replace(SPEC, classes=12)), torch.randn(1, 32, 16, 16)
     with torch.inference_mode():
         _, expected = network(volume[None], torch.zeros(1, 1, 3))
-    answer = BlockwiseEncoder(network, volume)
+    answer = BlockwiseAnswer(network, volume)
     answer.cover()
     coarse = answer.coarse
     assert coarse is not None
@@ -248,7 +246,7 @@ def test_the_prediction_of_many_classes_is_labels() -> None:
 
 def test_what_is_covered_grows_with_the_questions() -> None:
     network, volume = trained(), torch.randn(1, 900, 16, 16)
-    answer, whole = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder(network, volume, block=16)
+    answer, whole = BlockwiseAnswer(network, volume, block=16), BlockwiseAnswer(network, volume, block=16)
     whole.cover()
     locations = random_locations((20, 16, 16))
     for start in (400.0, 460.0, 0.0, 880.0):
@@ -257,7 +255,7 @@ def test_what_is_covered_grows_with_the_questions() -> None:
         covered = answer.core[1][0] - answer.core[0][0]
         assert covered < 900 or start in (0.0, 880.0)
     # The prediction is right wherever it is interpolated in the box, and background where nothing is covered.
-    part = BlockwiseEncoder(network, volume)
+    part = BlockwiseAnswer(network, volume)
     part.cover(((400, 0, 0), (440, 16, 16)))
     assert part.coarse is not None
     assert whole.coarse is not None
@@ -267,7 +265,7 @@ def test_what_is_covered_grows_with_the_questions() -> None:
 
 def test_what_lies_between_far_questions_is_encoded_where_that_pays() -> None:
     network, volume = trained(), torch.randn(1, 2000, 16, 16)
-    answer, whole = BlockwiseEncoder(network, volume, block=16), BlockwiseEncoder(network, volume, block=16)
+    answer, whole = BlockwiseAnswer(network, volume, block=16), BlockwiseAnswer(network, volume, block=16)
     whole.cover()
     near, far = (random_locations((20, 16, 16)) + torch.tensor([x, 0.0, 0.0]) for x in (100.0, 1400.0))
     covered = []
@@ -285,11 +283,11 @@ def test_what_lies_between_far_questions_is_encoded_where_that_pays() -> None:
 
 def test_far_regions_need_the_budget_of_one() -> None:
     network, volume = trained(), torch.randn(1, 2000, 16, 16)
-    free = BlockwiseEncoder(network, volume)
+    free = BlockwiseAnswer(network, volume)
     free.cover()
     held = sum(m.bytes for m in free._coarse)
     budget = (16 << 20) + 256 * free.bytes_per_location + held // 4
-    answer = BlockwiseEncoder(network, volume, chunk=256, budget=budget)
+    answer = BlockwiseAnswer(network, volume, chunk=256, budget=budget)
     for x in (100.0, 1800.0) * 12:
         here = random_locations((20, 16, 16)) + torch.tensor([x, 0.0, 0.0])
         assert torch.allclose(answer(here), free(here), atol=1e-5)
@@ -305,8 +303,8 @@ def test_what_is_covered_gives_way_to_what_is_about_to_be_made() -> None:
     """As probabilities of a region after the whole scan was segmented."""
     network, volume = trained(), torch.randn(1, 512, 32, 32)
     near, everywhere = torch.rand(500, 3) * 20, ((0, 0, 0), (512, 32, 32))
-    free = BlockwiseEncoder(network, volume, block=16)
-    tight = BlockwiseEncoder(network, volume, block=16, budget=60 << 20, chunk=256)
+    free = BlockwiseAnswer(network, volume, block=16)
+    tight = BlockwiseAnswer(network, volume, block=16, budget=60 << 20, chunk=256)
     tight.cover()
     bare, held = (tight._needed_bytes(box) for box in (((0, 0, 0),) * 2, everywhere))
     tight.set_aside((60 << 20) - (bare + held) // 2)
@@ -319,7 +317,7 @@ def test_what_is_covered_gives_way_to_what_is_about_to_be_made() -> None:
 def test_what_the_machine_cannot_spare_is_not_kept() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
     locations = random_locations((96, 96, 32), 2000)
-    free, bounded = (BlockwiseEncoder(network, volume, block=16, most_kept=most) for most in (None, 200_000))
+    free, bounded = (BlockwiseAnswer(network, volume, block=16, most_kept=most) for most in (None, 200_000))
     assert torch.equal(free(locations), bounded(locations))
     assert len(bounded.blocks) < len(free.blocks)
     assert bounded.fixed_bytes < free.fixed_bytes
@@ -328,7 +326,7 @@ def test_what_the_machine_cannot_spare_is_not_kept() -> None:
 def test_nothing_is_kept_for_places_that_are_asked_once() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
     locations = random_locations((96, 96, 32), 2000)
-    kept, once = (BlockwiseEncoder(network, volume, block=16, chunk=512, keep=k) for k in (True, False))
+    kept, once = (BlockwiseAnswer(network, volume, block=16, chunk=512, keep=k) for k in (True, False))
     assert torch.equal(kept(locations), once(locations))
     # Questions come block by block, so no block is computed twice for them.
     assert kept.computed == once.computed == len(kept.blocks) > 10
@@ -336,7 +334,7 @@ def test_nothing_is_kept_for_places_that_are_asked_once() -> None:
 
 
 def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:
-    answer = BlockwiseEncoder(trained(), torch.randn(1, 20, 20, 10))
+    answer = BlockwiseAnswer(trained(), torch.randn(1, 20, 20, 10))
     outside = torch.tensor([[-5.0, 3.0, 40.0]])
     assert torch.equal(answer(outside), answer(torch.tensor([[0, 3, 9]])))
     assert answer(torch.zeros(0, 3)).shape == (0,)
@@ -344,11 +342,11 @@ def test_locations_outside_count_as_the_border_and_none_is_fine() -> None:
 
 def test_wrong_channels_are_refused() -> None:
     with pytest.raises(SettingsError, match="2 channels"):
-        BlockwiseEncoder(trained(), torch.randn(2, 16, 16, 16))
+        BlockwiseAnswer(trained(), torch.randn(2, 16, 16, 16))
 
 
 def test_a_box_beside_the_scan_is_no_error() -> None:
-    encoder = BlockwiseEncoder(trained(), torch.randn(1, 40, 30, 20))
+    encoder = BlockwiseAnswer(trained(), torch.randn(1, 40, 30, 20))
     encoder.cover(((200, 5, 5), (220, 20, 15)))
     assert encoder.coarse is not None
     assert torch.isfinite(encoder(torch.tensor([[210.0, 10.0, 10.0]]))).all()
@@ -356,11 +354,11 @@ def test_a_box_beside_the_scan_is_no_error() -> None:
 
 def test_what_is_kept_is_asked_first_and_not_computed_again() -> None:
     network, volume = trained(), torch.randn(1, 96, 96, 32)
-    free = BlockwiseEncoder(network, volume, block=16)
+    free = BlockwiseAnswer(network, volume, block=16)
     locations = random_locations((96, 96, 32), 4000)
     expected = free(locations)
     each = (free.fixed_bytes - sum(m.bytes for m in free._coarse)) // len(free.blocks)
-    tight = BlockwiseEncoder(network, volume, block=16, budget=budget_for(free, 40 * each), chunk=512)
+    tight = BlockwiseAnswer(network, volume, block=16, budget=budget_for(free, 40 * each), chunk=512)
     tight(locations)
     kept, before = len(tight.blocks), tight.computed
     assert 30 < kept < len(free.blocks) == before

@@ -1,6 +1,6 @@
 """Coarse maps of the default network over a box of a scan, tile by tile.
 
-Letters as in `networks.blockwise`; boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
+Letters as in `blockwise.answer`; boxes are (start, stop) per axis, half-open, in cells of a stage or in voxels.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ossnet.field.engine.blockwise.map_part import MapPart
+from ossnet.field.engine.blockwise.receptive import ratio, reach_of, trunk_margin
 from ossnet.networks.boxes import (
     Box,
     Triple,
@@ -25,9 +27,7 @@ from ossnet.networks.boxes import (
     triple,
     within,
 )
-from ossnet.networks.map_part import MapPart
 from ossnet.networks.multiscale import MultiscaleNetwork
-from ossnet.networks.receptive import ratio, reach_of, trunk_margin
 
 
 @dataclass(frozen=True)
