@@ -128,7 +128,7 @@ def command(
         print_json({"scan": [str(file) for file in image], "meshes": written, "missing": missing})
     if not written:
         raise SettingsError(
-            "--structure",
+            "--structure" if structure else image[0],
             f"{', '.join(missing)} was not found in {'this scan' if labels is None else labels}",
             "Segment the scan and look at the result, or choose another structure"
             if labels is None
