@@ -73,7 +73,7 @@ def test_what_was_set_is_said_as_such(balls: Path) -> None:
     assert "2 crops a step" in said
     assert "as many" not in said
     assert "weights make" not in said
-    assert "crops not deformed, intensities changed, more after 20 passes" in said
+    assert "crops: not deformed, intensities changed, more after 20 passes" in said
     assert "mirrored along axes 0, 1 (augmentation.flip_axes=[] where sides differ)" in said
     assert "optimiser adamw" in said
     assert "where a location lies in its scan is told" in said

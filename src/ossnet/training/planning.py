@@ -342,7 +342,7 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
     weights = "; weights make them count as the voxels do" if sampling.importance and near else ""
     share = "half" if near == 0.5 else f"{near:.0%}" if near else "none"
     changed = settings.augmentation.intensity > 0
-    deformed = "rotated, scaled and bent" if settings.augmentation.spatial else "not deformed"
+    deformed = "half of them rotated, scaled and bent" if settings.augmentation.spatial else "not deformed"
     deformed += ", intensities changed" if changed else ", intensities as scanned"
     grows = settings.augmentation.grows
     if grows and (changed or settings.augmentation.spatial):
@@ -353,7 +353,7 @@ def _training_reasons(settings: Settings, classes: int) -> tuple[str, ...]:
         *(position if settings.network.position else ()),
         f"{settings.schedule.batch_size} crop{'s' * (settings.schedule.batch_size > 1)} a step, "
         f"{sampling.locations} locations a crop, {share} of them near surfaces{balance}{weights}",
-        f"crops {deformed}",
+        f"crops: {deformed}",
         f"optimiser {optimiser.name}"
         + (": Muon for convolutions, AdamW for the rest" if optimiser.name == "muon" else ""),
     )
