@@ -615,3 +615,16 @@ def test_channels_in_another_order_are_told(scans: Path, tmp_path: Path) -> None
         warnings.simplefilter("error")
         for names in (("t1", "flair"), ("image",), ()):
             plan_jobs([scans], tmp_path / "out", channel_names=names)
+
+
+def test_a_limit_beyond_what_is_free_is_told(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort, "free_bytes", lambda _: 1_500_000_000)
+    jobs = plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "out")
+    told = "beware: the memory limit is 2.0 GB, and 1.5 GB are free"
+    for limit, expected in (("2GB", [told]), ("1GB", [])):
+        said: list[str] = []
+        options = Options(device="cpu", memory=limit, overwrite=True)
+        segment_all(model, jobs, options, say=said.append)
+        assert [line for line in said if "beware" in line] == expected

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
+from ossnet.field.binding import chosen_device
 from ossnet.field.cohort.jobs import (
     Job,
     Options,
@@ -26,6 +27,7 @@ from ossnet.field.field import Field
 from ossnet.field.forecast import Forecast, forecast
 from ossnet.field.labelling import check_strategy
 from ossnet.field.likeness import unlike_training
+from ossnet.field.memory import format_size, free_bytes, parse_size
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import signed
 from ossnet.files.dicom_seg import require_source, write_dicom_seg
@@ -73,6 +75,10 @@ def segment_all(
         if options.device != "cpu":
             take_gpu()
         say(f"process {rank + 1} of {world} takes {len(share)} of {len(jobs)}")
+    if options.memory is not None and todo:
+        granted, free = parse_size(options.memory), free_bytes(chosen_device(options.device))
+        if granted > free:
+            say(f"beware: the memory limit is {format_size(granted)}, and {format_size(free)} are free")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of {len(share)} are finished already")
     report = Report(report_file(jobs, rank, world), model, options, origins)
