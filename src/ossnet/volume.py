@@ -311,7 +311,8 @@ class LabelMap(_Placed):
         data = (
             self.data if reuse and self.data.dtype == table.dtype else np.empty(self.data.shape, table.dtype)
         )
-        for new, old in zip(data, self.data, strict=True):  # plane by plane: `table[old]` is a copy
+        numbers = self.data.view(np.uint8) if self.data.dtype == bool else self.data
+        for new, old in zip(data, numbers, strict=True):  # plane by plane: `table[old]` is a copy
             new[...] = table[old]
         names = {self.values.get(value, value): name for value, name in self.names.items()}
         origin = f"{self.origin} {VALUES}" if self.origin.startswith(MARK) else self.origin

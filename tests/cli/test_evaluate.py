@@ -198,6 +198,15 @@ def test_results_with_the_values_of_files_are_known_by_their_mark(tmp_path: Path
             assert scored == ([1, 1] if against == reference or "values" in origin else [0])
 
 
+def test_results_for_a_data_set_that_numbers_the_same_structures_otherwise(tmp_path: Path) -> None:
+    """BraTS 2020 has 1, 2 and 4, BraTS 2023 has 1 to 3."""
+    reference = dataset(tmp_path / "d", named={"background": 0, "front": 1, "back": 2})
+    mine = replace(labels(1, 4), origin="ossnet 01 23 values", names={1: "front", 4: "back"})
+    mine.save(tmp_path / "p" / "a.nii.gz")
+    told = json.loads(evaluate(tmp_path / "p", reference, "--only-predicted", "--json").out)
+    assert [row["dice"] for row in told["cases"]] == [1, 1]
+
+
 def test_weights_of_the_authors_are_judged_by_all_structures_together(tmp_path: Path) -> None:
     reference = dataset(tmp_path / "d")
     both = LabelMap((labels(1, 2).data > 0).astype(np.uint8), AFFINE, names={1: "foreground"})

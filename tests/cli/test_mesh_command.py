@@ -87,6 +87,10 @@ def test_a_label_map_with_the_values_of_label_files_is_drawn(
     said = succeeded(*mesh(given, tmp_path / "two", "--labels", tmp_path / "drawn.nii.gz"))
     assert "taken as in label files (2 for label 2)" in " ".join(said.split())
     assert {p.name for p in files_in(tmp_path / "two")} == {"scan_label_2.stl"}
+    data[0, 0, 0] = 9
+    LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
+    said = refused(tmp_path, *mesh(given, tmp_path / "three", "--labels", tmp_path / "drawn.nii.gz"))
+    assert "holds label 9, which the model does not have. It has 2 (label 2), 7 (label 7)" in said
 
 
 def test_a_label_map_that_numbers_structures_otherwise_is_refused(

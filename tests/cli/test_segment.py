@@ -78,6 +78,13 @@ def test_results_have_the_values_of_label_files(scan: Path, model: Path, tmp_pat
     np.testing.assert_array_equal(labels.data, plain.data)
     labels.save(tmp_path / "own.nii.gz")
     assert read_labels(tmp_path / "own.nii.gz").data.max() == 255
+    replace(labels, data=labels.data > 0).save(tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(read_labels(tmp_path / "mask.nii.gz").data, 255 * plain.data)
+    field = ossnet.load(tmp_path / "model").field(ossnet.read(scan), device="cpu")
+    drawn = [
+        field.mesh("part 1", labels=one).volume for one in (labels, read_labels(tmp_path / "own.nii.gz"))
+    ]
+    assert drawn[0] == pytest.approx(drawn[1])
     assert "made by another model" in refused(
         tmp_path, *segment(scan, tmp_path / "model", tmp_path / "plain")
     )

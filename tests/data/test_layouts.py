@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.files.nrrd_writer import write_nrrd
 from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
 from ossnet.data.splits import split
 from ossnet.errors import DatasetError, VolumeError
-from ossnet.evaluation.cases import match
+from ossnet.evaluation.cases import match, score
 from ossnet.files.header import VolumeWarning
 from ossnet.files.nifti import write_labels, write_volume
 from ossnet.files.reading import read_labels
@@ -573,6 +574,16 @@ def test_segments_numbered_anew_in_each_file_are_known_by_their_names(tmp_path: 
         np.testing.assert_array_equal(data.labels(data[case]).data, np.array(classes)[stored[case]])
     matched = match(tmp_path / "b.seg.nrrd", tmp_path)
     np.testing.assert_array_equal(matched.reference(matched.pairs[0]).data, data.labels(data["b"]).data)
+    joined = LabelMap((stored["b"] > 0).astype(np.uint8), np.eye(4), names={1: "Atrium and valve"})
+    replace(joined, origin=f"{MARK} 0123").save(tmp_path / "p" / "b.nii.gz")
+    (row,) = score(match(tmp_path / "p", tmp_path, only_predicted=True))
+    assert (row.name, row.scores.dice) == ("Atrium and valve", 1)
+    for file in ("c.nrrd", "c.seg.nrrd"):
+        (tmp_path / file).unlink()
+    # A name that is written in two ways is no other structure.
+    nrrd(tmp_path / "b.seg.nrrd", (0, 1, 2), {1: "Atrium", 2: "valves"})
+    (problem,) = open_dataset(tmp_path).problems
+    assert "label 2 is named 'valves', and 'valve' in a.seg.nrrd" in problem.reason
     # A segment without a name says nothing, and nor does a name that two of them have.
     for names in ({1: "valve"}, {1: "valve", 2: "Valve"}):
         nrrd(tmp_path / "b.seg.nrrd", (0, 1, 2), names)

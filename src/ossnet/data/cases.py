@@ -102,7 +102,7 @@ def relabelled(
         return np.asarray(targets[np.searchsorted(values, data)])
     table = np.zeros(values[-1] + 1, targets.dtype)
     table[values] = targets
-    return np.asarray(table[data])
+    return np.asarray(table[data.view(np.uint8) if data.dtype == bool else data])
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ class Dataset:
         return volume
 
     def labels(self, case: Case) -> LabelMap:
-        """Read the labels of a case (X, Y, Z) as classes 0 … K-1, which results of ours hold already.
+        """Read the labels of a case (X, Y, Z) as classes 0 … K-1, which results of ours may hold already.
 
         Raises:
             VolumeError: The case has no label, the file cannot be trusted, or holds a value that is no class.

@@ -442,7 +442,7 @@ def _found_labels(
 
     with ThreadPoolExecutor() as pool:
         each = list(pool.map(values, cases))
-    # Results of ours hold classes: they count where there is nothing else.
+    # Results of ours that hold classes count where there is nothing else.
     if any(v for ours, v, _ in each if not ours):
         each = [(ours, set(), {}) if ours else (ours, v, names) for ours, v, names in each]
     found = set().union(*(v for _, v, _ in each))
@@ -464,14 +464,20 @@ def _found_labels(
 
 
 def _by_name(files: Sequence[Mapping[int, str]]) -> dict[int, str]:
-    """Class → name, in the order in which label files name structures; nothing where one file has a name twice."""
+    """Class → name, in the order in which label files name structures; nothing where names are no better than numbers.
+
+    That is where one file has a name twice, or where every name has one number: then it is a name that is written in
+    several ways ("tumor", "tumour").
+    """
     first: dict[str, str] = {}
+    numbers: dict[str, set[int]] = {}
     for names in files:
         if len({name_key(name) for name in names.values()}) < len(names):
             return {}
-        for _, name in sorted(names.items()):
+        for value, name in sorted(names.items()):
             first.setdefault(name_key(name), name.strip())
-    return dict(enumerate(first.values(), 1))
+            numbers.setdefault(name_key(name), set()).add(value)
+    return dict(enumerate(first.values(), 1)) if any(len(n) > 1 for n in numbers.values()) else {}
 
 
 def _told_names(files: Mapping[Path | None, Mapping[int, str]]) -> tuple[dict[int, str], Problem | None]:

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from ossnet.data.cases import (
     joined_name,
+    name_key,
     named_classes,
     nameless,
     relabelled,
@@ -111,9 +111,14 @@ class Matched:
             as_in_file = self.described and labels.holds_values
         values = self.values if as_in_file else {}
         known = values_in_files(self.names, values)
-        if self.by_name and labels.names:
-            values = named_classes(labels.names, self.by_name)
-            known = {0, *values}
+        by_name = self.by_name
+        if labels.holds_values and self.described:
+            # Values of another data set, perhaps, which numbers the same structures in another way.
+            by_name = {name_key(name): label for label, name in self.names.items() if label}
+        named = named_classes(labels.names, by_name)
+        whole = named.keys() == labels.names.keys() - {0}
+        if labels.names and (whole if labels.holds_values else by_name) and self.as_one(labels) is None:
+            values, known = named, {0, *named}
         found = {int(v) for v in np.unique(labels.data)}
         if len(found) > _MANY and not self.names and not _in_pieces(labels):
             raise VolumeError(
@@ -237,7 +242,7 @@ def _values_of_undescribed(pairs: Sequence[Pair]) -> dict[int, int]:
 
 
 def _values_in(file: Path) -> set[int]:
-    """Labels of a reference; none of a result of ossnet, which holds classes."""
+    """Labels of a reference; none of a result of ossnet that holds classes."""
     labels = read_labels(file)
     return set() if labels.holds_classes else {int(v) for v in np.unique(labels.data)} - {0}
 
@@ -397,12 +402,14 @@ def _references(folder: Path) -> tuple[dict[str, Path], Dataset | None]:
 
 
 def _described_beside(folder: Path) -> Dataset | None:
-    """The data set whose test labels a folder beside its description holds; of its own cases none is meant."""
+    """The data set whose labels a folder beside its description holds, which need not be those of its cases."""
     if not (names_labels(folder) and (folder.parent / "dataset.json").is_file()):
         return None
-    with suppress(DatasetError):
-        return replace(open_dataset(folder.parent), cases=(), problems=())
-    return None
+    try:
+        return replace(open_dataset(folder.parent), problems=())
+    except DatasetError as error:
+        warnings.warn(f"what {folder.parent / 'dataset.json'} says is left out: {error}", stacklevel=4)
+        return None
 
 
 def _named_alike(files: Sequence[Path]) -> dict[str, Path]:

@@ -388,7 +388,7 @@ class Field:
         turned = self.model.as_classes(labels).in_order_of(self.volume)
         if reason := same_place(self.volume, turned):
             raise SettingsError("labels", f"they do not lie on the scan: {reason}", "Give those of this scan")
-        if reason := same_names(labels.names, self.model.label_names):
+        if reason := same_names(turned.names, self.model.label_names):
             raise SettingsError(
                 str(labels.source or "labels"),
                 f"they number structures otherwise than the model: {reason}",

@@ -146,9 +146,10 @@ class Model:
     def label_values(self) -> dict[int, int]:
         """Label → its value in the label files of the training, and in results that are saved: BraTS' 4 is 3.
 
-        What the training noted, or else what names tell ("label 4").
+        What the training noted (of several models any of them), or else what names tell ("label 4").
         """
-        noted = {int(label): int(value) for label, value in self.metadata.get("label_values", {}).items()}
+        notes = (model.metadata.get("label_values", {}) for model in (self, *self.others))
+        noted = {int(label): int(value) for label, value in next((n for n in notes if n), {}).items()}
         told = {label: value for value, label in values_told(self.label_names).items()}
         return {label: (noted or told).get(label, label) for label in self.label_names}
 
@@ -160,19 +161,26 @@ class Model:
     def as_classes(self, labels: LabelMap) -> LabelMap:
         """A label map with the numbers of `label_names`, if it has those of label files (`label_values`).
 
-        Those that fit both are taken for values of label files, with a warning where it matters; values that fit
-        neither stay.
+        Those that fit both are taken for values of label files, with a warning where it matters.
+
+        Raises:
+            VolumeError: It has values of label files, and others too.
         """
         classes = {value: label for label, value in self.label_values.items()}
         if labels.values or labels.holds_classes or not self.moved_values:
             return labels
         found = set(values_of(labels.data)) - {0}
-        if not found <= set(classes):
-            return labels
-        if found <= set(self.label_names) and any(classes[value] != value for value in found):
+        where = labels.source or "labels"
+        if not labels.holds_values and found <= set(self.label_names):
+            if not found <= set(classes) or all(classes[value] == value for value in found):
+                return labels
             listed = ", ".join(f"{value} for {self.label_names[classes[value]]}" for value in sorted(found))
-            warnings.warn(
-                f"{labels.source or 'labels'}: numbers are taken as in label files ({listed})", stacklevel=2
+            warnings.warn(f"{where}: numbers are taken as in label files ({listed})", stacklevel=2)
+        if unknown := found - set(classes):
+            raise VolumeError(
+                where,
+                f"holds label {min(unknown)}, which the model does not have",
+                f"It has {self.structures()}",
             )
         names = {classes.get(value, value): name for value, name in labels.names.items()}
         return replace(labels, data=relabelled(labels.data, classes), names=names, values=self.moved_values)
