@@ -21,7 +21,7 @@ import ossnet
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, open_dataset
 from ossnet.data.preparation import Preparation
-from ossnet.errors import InputError, SettingsError
+from ossnet.errors import DatasetError, InputError, SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
 from ossnet.files.lock import alone_in
@@ -334,6 +334,20 @@ def test_a_training_from_another_goes_on_from_anywhere(
     shutil.rmtree(tmp_path / "first")
     run(balls, tmp_path / "killed", resume=True)
     assert losses(tmp_path / "killed") == losses(whole) != losses(finished)
+
+
+def test_folds_may_lie_elsewhere(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net keeps them among its preprocessed files, and raw data may be read-only."""
+    *train, last = open_dataset(balls).names
+    (tmp_path / "folds.json").write_text(json.dumps([{"train": train, "val": [last]}]))
+    monkeypatch.chdir(tmp_path)
+    changes = ["data.splits=folds.json", "schedule.epochs=1", "validation.dense=false"]
+    run(balls, tmp_path / "run", changes=changes)
+    assert json.loads((tmp_path / "run" / "splits.json").read_text())["val"] == [last]
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["data"]["splits"] == str(tmp_path / "folds.json")
+    with pytest.raises(DatasetError, match="cannot be read"):
+        run(balls, tmp_path / "none", changes=["data.splits=none.json"])
 
 
 def test_what_more_processes_left_is_removed(balls: Path, tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ class DataSettings(_Group):
         description="number of the fold that is left out (of splits_final.json, or 0 to 4); all: none is; paper: the "
         "paper's split",
     )
+    splits: str | None = Field(
+        None,
+        description="a splits_final.json that lies elsewhere, such as nnU-Net's among its preprocessed files",
+    )
     target: Literal["classes", "foreground"] = Field(
         "classes", description="every structure of the data set, or any label above 0 as one structure"
     )

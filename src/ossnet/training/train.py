@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, Dataset, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
-from ossnet.data.splits import split, spread
+from ossnet.data.splits import read_splits, split, spread
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
@@ -116,6 +117,8 @@ def _train(
     nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
+    if settings.data.splits is not None:
+        dataset = replace(dataset, splits=read_splits(Path(settings.data.splits)))
     _require_apart(out, dataset)
     parts = split(dataset, settings.data.fold)
     if not parts.train:
@@ -222,12 +225,14 @@ def _require_no_run(out: Path) -> None:
 
 
 def from_anywhere(settings: Settings) -> Settings:
-    """The model that a training starts from by its whole path, if it is a folder: resuming may happen elsewhere."""
-    source = settings.network.init
-    if source is None or not Path(source).is_dir():
-        return settings
-    network = settings.network.model_copy(update={"init": str(Path(source).resolve())})
-    return settings.model_copy(update={"network": network})
+    """The model that a training starts from, if it is a folder, and its folds by whole paths: resuming may happen
+    elsewhere."""
+    network, data = settings.network, settings.data
+    if network.init is not None and Path(network.init).is_dir():
+        network = network.model_copy(update={"init": str(Path(network.init).resolve())})
+    if data.splits is not None:
+        data = data.model_copy(update={"splits": str(Path(data.splits).resolve())})
+    return settings.model_copy(update={"network": network, "data": data})
 
 
 def _require_apart(out: Path, dataset: Dataset) -> None:
