@@ -11,14 +11,14 @@ Letters: V volumes, N locations, F features.
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from ossnet.networks.native import library
-from ossnet.networks.pade import magnitude, pade
+from ossnet.networks.pade import Pade, magnitude, pade
 
 Result = TypeVar("Result")
 
@@ -30,6 +30,12 @@ _NATIVE = {torch.float32: "f32", torch.bfloat16: "bf16"}
 def coefficients(numerator: Float[Tensor, "6"], denominator: Float[Tensor, "4"]) -> Float[Tensor, "10"]:
     """n_0 … n_5, |d_0| … |d_3| in float32, on the device of the unit."""
     return torch.cat([numerator.detach(), magnitude(denominator.detach())]).float()
+
+
+def coefficients_of(unit: nn.Module) -> Float[Tensor, "10"]:
+    """`coefficients` of a `Pade`."""
+    learnt = cast(Pade, unit)
+    return coefficients(learnt.weight_numerator, learnt.weight_denominator)
 
 
 def pade_(x: Float[Tensor, "*shape"], c: Float[Tensor, "10"]) -> Float[Tensor, "*shape"]:

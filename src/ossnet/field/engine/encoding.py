@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ossnet.data.preparation import reduce_by_two
 from ossnet.networks.encoder import Encoder, Encoding, OutputMapping, ResidualBlock3d
-from ossnet.networks.kernels import coefficients, pade_
+from ossnet.networks.kernels import coefficients_of, pade_
 from ossnet.networks.normalisation import BatchNorm3d
 from ossnet.networks.pade import Pade
 from ossnet.volume import Shape
@@ -84,7 +84,7 @@ def _block(
     convolution, second = cast(nn.Conv3d, block.main_mapping[0]), cast(nn.Conv3d, block.main_mapping[5])
     first = _folded(convolution, cast(BatchNorm3d, block.main_mapping[1]))
     last = _folded(second, cast(BatchNorm3d, block.main_mapping[6]))
-    inner, outer = _unit(block.main_mapping[2]), _unit(block.final_activation)
+    inner, outer = coefficients_of(block.main_mapping[2]), coefficients_of(block.final_activation)
     channels, (whole, y, z) = x.shape[1], x.shape[2:]
     planes, width = whole // 2, convolution.out_channels
     out = x.new_empty(1, width, planes, y // 2, z // 2)
@@ -122,7 +122,7 @@ def _planes(x: Tensor, start: int, stop: int) -> Tensor:
 def _sequence(modules: nn.Sequential, x: Tensor) -> Tensor:
     """Modules one after the other, Padé units in place."""
     for module in modules:
-        x = pade_(x.contiguous(), _unit(module)) if isinstance(module, Pade) else module(x)
+        x = pade_(x.contiguous(), coefficients_of(module)) if isinstance(module, Pade) else module(x)
     return x
 
 
@@ -132,8 +132,3 @@ def _folded(convolution: nn.Conv3d, norm: BatchNorm3d) -> tuple[Tensor, Tensor]:
     bias = norm.bias.double() - norm.running_mean.double() * scale
     weight = convolution.weight.double() * scale.view(-1, 1, 1, 1, 1)
     return weight.to(convolution.weight.dtype), bias.to(convolution.weight.dtype)
-
-
-def _unit(module: nn.Module) -> Tensor:
-    pade = cast(Pade, module)
-    return coefficients(pade.weight_numerator, pade.weight_denominator)

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ossnet.networks.decoder import Decoder, DecoderBlock
-from ossnet.networks.kernels import coefficients
+from ossnet.networks.kernels import coefficients_of
 from ossnet.networks.normalisation import ConditionalBatchNorm
-from ossnet.networks.pade import Pade
 
 
 class Affine(NamedTuple):
@@ -72,7 +71,7 @@ def fold(decoder: Decoder, latent: Float[Tensor, "R L"]) -> FoldedDecoder:
     mapping = decoder.patch_mapping.mapping
     return FoldedDecoder(
         (cast(nn.Conv3d, mapping[0]), cast(nn.Conv3d, mapping[3])),
-        (_unit(mapping[1]), _unit(mapping[4])),
+        (coefficients_of(mapping[1]), coefficients_of(mapping[4])),
         decoder.coordinate_features,
         blocks,
         last.double().T,
@@ -89,8 +88,8 @@ def _fold_block(block: DecoderBlock, conditions: Tensor, constant: Tensor | None
         shortcut, bias = mapping.weight.double().T, bias + mapping.bias.double()
     if constant is None:
         return FoldedBlock(
-            Affine(*one, _unit(block.activation)),
-            Affine(two[0], bias, _unit(block.final_activation)),
+            Affine(*one, coefficients_of(block.activation)),
+            Affine(two[0], bias, coefficients_of(block.final_activation)),
             shortcut,
         )
     if shortcut is None:
@@ -100,7 +99,9 @@ def _fold_block(block: DecoderBlock, conditions: Tensor, constant: Tensor | None
     one = one[0][:free], one[1] + constant @ one[0][free:]
     shortcut, bias = shortcut[:free], bias + constant @ shortcut[free:]
     return FoldedBlock(
-        Affine(*one, _unit(block.activation)), Affine(two[0], bias, _unit(block.final_activation)), shortcut
+        Affine(*one, coefficients_of(block.activation)),
+        Affine(two[0], bias, coefficients_of(block.final_activation)),
+        shortcut,
     )
 
 
@@ -112,8 +113,3 @@ def _normalised(linear: nn.Linear, norm: ConditionalBatchNorm, conditions: Tenso
     scale = gamma * torch.rsqrt(statistics.running_var.double() + statistics.eps)
     weight = linear.weight.double() * scale[:, None]
     return weight.T, (linear.bias.double() - statistics.running_mean.double()) * scale + beta
-
-
-def _unit(module: nn.Module) -> Tensor:
-    pade = cast(Pade, module)
-    return coefficients(pade.weight_numerator, pade.weight_denominator)
