@@ -11,7 +11,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ossnet.errors import OssnetError
+    from ossnet.errors import InputError, OssnetError, ResourceError
+    from ossnet.evaluation.cases import evaluate
+    from ossnet.field.cohort.run import segment_folder
     from ossnet.field.components import without_islands
     from ossnet.field.field import Field
     from ossnet.field.mesh.extract import save_mesh
@@ -27,36 +29,44 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Field": "ossnet.field.field:Field",
+    "InputError": "ossnet.errors:InputError",
     "LabelMap": "ossnet.volume:LabelMap",
     "Model": "ossnet.field.model:Model",
     "Octree": "ossnet.field.octree.tree:Octree",
     "OssnetError": "ossnet.errors:OssnetError",
     "Refinement": "ossnet.field.octree.refinement:Refinement",
+    "ResourceError": "ossnet.errors:ResourceError",
     "Volume": "ossnet.volume:Volume",
+    "evaluate": "ossnet.evaluation.cases:evaluate",
     "import_released": "ossnet.field.model:import_released",
     "load": "ossnet.field.model:Model.load",
     "read": "ossnet.files.reading:read_volume",
     "read_labels": "ossnet.files.reading:read_labels",
     "refine": "ossnet.field.octree.refinement:refine",
     "save_mesh": "ossnet.field.mesh.extract:save_mesh",
+    "segment_folder": "ossnet.field.cohort.run:segment_folder",
     "without_islands": "ossnet.field.components:without_islands",
     "write_dicom_seg": "ossnet.files.dicom_seg:write_dicom_seg",
 }
 
 __all__ = [
     "Field",
+    "InputError",
     "LabelMap",
     "Model",
     "Octree",
     "OssnetError",
     "Refinement",
+    "ResourceError",
     "Volume",
+    "evaluate",
     "import_released",
     "load",
     "read",
     "read_labels",
     "refine",
     "save_mesh",
+    "segment_folder",
     "without_islands",
     "write_dicom_seg",
 ]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tests import tiny
 
+import ossnet
 from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError, VolumeError
 from ossnet.field.cohort import run as cohort
 from ossnet.field.cohort.jobs import Job, Options, plan_jobs
@@ -628,3 +629,15 @@ def test_a_limit_beyond_what_is_free_is_told(
         options = Options(device="cpu", memory=limit, overwrite=True)
         segment_all(model, jobs, options, say=said.append)
         assert [line for line in said if "beware" in line] == expected
+
+
+def test_from_python(model: Model, scans: Path, tmp_path: Path) -> None:
+    model.save(tmp_path / "model")
+    report = ossnet.segment_folder(tmp_path / "model", scans, tmp_path / "out", device="cpu", largest=True)
+    assert sorted(report["scans"]) == [f"scan_{i}" for i in range(5)]
+    again = ossnet.segment_folder(model, [scans], tmp_path / "out", device="cpu", largest=True)
+    assert again["scans"] == report["scans"]
+    with pytest.raises(ossnet.InputError, match="there is no option larges"):
+        ossnet.segment_folder(model, scans, tmp_path / "out", larges=True)
+    scored = ossnet.evaluate(tmp_path / "out", tmp_path / "out", tolerance_mm=2.0)
+    assert (scored["tolerance_mm"], {row["dice"] for row in scored["cases"]}) == (2, {1.0})

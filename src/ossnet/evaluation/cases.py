@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from ossnet.data.layouts import Dataset, open_dataset
 from ossnet.data.naming import names_labels, patient_of
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
-from ossnet.evaluation.tables import Row, label_order, label_text
+from ossnet.evaluation.tables import Row, label_order, label_text, summarise, to_json
 from ossnet.files.containers import is_image, stem, without_copies
 from ossnet.files.reading import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_names, same_place
@@ -136,6 +137,37 @@ class Matched:
         if not found & set(values):
             return labels
         return replace(labels, data=relabelled(labels.data, values))
+
+
+def evaluate(
+    predictions: Path | str,
+    labels: Path | str,
+    *,
+    tolerance_mm: float = 1.0,
+    only_predicted: bool = False,
+    regions: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """Compare segmentations with reference labels, as `ossnet evaluate` does.
+
+    Args:
+        predictions: A label map, or a folder of them, named after the cases.
+        labels: The reference: a label map, a data set in any layout, or a folder of label maps.
+        tolerance_mm: Of the surface Dice.
+        only_predicted: Skip cases without a prediction instead of failing.
+        regions: Name → labels, as label files have them, that are judged as one too.
+
+    Returns:
+        What `ossnet evaluate --json` prints: `cases` (a row for each case and structure), `summary` (means with
+        intervals), `rules`, `tolerance_mm`.
+
+    Raises:
+        DatasetError, VolumeError, SettingsError: As `match`, `score` and `Matched.with_regions`.
+    """
+    matched = match(Path(predictions), Path(labels), only_predicted=only_predicted).with_regions(
+        regions or {}
+    )
+    rows = score(matched, tolerance_mm)
+    return to_json(rows, summarise(rows), tolerance_mm)
 
 
 def match(predictions: Path, labels: Path, *, only_predicted: bool = False) -> Matched:

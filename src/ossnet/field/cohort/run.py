@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
-from ossnet.errors import InputError, OssnetError, ResourceError, is_out_of_memory
+from ossnet.errors import InputError, OssnetError, ResourceError, SettingsError, is_out_of_memory
 from ossnet.field.binding import chosen_device
 from ossnet.field.cohort.jobs import (
     Job,
@@ -16,6 +17,7 @@ from ossnet.field.cohort.jobs import (
     Origins,
     clear,
     finished,
+    plan_jobs,
     require_own_files,
     require_replaceable,
     require_series,
@@ -34,6 +36,42 @@ from ossnet.files.dicom_seg import require_source, write_dicom_seg
 from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import look_at, read_volume
 from ossnet.volume import Volume
+
+
+def segment_folder(
+    model: Model | Path | str, images: Path | str | Sequence[Path | str], out: Path | str, **options: Any
+) -> dict[str, Any]:
+    """Segment scans into a folder, as `ossnet segment` does: what is finished there is not done again.
+
+    Args:
+        model: A model, or what `Model.load` takes.
+        images: A scan or a folder of scans in any layout, or several.
+        out: The folder, or a `.nii.gz` file for one scan.
+        options: Of `Options`, such as `memory="2GB"`, `largest=True`, `device="cuda"`, `overwrite=True`.
+
+    Returns:
+        The report, as `report.json` has it.
+
+    Raises:
+        SettingsError: There is no such option, or files are in the way.
+        DatasetError: There are no scans.
+        InputError: After all others were done, the first scan that could not be segmented.
+        ResourceError: The disk is full; finished scans are kept.
+    """
+    known = {field.name for field in fields(Options)}
+    if unknown := options.keys() - known:
+        raise SettingsError(
+            "segment_folder", f"there is no option {min(unknown)}", f"Choose of {', '.join(sorted(known))}"
+        )
+    loaded = model if isinstance(model, Model) else Model.load(model)
+    given = [images] if isinstance(images, (str, Path)) else images
+    jobs = plan_jobs(
+        [Path(path) for path in given],
+        Path(out),
+        most_channels=loaded.channels,
+        channel_names=loaded.channel_names,
+    )
+    return segment_all(loaded, jobs, Options(**options))
 
 
 def segment_all(
