@@ -1,10 +1,10 @@
-"""What a training step of the default network takes beside one of variant C, at equal batch and locations.
+"""What a training step of the default network takes beside those of variant C and MONAI's `UNet`, at equal batch.
 
     python benchmarks/step_costs.py Dataset101_LeftAtrium --output FILE.json
 
-Variant C with the fast step of this package, in its own precision (fp32); the default in its own (bf16 where the
-machine computes in it). One process each, one thread; CPU seconds, and the peak above what was resident with data and
-network.
+All in float32, and all in bfloat16 where the machine computes in it. The default and variant C are asked at as many
+locations of each scan, the U-Net everywhere in crops as large as the default's; variant C with the fast step of this
+package. One process each, one thread; CPU seconds, and the peak above what was resident with data and network.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 from isolated import measured, run, start_counting, status
 
 STEPS = 5
+VARIANTS = ("multiscale", "C", "monai-unet")
 
 
 def here(job: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +28,6 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
     from ossnet.data.cache import load_case
     from ossnet.data.layouts import open_dataset
     from ossnet.data.splits import split
-    from ossnet.networks.machine import fast_bf16
     from ossnet.training.planning import make_plan
     from ossnet.training.settings import make_settings
 
@@ -35,23 +35,22 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cpu")
     dataset = open_dataset(job["data"])
     train = [dataset[name] for name in split(dataset, 0).train]
-    settings = make_settings(
-        job["variant"],
-        changes=[f"schedule.batch_size={job['batch']}", f"sampling.locations={job['locations']}"],
-    )
+    changes = [f"schedule.batch_size={job['batch']}"]
+    if job["variant"] != "monai-unet":
+        changes.append(f"sampling.locations={job['locations']}")
+    settings = make_settings(job["variant"], changes=changes)
     plan = make_plan(dataset, train, settings)
     recipe, network = plan.recipe, plan.model.network.requires_grad_(True).train()
     cases = [load_case(dataset, case, plan.model.preparation, plan.classes, 13, None) for case in train[:4]]
     before, seconds = start_counting(), []
     optimisers = recipe.optimisers()
-    half = job["variant"] == "multiscale" and fast_bf16(device)
     for step in range(STEPS):
         started = time.thread_time()
         drawn = [
             recipe.example(cases[(step + i) % len(cases)], np.random.default_rng([step, i]))
             for i in range(job["batch"])
         ]
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast("cpu", torch.bfloat16, enabled=job["half"]):
             loss = recipe.loss(network, recipe.batch(drawn, device))
         loss.total.backward()
         for optimiser in optimisers:
@@ -72,16 +71,24 @@ def main() -> None:
     parser.add_argument("--locations", type=int, default=4096)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    import torch
     from measuring import machine, write
 
+    from ossnet.networks.machine import fast_bf16
+
     rows = []
-    for batch in (1, 2):
-        job = {"data": str(given.data), "batch": batch, "locations": given.locations}
-        pair = {v: measured(job | {"variant": v}, __file__) for v in ("multiscale", "C")}
-        ratios = {key: round(pair["multiscale"][key] / pair["C"][key], 3) for key in pair["C"]}
-        rows.append({"batch": batch, **pair, "multiscale_to_C": ratios})
-        print(rows[-1], file=sys.stderr, flush=True)
-    write(given.output, {"data": given.data.name, "rows": rows, "machine": machine()})
+    for half in (False, True) if fast_bf16(torch.device("cpu")) else (False,):
+        for batch in (1, 2):
+            job = {"data": str(given.data), "batch": batch, "locations": given.locations, "half": half}
+            found = {v: measured(job | {"variant": v}, __file__) for v in VARIANTS}
+            ratios = {
+                f"multiscale_to_{v}": {k: round(found["multiscale"][k] / found[v][k], 3) for k in found[v]}
+                for v in VARIANTS[1:]
+            }
+            rows.append({"precision": "bf16" if half else "fp32", "batch": batch, **found, **ratios})
+            print(rows[-1], file=sys.stderr, flush=True)
+    about = {"data": given.data.name, "locations": given.locations}
+    write(given.output, {**about, "rows": rows, "machine": machine()})
 
 
 if __name__ == "__main__":
