@@ -13,6 +13,7 @@ from ossnet.field.engine.blockwise.answer import BlockwiseAnswer
 from ossnet.field.engine.gather import PatchRows
 from ossnet.field.engine.scan import Scan, WindowRows
 from ossnet.field.memory import LIBRARIES
+from ossnet.field.octree.tree import Octree
 from ossnet.volume import Orientation, Volume
 
 FITS: dict[str, dict[str, Any]] = {
@@ -156,8 +157,15 @@ def test_what_a_grant_cannot_hold_is_refused_early(monkeypatch: pytest.MonkeyPat
         model.field(tiny.scan((300, 300, 300)), device="cpu", memory="300MB").probability_map()
 
 
-def test_a_region_is_the_whole_answer_in_it() -> None:
-    """Of a long scan, so that a region is encoded alone."""
+def test_a_region_is_the_whole_answer_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long scan, so that a region is encoded alone, and a larger one where something enters it unseen."""
+    restarts, restart = [0], Octree.restart
+
+    def counted(self: Octree, start: Any) -> None:
+        restarts[-1] += 1
+        restart(self, start)
+
+    monkeypatch.setattr(Octree, "restart", counted)
     model, scan = tiny.model("multiscale", 3), tiny.scan((1500, 16, 14))
     whole = model.field(scan, device="cpu", precision="fp32")
     expected = whole.segment().data
@@ -166,14 +174,19 @@ def test_a_region_is_the_whole_answer_in_it() -> None:
         low = [int(rng.integers(n - 4)) for n in scan.shape]
         high = [int(min(a + rng.integers(4, 40), n)) for a, n in zip(low, scan.shape, strict=True)]
         box = ((low[0], low[1], low[2]), (high[0], high[1], high[2]))
-        found = model.field(scan, device="cpu", precision="fp32").segment(region=box)
+        field = model.field(scan, device="cpu", precision="fp32")
+        restarts.append(0)
+        found = field.segment(region=box)
         np.testing.assert_array_equal(found.data, expected[tuple(map(slice, low, high))])
+        (first, _, _), (last, _, _) = field._bound.answer.crop  # type: ignore[attr-defined]
+        assert last - first < 200 + 100 * restarts[-1] or restarts[-1] > 3
         # The octree took a larger box where structures entered this one unseen; asking everywhere never does.
         field = model.field(scan, device="cpu", precision="fp32")
         everywhere = field.segment(region=box, strategy="dense").data
         np.testing.assert_array_equal(everywhere, whole.segment(region=box, strategy="dense").data)
         (first, _, _), (last, _, _) = field._bound.answer.crop  # type: ignore[attr-defined]
         assert last - first < 200
+    assert 1 in restarts
 
 
 def test_points_are_answered_at_the_cost_of_their_place() -> None:

@@ -119,7 +119,7 @@ class Labelling:
             return asking
         asked = None
         if self._local is not None:
-            window = _first_sites(self.grid, self._local, path_from(self._lattice))[1]
+            _, window = _first_sites(self.grid, self._local, path_from(self._lattice))
             asked = box_shape((window.low, window.high))
         return asking + lattice_bytes(lattice_size(self.grid.shape, self._lattice), asked)
 
@@ -147,11 +147,11 @@ class Labelling:
     def _grown(self, options: dict[str, Any], progress: Report | None) -> tuple[Labels, int]:
         """By the octree."""
         ask, shape, region = self.bound.asker(self.grid), self.grid.shape, self.region
-        start, looked = options.pop("start", None), 0
-        predicted = start is None
-        local = self._local if predicted else None
-        if predicted:
-            start, looked = self._start(local, options, progress)
+        start, looked, local = options.pop("start", None), 0, self._local
+        if start is None:
+            path = options.get("path", "auto")
+            reach = None if local is None else _first_sites(self.grid, local, path)[1]
+            start, looked = self._start(reach, options, progress)
         if looked:
             options["doubt"] = None  # the lattice was asked: there is none
         batch = options.pop("batch", question_locations(self.classes))
@@ -168,34 +168,38 @@ class Labelling:
             )
             return found.labels, looked + found.evaluated
         tree = Octree(shape, self.classes, start=start, region=region, **options)
+        reach = tree.reach
         while (voxels := tree.query()) is not None:
-            if tree.grown:
-                # A larger box decides, and its prediction is not there yet.
-                self.bound.cover(None)
-                start, more = self._start(None, options, progress)
-                labels, evaluated = self._grown({**options, "batch": batch, "start": start}, progress)
-                return labels, looked + more + evaluated
+            if tree.reach != reach:
+                # Something entered the region unseen: a larger box decides, and its prediction is not there yet.
+                reach = tree.reach
+                self.bound.cover(_box_of(self.bound, self.grid, tree.path[0], reach, local[1]))
+                start, more = self._start(reach, options, progress)
+                looked += more
+                tree.restart(start)
+                continue
             tree.update(*ask_all(ask, voxels, batch))
             if progress is not None:
                 progress(tree.evaluated, tree.pending)
         return tree.labels(), looked + tree.evaluated
 
     def _start(
-        self, region: Box | None, options: dict[str, Any], progress: Report | None
+        self, reach: Window | None, options: dict[str, Any], progress: Report | None
     ) -> tuple[np.ndarray | None, int]:
         """What predicts the octree's first lattice, and the locations that were asked for it.
 
         Args:
-            region: Only there, and as far around as the octree looks.
+            reach: Only for these sites of it; None: all.
         """
-        if self.stride is not None and options.get("path") == path_from(self.stride):
-            sites = None if region is None else _first_sites(self.grid, region, options["path"])[1]
-            ask = self.bound.asker(self.grid)
-            return label_lattice(ask, self.grid.shape, self.stride, sites, self.classes, progress)
         path = options.get("path", "auto")
-        coarse = self.bound.prediction(
-            None if region is None else needed(self.bound, self.grid, region, path)
-        )
+        if self.stride is not None and path == path_from(self.stride):
+            ask = self.bound.asker(self.grid)
+            return label_lattice(ask, self.grid.shape, self.stride, reach, self.classes, progress)
+        box = None
+        if reach is not None and self._local is not None:
+            steps = check_path(path, self.grid.shape)[0]
+            box = _box_of(self.bound, self.grid, steps, reach, self._local[1])
+        coarse = self.bound.prediction(box)
         if coarse is None or not self._prediction_pays(coarse):
             return None, 0
         coarse = coarse.detach().cpu()
@@ -250,10 +254,14 @@ def prepare_released(bound: Binding, strategy: str, reevaluate: bool) -> Release
 
 def needed(bound: Binding, grid: Grid, region: Box, path: Path) -> Box:
     """Voxels of the network's grid whose prediction and answers decide what the octree finds in a region."""
-    steps, kept = _first_sites(grid, region, path)
-    low, high = np.array(kept.low) * steps, (np.array(kept.high) - 1) * steps
+    return _box_of(bound, grid, *_first_sites(grid, region, path), region[1])
+
+
+def _box_of(bound: Binding, grid: Grid, stride: Triple, sites: Window, end: Triple) -> Box:
+    """Voxels of the network's grid that sites of a lattice lie in, and all up to the end of a region."""
+    low, high = np.array(sites.low) * stride, (np.array(sites.high) - 1) * stride
     to_fitted = bound.fit.matrix() @ grid.to(bound.grid)
-    corners = np.array(list(product(*zip(low, np.maximum(high, np.array(region[1]) - 1), strict=True))))
+    corners = np.array(list(product(*zip(low, np.maximum(high, np.array(end) - 1), strict=True))))
     place = corners @ to_fitted[:3, :3].T + to_fitted[:3, 3]
     x0, y0, z0 = (int(v) for v in np.floor(place.min(axis=0)))
     x1, y1, z1 = (int(v) + 1 for v in np.ceil(place.max(axis=0)))

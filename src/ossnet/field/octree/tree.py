@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Integer, Num, Shaped
 
 from ossnet.errors import SettingsError
 from ossnet.field.octree.hints import island_seeds, unsaturated_children
-from ossnet.field.octree.lattice import Indices, Lattice, Triple, refine_lattice, sorted_unique
+from ossnet.field.octree.lattice import Indices, Lattice, Triple, Window, refine_lattice, sorted_unique
 from ossnet.field.octree.prediction import resample_prediction
 from ossnet.field.octree.strides import Box, Part, Path, check_path, check_region, parts
 
@@ -174,9 +174,14 @@ class Octree:
         return 0 if self._done else len(self._next) + len(self._rest)
 
     @property
-    def grown(self) -> bool:
-        """Whether something entered the region unseen, so that more than its own neighbourhood is looked at."""
-        return any(self._growth)
+    def reach(self) -> Window:
+        """The sites of the coarsest lattice that are looked at: more, where something entered the region unseen."""
+        return self._parts[0].kept
+
+    def restart(self, start: Num[np.ndarray, "..."] | None) -> None:
+        """Begin again from another array (`start`): one that holds for all of `reach`."""
+        self._start = start
+        self._begin_coarsest()
 
     def query(self) -> Int[np.ndarray, "N 3"] | None:
         """The next voxel indices to ask, int32, or None when the label map is complete.
