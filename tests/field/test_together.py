@@ -130,7 +130,7 @@ def test_models_of_other_structures_are_refused(tmp_path: Path) -> None:
         replace(one, others=(replace(one, label_names={1: "else"}),))
     with pytest.raises(ModelError, match="channels are 2"):
         replace(one, others=(tiny.model("multiscale", channels=2),))
-    with pytest.raises(ModelError, match="axes of the file"):
+    with pytest.raises(ModelError, match="one model reorients scans and the other does not"):
         replace(one, others=(replace(one, preparation=Preparation(orientation="file")),))
     with pytest.raises(ModelError, match="Save each"):
         replace(one, others=(one,)).save(tmp_path / "both")
