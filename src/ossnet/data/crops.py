@@ -80,7 +80,9 @@ class CropSettings:
     near_surface: float = 0.5
     """Share of the locations drawn near surfaces."""
     jitter: tuple[float, ...] = (1.0, 4.0)
-    """Standard deviations in voxels of the distance from the surface, with even odds."""
+    """Standard deviations of the distance from the surface, in voxels of the finest axis, with even odds."""
+    on_voxels: float = 0.5
+    """Share of the locations that are voxels of the crop; the others lie anywhere."""
     importance: float = 1.0
     """How far weights of locations undo that they crowd near surfaces (`data.crop_locations`): 1 wholly, 0 not."""
     least_near: float = 0.3
