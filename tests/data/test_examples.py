@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
 from tests.data.balls import AS_SCANNED, ISO, as_is, ball
 
 from ossnet.data.crop_locations import surface_voxels, targets_at
@@ -102,6 +103,50 @@ def test_weights_undo_the_crowd_near_surfaces(classes: int, spatial: float) -> N
     assert float(np.mean(plain)) > 2 * truth
     off = example(source, replace(plan, importance=0.0), np.random.default_rng(0))
     assert bool((off["importance"] == 1).all())
+
+
+@pytest.mark.parametrize("spatial", [0.0, 1.0])
+def test_half_of_the_locations_are_voxels_as_in_use(spatial: float) -> None:
+    """Of scans on the network's grid; where one axis is resampled, along the others."""
+    plan = replace(ISO, crop=(28, 32, 24), locations=2000, spatial=spatial)
+    for near_surface in (0.0, 1.0):
+        asked = replace(plan, near_surface=near_surface)
+        for zoom in ((1.0, 1.0, 1.0), (1.0, 1.3, 1.0)):
+            locations = example(ball(zoom=zoom), asked, np.random.default_rng(0))["locations"]
+            share = (locations == locations.round()).double().mean(dim=0)
+            assert share.tolist() == pytest.approx([0.5 if z == 1 else 0 for z in zoom], abs=0.05)
+    anywhere = example(ball(), replace(plan, on_voxels=0.0), np.random.default_rng(0))["locations"]
+    assert float((anywhere == anywhere.round()).double().mean()) < 0.01
+
+
+def test_across_thick_slices_locations_near_a_surface_lie_as_near_in_mm() -> None:
+    labels = np.zeros((64, 64, 9), np.uint8)
+    labels[32, 32, 4] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, [np.array([[32, 32, 4]])], as_is)
+    plan = CropSettings((64, 64, 9), (1.5, 1.5, 10.0), spatial=0.0, intensity=0.0, near_surface=1.0)
+    for jitter in (1.0, 4.0):
+        still = replace(plan, jitter=(jitter,), on_voxels=0.0)
+        made = example(source, still, np.random.default_rng(0))
+        spread = (made["locations"] * torch.tensor(plan.spacing)).std(dim=0)
+        assert spread.tolist() == pytest.approx([1.5 * jitter] * 3, rel=0.05)
+
+
+def test_across_thick_slices_weights_are_right() -> None:
+    """A ball of 30 mm in slices of 10 mm."""
+    mm, shape = np.array([1.5, 1.5, 10.0]), (64, 64, 9)
+    grid = np.stack(np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij"), axis=-1)
+    labels = (np.linalg.norm(grid * mm, axis=-1) < 30).astype(np.uint8)
+    signed = distance_transform_edt(labels, mm) - distance_transform_edt(1 - labels, mm)
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    plan = CropSettings(shape, (1.5, 1.5, 10.0), spatial=0.0, intensity=0.0)
+    edges = np.array([-100, -12, -6, -3, 0, 3, 6, 12, 100])
+    found = np.zeros(len(edges) - 1)
+    for seed in range(60):
+        made = example(source, plan, np.random.default_rng(seed))
+        x, y, z = np.floor(made["locations"].numpy() + 0.5).astype(int).T
+        found += np.histogram(signed[x, y, z], edges, weights=made["importance"].numpy())[0]
+    voxels = np.histogram(signed, edges)[0]
+    np.testing.assert_allclose(found / found.sum(), voxels / voxels.sum(), rtol=0.08)
 
 
 def test_a_scan_without_the_structure_and_one_of_a_single_slice() -> None:
