@@ -124,6 +124,13 @@ def test_patients_of_cases_json(tmp_path: Path) -> None:
     facts = {"a": {"patient": 7}, "b": {"group": "x"}, "unknown": {}}
     (root / "cases.json").write_text(json.dumps(facts))
     assert [c.group for c in open_dataset(root).cases] == ["7", "x", "patient001"]
+    flat = {"a": "P1", "b.nii.gz": "P1", "patient001_ED": {"Patient_ID": 3}}
+    (root / "cases.json").write_text(json.dumps(flat))
+    assert [c.group for c in open_dataset(root).cases] == ["P1", "P1", "3"]
+    for nothing in (["a", "b"], {"other": {"patient": 1}}):
+        (root / "cases.json").write_text(json.dumps(nothing))
+        with pytest.raises(DatasetError, match=r"cases.json: names no case of the data set"):
+            open_dataset(root)
     (root / "cases.json").write_text("{")
     with pytest.raises(DatasetError, match=r"cases.json: cannot be read"):
         open_dataset(root)

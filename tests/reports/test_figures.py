@@ -1,6 +1,7 @@
 """Slices with outlines: what is on them, where, and in which proportions."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,13 @@ def test_the_window_fits_any_scale_and_is_of_all_slices() -> None:
     low, high = window(layered)
     assert low == pytest.approx(10, abs=1)
     assert high == pytest.approx(20, abs=1)
+
+
+def test_names_are_no_formulas() -> None:
+    """An even number of $ would be one, and most are wrong."""
+    volume, prediction, _ = scan()
+    named = replace(prediction, names={1: "a$_$"})
+    assert count(overlay(volume, named, title="case$_1$^"), colour(1)) > 100
 
 
 def test_labels_of_another_grid_are_refused() -> None:

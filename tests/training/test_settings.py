@@ -51,12 +51,18 @@ def test_settings_that_a_variant_does_not_heed_are_refused_and_not_listed() -> N
     with pytest.raises(SettingsError, match=r"augmentation\.noise: variant multiscale does not use it"):
         make_settings(changes=["augmentation.noise=0"])
     assert make_settings("C", changes=["augmentation.noise=0"]).augmentation.noise == 0
+    band = "sampling.border_width_mm=4"
+    with pytest.raises(SettingsError, match=r"border_width_mm: variant multiscale does not use it"):
+        make_settings(changes=[band])
+    assert make_settings(changes=[band, "validation.scheme=released_lits"]).sampling.border_width_mm == 4
+    assert make_settings("C", changes=[band]).sampling.border_width_mm == 4
     listed = {key for key, _, _ in describe_settings("multiscale")}
     assert "augmentation.noise" not in listed
     assert "augmentation.intensity" in listed
     every = {key for key, _, _ in describe_settings()}
     for variant in (*UNUSED, "C", "O-Net"):
-        assert every - {key for key, _, _ in describe_settings(variant)} == unused(variant), variant
+        left_out = unused(variant, scheme=make_settings(variant).validation.scheme)
+        assert every - {key for key, _, _ in describe_settings(variant)} == left_out, variant
     with pytest.raises(SettingsError, match=r"loss\.kind: variant C does not use it"):
         make_settings("c", changes=["loss.kind=dice"])
 
@@ -108,10 +114,18 @@ def test_presets_of_the_papers_baselines() -> None:
     assert make_settings("unet3d", "lits", changes=["schedule.batch_size=1"]).schedule.batch_size == 1
 
 
-def test_epochs_are_meant_where_they_are_given() -> None:
+def test_epochs_are_meant_where_they_are_given(tmp_path: Path) -> None:
     assert make_settings().schedule.minutes == 60
     assert make_settings(changes=["schedule.epochs=20"]).schedule.minutes is None
     assert make_settings(changes=["schedule.epochs=20", "schedule.minutes=5"]).schedule.minutes == 5
+    # The settings of a run name both.
+    by_minutes, by_epochs = tmp_path / "minutes.json", tmp_path / "epochs.json"
+    by_minutes.write_text(make_settings().model_dump_json())
+    by_epochs.write_text(make_settings(changes=["schedule.epochs=20"]).model_dump_json())
+    assert make_settings(config=by_minutes).schedule.minutes == 60
+    assert make_settings(config=by_minutes, changes=["schedule.epochs=20"]).schedule.minutes is None
+    assert make_settings(config=by_epochs).schedule.minutes is None
+    assert make_settings(config=by_epochs, changes=["schedule.minutes=5"]).schedule.minutes == 5
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from ossnet.data.preparation import Preparation
 from ossnet.errors import DatasetError, InputError, SettingsError
 from ossnet.evaluation.cases import match, score
 from ossnet.evaluation.tables import from_csv
+from ossnet.field.model import Model
 from ossnet.files.lock import alone_in
+from ossnet.training import illustration, loop
 from ossnet.training.illustration import Events
 from ossnet.training.loop import STATE, State
 from ossnet.training.recipes.base import StepLoss
@@ -51,7 +54,8 @@ class Stop:
 
 def run(data: Path, out: Path, variant: str = "C", changes: Sequence[str] = (), **options: Any) -> Path:
     patches = any(change.startswith("network.patch_shape") for change in changes)
-    small = [change for change in SMALL if change.split("=")[0] not in unused(variant, patches)]
+    left_out = unused(variant, patches, make_settings(variant).validation.scheme)
+    small = [change for change in SMALL if change.split("=")[0] not in left_out]
     return train(data, out, make_settings(variant, None, None, [*small, *changes]), **options)
 
 
@@ -287,6 +291,40 @@ def test_damaged_files_of_a_run_are_named(finished: Path, balls: Path, tmp_path:
     assert json.loads((out / "validation_rows.json").read_text())["cases"]
 
 
+def test_a_label_that_was_corrected_is_judged_again(finished: Path, balls: Path, tmp_path: Path) -> None:
+    data, out = (
+        Path(shutil.copytree(balls, tmp_path / "data")),
+        Path(shutil.copytree(finished, tmp_path / "run")),
+    )
+    (name,) = json.loads((out / "splits.json").read_text())["val"][:1]
+    file = data / "labelsTr" / f"{name}.nii.gz"
+    labels = ossnet.read_labels(file)
+    replace(labels, data=np.minimum(labels.data, 1)).save(file)  # no core
+    run(data, out, resume=True)
+    before, after = (from_csv((r / "validation.csv").read_text()) for r in (finished, out))
+    assert before[1].scores.reference_ml > 0 == after[1].scores.reference_ml
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_pictures_that_fail_or_take_long_end_alone(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def slow(model: Model, case: CachedCase, title: str) -> bytes:
+        if fails:
+            raise RuntimeError("out of memory")
+        return title.encode()
+
+    monkeypatch.setattr(illustration, "illustrate", slow)
+    monkeypatch.setattr(loop, "_A_VALIDATION", 0.0)
+    changes = ["schedule.minutes=0.1", "schedule.passes=4", "validation.dense=false"]
+    told = pytest.warns(UserWarning, match="no more pictures: out of memory") if fails else nullcontext()
+    with told:
+        run(balls, tmp_path / "run", changes=changes)
+    assert len(list(csv.DictReader((tmp_path / "run" / "log.csv").read_text().splitlines()))) > 1
+    pictures = list((tmp_path / "run").glob("pictures/*.png"))
+    assert len(pictures) == (0 if fails else 1)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 def test_names_of_cases_that_are_no_text(balls: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(balls, tmp_path / "data"))
@@ -348,6 +386,19 @@ def test_folds_may_lie_elsewhere(balls: Path, tmp_path: Path, monkeypatch: pytes
     assert settings["data"]["splits"] == str(tmp_path / "folds.json")
     with pytest.raises(DatasetError, match="cannot be read"):
         run(balls, tmp_path / "none", changes=["data.splits=none.json"])
+    (tmp_path / "folds.json").write_text(json.dumps([{"train": ["gone"], "val": [last]}]))
+    with pytest.raises(DatasetError, match=r"folds\.json, fold 0: gone is not in the data set"):
+        run(balls, tmp_path / "wrong", changes=changes)
+
+
+def test_a_patient_on_both_sides_of_a_given_fold_is_told(balls: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(balls, data)
+    *train, last = open_dataset(balls).names
+    (data / "cases.json").write_text(json.dumps({train[0]: "P1", last: "P1"}))
+    (data / "splits_final.json").write_text(json.dumps([{"train": train, "val": [last]}]))
+    run(data, tmp_path / "run", changes=["schedule.epochs=1", "validation.dense=false"])
+    assert "beware: scans of P1 are on both sides of the fold" in (tmp_path / "run" / "plan.txt").read_text()
 
 
 def test_what_more_processes_left_is_removed(balls: Path, tmp_path: Path) -> None:

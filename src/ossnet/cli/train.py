@@ -1,6 +1,7 @@
 """`ossnet train`."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -200,8 +201,10 @@ class Watcher:
         if self.task is None:
             self.bar.start()
             self.task = self.bar.add_task("", total=1.0, step=0, loss="")
-        self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
-        self.bar.update(self.task, completed=fraction, step=state.step, loss=f"{self.smooth:.4f}")
+        if math.isfinite(loss):  # a few that are not are forgiven
+            self.smooth = loss if self.smooth is None else 0.98 * self.smooth + 0.02 * loss
+        shown = "" if self.smooth is None else f"{self.smooth:.4f}"
+        self.bar.update(self.task, completed=fraction, step=state.step, loss=shown)
         self.steps += 1
         if self.begun is None:
             self.begun = state.seconds

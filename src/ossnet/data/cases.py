@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from ossnet.data.splits import Split
+from ossnet.data.splits import Split, read_splits
 from ossnet.errors import DatasetError, InputError, VolumeError
 from ossnet.files.reading import Nonfinite, read_labels, read_volume
 from ossnet.volume import LabelMap, Volume, same_names, same_place
@@ -118,7 +118,8 @@ class Dataset:
         label_map: Value in the file → class, for the values that differ (BraTS stores class 3 as 4).
         by_name: Name of a structure (`name_key`) → class, where each label file numbers structures in its own way and
             names them, as 3D Slicer's segmentations may; empty where numbers count.
-        splits: Folds of `splits_final.json`, or None.
+        splits: Folds of `splits_file`, or None.
+        splits_file: A `splits_final.json` (`with_splits`).
         regions: Name → classes, for what the data set names of several labels together. The labels are learnt one by
             one, and judged one by one and together.
         problems: What keeps other cases from being used.
@@ -133,9 +134,14 @@ class Dataset:
     label_map: Mapping[int, int] = field(default_factory=dict)
     by_name: Mapping[str, int] = field(default_factory=dict)
     splits: tuple[Split, ...] | None = None
+    splits_file: Path | None = None
     regions: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
     nonfinite: Nonfinite = "refuse"
+
+    def with_splits(self, path: Path) -> "Dataset":
+        """The same cases, in the folds of a file (errors as of `read_splits`)."""
+        return replace(self, splits=read_splits(path), splits_file=path)
 
     def __getitem__(self, name: str) -> Case:
         """The case of this name."""

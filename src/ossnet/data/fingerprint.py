@@ -169,7 +169,7 @@ def fingerprint(
     problems.sort(key=lambda p: p.where)
     if not dataset.problems:  # a case that is incomplete is told of already
         try:
-            require_fitting(dataset.splits or (), dataset.names, dataset.root)
+            require_fitting(dataset)
         except InputError as error:
             problems.append(Problem.of(error))
     return Fingerprint(

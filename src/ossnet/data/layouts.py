@@ -22,7 +22,6 @@ import numpy as np
 from ossnet.data.cases import Case, Dataset, Problem, name_key, nameless
 from ossnet.data.descriptions import Description, channels_of, read_description
 from ossnet.data.naming import LAYOUTS, Files, Found, Layout, names_labels, patient_of
-from ossnet.data.splits import read_splits
 from ossnet.errors import DatasetError, OssnetError
 from ossnet.files.containers import composed, is_slicer_segmentation, stem, without_copies
 from ossnet.files.dicom import dicom_folders
@@ -35,6 +34,9 @@ __all__ = ["LAYOUTS", "Case", "Dataset", "Layout", "Problem", "consecutive", "im
 
 _MANY = 30
 """Structures; with more of them it is asked whether labels are images."""
+
+_PATIENT = ("patient", "patient_id", "subject", "subject_id", "group")
+"""What facts about a case call the patient, in letters of any size."""
 
 
 def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonfinite = "refuse") -> Dataset:
@@ -297,8 +299,7 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
     regions = description.regions
     if layout.describe:
         regions = {name: tuple(mapping.get(n, n) for n in values) for name, values in regions.items()}
-    split_file = root / "splits_final.json"
-    return Dataset(
+    dataset = Dataset(
         root=root,
         layout=layout.name,
         cases=cases,
@@ -306,10 +307,11 @@ def _assemble(root: Path, layout: Layout, files: Files, value: Mapping[str, Any]
         label_names=names,
         label_map=mapping,
         by_name=by_name,
-        splits=read_splits(split_file) if split_file.exists() else None,
         regions=regions,
         problems=tuple(problems),
     )
+    splits = root / "splits_final.json"
+    return dataset.with_splits(splits) if splits.exists() else dataset
 
 
 def _cases(
@@ -394,7 +396,7 @@ def _listed_cases(
 
 
 def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
-    """Patients from a `cases.json` (case → facts, of which `patient`, `subject` or `group` is used)."""
+    """Patients from a `cases.json`: case → patient, or case → facts, of which one of `_PATIENT` is used."""
     if not path.exists():
         return cases
     try:
@@ -402,14 +404,21 @@ def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(path, f"cannot be read ({error})", "Correct or remove it") from error
 
-    named = {composed(name): told for name, told in facts.items()} if isinstance(facts, Mapping) else {}
+    known = {case.name for case in cases}
+    named = {}
+    for written, told in facts.items() if isinstance(facts, Mapping) else ():
+        name = composed(written)
+        named[name if name in known else stem(name)] = told
+    if known and facts != {} and not known & set(named):
+        # Passed over, it would leave scans of a patient on both sides of a fold.
+        fix = 'Write {"CASE": {"patient": "P1"}, …}, or give it another name'
+        raise DatasetError(path, "names no case of the data set", fix)
 
     def patient(case: Case) -> str | None:
-        known = named.get(case.name)
-        for key in ("patient", "subject", "group"):
-            if isinstance(known, Mapping) and known.get(key) is not None:
-                return str(known[key])
-        return case.group
+        told = named.get(case.name)
+        if isinstance(told, Mapping):
+            told = next((value for key, value in told.items() if key.lower() in _PATIENT), None)
+        return case.group if told is None else str(told)
 
     return tuple(replace(case, group=patient(case)) for case in cases)
 

@@ -84,7 +84,7 @@ def split(dataset: "Dataset", fold: int | Literal["paper", "all"] = 0, k: int = 
     if fold == "paper":
         return _paper(dataset, groups, seed)
     if dataset.splits is not None:
-        require_fitting(dataset.splits, names, dataset.root)
+        require_fitting(dataset)
     splits = dataset.splits if dataset.splits is not None else folds(names, k, seed, groups)
     if not isinstance(fold, int) or not 0 <= fold < len(splits):
         raise SettingsError(
@@ -123,7 +123,7 @@ def read_splits(path: Path) -> tuple[Split, ...]:
 
 
 def _names(given: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(composed(name) for name in given))
+    return tuple(sorted({composed(name) for name in given}))
 
 
 def shared_patients(part: Split, groups: Mapping[str, str | None]) -> tuple[str, ...]:
@@ -176,20 +176,20 @@ def _paper(dataset: "Dataset", groups: Mapping[str, str | None], seed: int) -> S
     return Split(tuple(sorted(taken[0])), tuple(sorted(taken[1])))
 
 
-def require_fitting(splits: Sequence[Split], names: Iterable[str], root: Path) -> None:
-    """Refuse a split file that does not fit the cases.
+def require_fitting(dataset: "Dataset") -> None:
+    """Refuse folds that do not fit the cases.
 
     Raises:
         DatasetError: A case that is not there, or on both sides.
     """
-    known = set(names)
-    for number, part in enumerate(splits):
-        where = f"{root / 'splits_final.json'}, fold {number}"
+    known = {case.name for case in dataset.cases}
+    for number, part in enumerate(dataset.splits or ()):
+        where = f"{dataset.splits_file}, fold {number}"
         if both := set(part.train) & set(part.validation):
             raise DatasetError(where, f"{min(both)} trains and validates", "Keep each case on one side")
         if missing := sorted({*part.train, *part.validation} - known):
             raise DatasetError(
                 where,
                 f"{missing[0]} is not in the data set ({len(missing)} such names)",
-                "Add the cases, or remove splits_final.json",
+                "Add the cases, or do without the file",
             )

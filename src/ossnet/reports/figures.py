@@ -208,7 +208,10 @@ def _legend(
         entries.append(("reference", REFERENCE))
     for text, ink in entries:
         figure.text(x, height, "━", color=ink, fontsize=13, va="center")
-        written = figure.text(x + 0.022, height, text, color="#d5dbe3", fontsize=10, va="center")
+        # Names may hold $.
+        written = figure.text(
+            x + 0.022, height, text, color="#d5dbe3", fontsize=10, va="center", parse_math=False
+        )
         FigureCanvasAgg(figure)
         x = written.get_window_extent().x1 / figure.bbox.width + 0.025
-    figure.text(0.988, height, title, color="#9aa4b0", fontsize=10, va="center", ha="right")
+    figure.text(0.988, height, title, color="#9aa4b0", fontsize=10, va="center", ha="right", parse_math=False)

@@ -1,5 +1,7 @@
 """What people look at while a network trains: pictures, and TensorBoard events."""
 
+import math
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from typing import Any
 
 from ossnet.data.cache import CachedCase
 from ossnet.field.model import Model
+from ossnet.files.atomic import write_bytes
 from ossnet.reports.figures import overlay
 from ossnet.volume import LabelMap
 
@@ -19,6 +22,32 @@ def illustrate(model: Model, case: CachedCase, title: str) -> bytes:
     return overlay(
         case.volume(), found, LabelMap(reference, case.affine), title=f"{_written(case.name)}, {title}"
     )
+
+
+class Pictures:
+    """Pictures of a case, drawn while a network trains. What fails there ends the pictures and not the training.
+
+    Args:
+        folder: Where they are written; None draws none.
+        most_seconds: A picture that takes longer is the last one.
+    """
+
+    def __init__(self, folder: Path | None, most_seconds: float = math.inf) -> None:
+        self._folder, self._most_seconds = folder, most_seconds
+
+    def draw(self, model: Model, case: CachedCase, step: int) -> None:
+        """Write `step_0000100.png`."""
+        if self._folder is None:
+            return
+        started = time.monotonic()
+        file = self._folder / f"step_{step:07d}.png"
+        try:
+            write_bytes(file, illustrate(model, case, f"step {step}"))
+        except Exception as error:  # of drawing, memory or the disk: none is worth a training
+            self._folder = None
+            warnings.warn(f"no more pictures: {error}", stacklevel=3)
+        if time.monotonic() - started > self._most_seconds:
+            self._folder = None
 
 
 def _written(name: str) -> str:

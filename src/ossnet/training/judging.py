@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -58,7 +59,13 @@ def judge(
         if known.get("model") == stamp:
             done = known
     files = {case.name: run / "validation" / f"{case.name}.nii.gz" for case in cases}
-    undone = {name for name, file in files.items() if name not in done["cases"] or not file.is_file()}
+    # A label file may be corrected before a run is resumed.
+    references = {case.name: crc32(case.reference().tobytes()) for case in cases}
+    undone = {
+        name
+        for name, file in files.items()
+        if done["cases"].get(name, {}).get("reference") != references[name] or not file.is_file()
+    }
     # The paper's answer as they answer.
     calibrated = model.variant not in OFFERED and (bool(undone) or "temperature" not in model.metadata)
     rows: list[Row] = []
@@ -73,6 +80,7 @@ def judge(
             mine = replace(case.as_in_file(found), origin=f"{MARK} {model.fingerprint()}")
             mine.save(files[case.name])
             done["cases"][case.name] = {
+                "reference": references[case.name],
                 "scores": {label_text(k): asdict(v) for k, v in compared.items()},
                 "evaluated": found.evaluated,
                 "seconds": found.seconds,

@@ -28,10 +28,10 @@ from ossnet.data.cache import CachedCase
 from ossnet.data.splits import spread
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model
-from ossnet.files.atomic import write_bytes, write_text
+from ossnet.files.atomic import write_text
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.gradients import Gradients
-from ossnet.training.illustration import Events, illustrate
+from ossnet.training.illustration import Events, Pictures
 from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.schedule import enough_steps, rate_factor
@@ -44,6 +44,9 @@ STATE = "state.safetensors"
 _FEW = 32
 """Fewer cases than this count as so many where passes through them are counted: nothing is known by heart before
 anything is learnt."""
+
+_A_VALIDATION = 1 / 50
+"""Share of a training with a time limit that a validation takes about, and a picture at most but once."""
 
 _UNDEFINED_LOSSES = 10
 """So many losses in a row that are not finite end a training."""
@@ -130,6 +133,9 @@ class Trainer:
             self._restore(load_state(self.out / STATE))
         write = self.settings.runtime.tensorboard and self.fabric.is_global_zero
         self.events = Events(self.out / "events" if write else None, self.state.step)
+        minutes = self.settings.schedule.minutes or math.inf
+        drawn = self.settings.validation.picture
+        self.pictures = Pictures(self.out / "pictures" if drawn else None, 60 * minutes * _A_VALIDATION)
         self._started = time.monotonic() - self.state.seconds
         self._next_save = time.monotonic() + self.settings.runtime.checkpoint_seconds
         with (
@@ -344,7 +350,7 @@ class Trainer:
     # Judging and writing ------------------------------------------------------------------------------------------
 
     def _watched(self) -> Sequence[CachedCase]:
-        """The validation cases judged while training: with a time limit as many as take a fiftieth of it.
+        """The validation cases judged while training: with a time limit as many as take `_A_VALIDATION` of it.
 
         So there are five validations at least (`_validation_is_due`). The first case is timed once; the number then
         stays, so that the scores of a training can be compared. They lie spread over all: names often go with sites or
@@ -357,7 +363,7 @@ class Trainer:
             started = time.monotonic()
             validate(self.model, self.validation[:1], self.settings, self.fabric)
             taken = self._over_processes(time.monotonic() - started)
-            affordable = int(whole / 50 * self.fabric.world_size / max(taken, 1e-3))
+            affordable = int(whole * _A_VALIDATION * self.fabric.world_size / max(taken, 1e-3))
             self.state.watched = min(max(affordable, 1), len(self.validation))
         return spread(self.validation, self.state.watched)
 
@@ -386,7 +392,8 @@ class Trainer:
                 self.state.best = self.state.best if score is None else score
             if self.fabric.is_global_zero:
                 self._write_log()
-                self._illustrate()
+                if self.validation:
+                    self.pictures.draw(self.model, self.validation[0], self.state.step)
                 self.events.scalars(row, self.state.step)
                 if self.listener is not None:
                     self.listener.validated(row)
@@ -394,12 +401,6 @@ class Trainer:
         self.network.requires_grad_(True)
         self.state.validation_seconds = self._over_processes(time.monotonic() - started)
         self.state.seconds = self._clock()
-
-    def _illustrate(self) -> None:
-        """A picture of the first validation case as the network sees it now."""
-        if self.settings.validation.picture and self.validation:
-            picture = illustrate(self.model, self.validation[0], f"step {self.state.step}")
-            write_bytes(self.out / "pictures" / f"step_{self.state.step:07d}.png", picture)
 
     def _row(self, scores: Sequence[SampledScores], loss: float) -> dict[str, Any]:
         row: dict[str, Any] = {

@@ -16,7 +16,7 @@ from ossnet.data.fingerprint import propose_fit
 from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
-from ossnet.field.model import Model, versions
+from ossnet.field.model import FILES, Model, versions
 from ossnet.files.reading import read_header
 from ossnet.networks.mirrored import mirrorable
 from ossnet.networks.multiscale import MultiscaleNetwork
@@ -220,7 +220,8 @@ def _known_network(settings: Settings, resumed: Path | None) -> nn.Module | None
     if source is None or (resumed is not None and settings.variant != "multiscale"):
         return None
     own = None if resumed is None else resumed / "model"
-    return Model.load(own if own is not None and own.is_dir() else source).network
+    # The model of a run that was killed while it wrote the first one is not whole.
+    return Model.load(own if own and all((own / name).is_file() for name in FILES) else source).network
 
 
 def _start_from(known: nn.Module, network: nn.Module, name: str) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from ossnet.data.cache import CachedCase, CaseCache, load_case
 from ossnet.data.layouts import Case, Dataset, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
-from ossnet.data.splits import read_splits, split, spread
+from ossnet.data.splits import shared_patients, split, spread
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
@@ -118,7 +117,7 @@ def _train(
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
     if settings.data.splits is not None:
-        dataset = replace(dataset, splits=read_splits(Path(settings.data.splits)))
+        dataset = dataset.with_splits(Path(settings.data.splits))
     _require_apart(out, dataset)
     parts = split(dataset, settings.data.fold)
     if not parts.train:
@@ -130,6 +129,10 @@ def _train(
     plan = make_plan(dataset, train_cases, settings, resumed=out if goes_on else None)
     say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
     reasons = [*plan.reasons]
+    if both := shared_patients(parts, {case.name: case.group for case in dataset.cases}):
+        reasons.append(
+            f"beware: scans of {both[0]} are on both sides of the fold, and validation will look better than it is"
+        )
     if not goes_on:
         reasons += known_already(settings, dataset.root.name, parts.validation)
     for reason in reasons:

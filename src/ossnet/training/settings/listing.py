@@ -12,7 +12,7 @@ from ossnet.training.settings.tree import meaning, setting_fields
 def describe_settings(variant: str | None = None) -> list[tuple[str, str, str]]:
     """(key, value that a variant has when nothing is set, meaning) of every setting that it heeds."""
     chosen = make_settings(variant)
-    left_out = unused(chosen.variant) if variant else frozenset()
+    left_out = unused(chosen.variant, scheme=chosen.validation.scheme) if variant else frozenset()
     return [
         (name, _shown(attrgetter(name)(chosen)), meaning(field))
         for name, field in setting_fields().items()

@@ -84,11 +84,10 @@ PAPER_BASELINES: dict[tuple[str, str], Changes] = {
 """What differs from a preset for the paper's baselines (SPEC §3)."""
 
 
-# The border band is also what validation by the released scheme takes locations from.
-_LOCATIONS = frozenset(f"sampling.{name}" for name in SamplingSettings.model_fields) - {
-    "sampling.border_kernel",
-    "sampling.border_width_mm",
-}
+_BAND = frozenset({"sampling.border_kernel", "sampling.border_width_mm"})
+"""The paper's variants are trained on it; all others are only validated there, by the released scheme."""
+
+_LOCATIONS = frozenset(f"sampling.{name}" for name in SamplingSettings.model_fields) - _BAND
 _PAPER = frozenset(
     {
         "network.width",
@@ -134,13 +133,16 @@ _NOT_PAPER = frozenset(
 )
 
 
-def unused(variant: str, patches: bool | None = None) -> frozenset[str]:
+def unused(variant: str, patches: bool | None = None, scheme: str | None = None) -> frozenset[str]:
     """Settings that change nothing in a training of a variant, by its canonical name.
 
     Args:
         patches: Whether `unet3d` is trained on patches; None: what neither heeds.
+        scheme: How it is validated; None: what no scheme heeds.
     """
     known = UNUSED.get(variant, _NOT_PAPER)
+    if variant in UNUSED and scheme not in (None, "released_lits"):
+        known |= _BAND
     return known if variant != "unet3d" or patches is None else known | _WHOLE_OR_PATCHES[patches]
 
 

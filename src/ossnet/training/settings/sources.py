@@ -67,11 +67,18 @@ def make_settings(
             tree = _merged(tree, PAPER_BASELINES.get((str(preset), chosen), {}))
     tree["variant"] = chosen
     _require_used(chosen, parse_settings({**recipe, "variant": chosen}), parse_settings(tree), given)
-    # Who says for how many epochs does not mean the recipe's minutes.
-    schedules = [values.get("schedule", {}) for _, values in layers]
-    if any("epochs" in s for s in schedules) and not any("minutes" in s for s in schedules):
+    if _means_epochs(layers):
         tree["schedule"] = {**tree["schedule"], "minutes": None}
     return parse_settings(tree)
+
+
+def _means_epochs(layers: Sequence[tuple[str, Changes]]) -> bool:
+    """Whether who speaks last of a training's length, a preset, a file or the command line, names epochs alone."""
+    said: dict[str, set[str]] = {}
+    for where, values in layers:
+        said.setdefault(_SET if where.startswith(_SET) else where, set()).update(values.get("schedule", {}))
+    lengths = [names & {"epochs", "minutes"} for names in said.values()]
+    return next((names for names in reversed(lengths) if names), set()) == {"epochs"}
 
 
 def _require_used(
@@ -81,7 +88,7 @@ def _require_used(
 
     A file may name it with the value that it has anyway: the settings of a run do.
     """
-    ignored = unused(variant, made.network.patch_shape is not None)
+    ignored = unused(variant, made.network.patch_shape is not None, made.validation.scheme)
     for where, values in layers:
         for group, part in values.items():
             for key in part if isinstance(part, Mapping) else ():
