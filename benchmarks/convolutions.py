@@ -34,7 +34,7 @@ def measured(data: Path, rounds: int) -> dict[str, Any]:
     examples = [plan.recipe.example(case, np.random.default_rng(0))]
 
     def step() -> None:
-        plan.recipe.loss(network, plan.recipe.batch(examples, torch.device("cpu"))).total.backward()
+        plan.recipe.loss(network, plan.recipe.batch(examples, torch.device("cpu"))).backward()
         network.zero_grad(set_to_none=True)
 
     def with_torch_alone() -> None:

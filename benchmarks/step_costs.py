@@ -52,7 +52,7 @@ def here(job: dict[str, Any]) -> dict[str, Any]:
         ]
         with torch.autocast("cpu", torch.bfloat16, enabled=job["half"]):
             loss = recipe.loss(network, recipe.batch(drawn, device))
-        loss.total.backward()
+        loss.backward()
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

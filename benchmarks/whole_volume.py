@@ -253,7 +253,7 @@ def main() -> None:
 
     from ossnet.field.model import Model, versions
     from ossnet.files.reading import read_header
-    from ossnet.networks.variants import OFFERED
+    from ossnet.networks.variants import PAPER_VARIANTS
 
     real = given.model is not None
     model = Model.load(given.model) if real else None
@@ -272,7 +272,7 @@ def main() -> None:
         "dense": given.dense,
         "limit": int(given.limit * 1e9),
     }
-    released = model is None or model.variant in OFFERED
+    released = model is None or model.variant in PAPER_VARIANTS
     decoder = measure(job | {"what": "released_pass"}) if released else None
     rows = [compared(job | {"surface": n}, decoder) for n in surfaces]
     unets = {

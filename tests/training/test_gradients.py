@@ -42,7 +42,7 @@ def test_gradients_are_those_of_the_loss_also_when_they_are_captured() -> None:
     gradients = Gradients(recipe, fabric.setup_module(made), fabric)
     for drawn in examples(recipe):
         found = gradients([drawn])
-        loss = recipe.loss(plain, recipe.batch([drawn], fabric.device)).total
+        loss = recipe.loss(plain, recipe.batch([drawn], fabric.device))
         loss.backward()
         assert float(found) == pytest.approx(float(loss.detach()), rel=1e-4)
         for ours, theirs in zip(made.parameters(), plain.parameters(), strict=True):

@@ -133,7 +133,6 @@ def test_soft_dice_of_certain_answers() -> None:
     several = torch.nn.functional.one_hot(labels, 3) * 60.0
     # The absent third class is predicted absent.
     assert float(soft_dice_loss(several, labels)) == pytest.approx(0, abs=1e-6)
-    assert float(soft_dice_loss(several, labels, whole_batch=True)) == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(
         compound_loss(sure, labels, 0.5), occupancy_loss(sure, labels) + 0.5 * soft_dice_loss(sure, labels)
     )

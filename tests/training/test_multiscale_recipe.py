@@ -41,9 +41,10 @@ def test_coarse_cells_that_see_nothing_of_a_thin_scan_do_not_count() -> None:
     made = example(source, trained.crops, np.random.default_rng(0))
     made["weights"] = torch.zeros_like(made["weights"])
     loss = trained.loss(trained.network, trained.batch([made], CPU))
-    assert bool(torch.isfinite(loss.total))
-    assert float(loss.parts["aux"]) == 0
-    loss.total.backward()
+    assert bool(torch.isfinite(loss))
+    without = recipe("loss.aux=0")
+    assert torch.equal(loss, without.loss(trained.network, trained.batch([made], CPU)))
+    loss.backward()
     assert all(p.grad is not None for p in trained.network.parameters())  # several processes need all of them
 
 
@@ -107,15 +108,13 @@ def test_the_kind_of_loss_is_heeded() -> None:
     source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
     losses = {}
     for kind in ("dice", "paper"):
-        trained = recipe(f"loss.kind={kind}")
+        trained = recipe(f"loss.kind={kind}", "loss.aux=0")
         made = example(source, trained.crops, np.random.default_rng(0))
-        losses[kind] = float(trained.loss(trained.network, trained.batch([made], CPU)).parts["main"])
-    none = recipe("loss.dice=0")
+        losses[kind] = trained.loss(trained.network, trained.batch([made], CPU)).item()
+    none = recipe("loss.dice=0", "loss.aux=0")
     made = example(source, none.crops, np.random.default_rng(0))
     assert losses["dice"] > losses["paper"]
-    assert losses["paper"] == pytest.approx(
-        float(none.loss(none.network, none.batch([made], CPU)).parts["main"])
-    )
+    assert losses["paper"] == pytest.approx(none.loss(none.network, none.batch([made], CPU)).item())
 
 
 def test_the_loss_of_crops_is_the_mean_of_theirs() -> None:
@@ -129,8 +128,7 @@ def test_the_loss_of_crops_is_the_mean_of_theirs() -> None:
         made.append(example(source, trained.crops, np.random.default_rng(seed)))
     shares = {float(one["weights"].mean()) for one in made}
     assert len(shares) == 2
-    aux = [
-        float(trained.loss(trained.network, trained.batch(part, CPU)).parts["aux"])
-        for part in (made, made[:1], made[1:])
-    ]
-    assert aux[0] == pytest.approx((aux[1] + aux[2]) / 2, rel=1e-5)
+    both, one, other = (
+        trained.loss(trained.network, trained.batch(part, CPU)).item() for part in (made, made[:1], made[1:])
+    )
+    assert both == pytest.approx((one + other) / 2, rel=1e-5)

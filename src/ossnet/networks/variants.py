@@ -53,8 +53,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 """The paper's variants by name, then those of the released code that the paper does not mention."""
 
-OFFERED = tuple(name for name, variant in VARIANTS.items() if variant.offered)
-"""Names of the variants that can be trained."""
+PAPER_VARIANTS = tuple(name for name, variant in VARIANTS.items() if variant.offered)
+"""Names of the paper's variants; of `VARIANTS` these can be trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ def variant_named(name: str) -> tuple[str, Variant]:
     for known, variant in VARIANTS.items():
         if known.lower().replace("_", "").replace("-", "") == wanted:
             return known, variant
-    raise SettingsError("variant", f"{name!r} is unknown", f"Choose one of {', '.join(OFFERED)}")
+    raise SettingsError("variant", f"{name!r} is unknown", f"Choose one of {', '.join(PAPER_VARIANTS)}")
 
 
 def block_count(shape: Shape) -> int:

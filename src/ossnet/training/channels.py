@@ -9,7 +9,7 @@ import numpy as np
 from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import ChannelWindow
 from ossnet.errors import SettingsError
-from ossnet.networks.variants import OFFERED
+from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.settings import Settings
 
 _LOOKED_AT = 5
@@ -48,7 +48,7 @@ def choose_intensities(dataset: Dataset, train: Sequence[Case], settings: Settin
     match settings.data.normalise:
         case "window":
             windowed = [True] * len(ct)
-        case "auto" if settings.variant not in OFFERED:
+        case "auto" if settings.variant not in PAPER_VARIANTS:
             windowed = ct
         case _:
             windowed = [False] * len(ct)
@@ -73,7 +73,7 @@ def choose_intensities(dataset: Dataset, train: Sequence[Case], settings: Settin
 
 def _are_ct(dataset: Dataset, train: Sequence[Case], settings: Settings, reasons: list[str]) -> list[bool]:
     """Whether each channel is CT, as the data set says; where nothing says what they are, as they look."""
-    if dataset.channel_names != ("image",) or settings.variant in OFFERED:
+    if dataset.channel_names != ("image",) or settings.variant in PAPER_VARIANTS:
         return [name.strip().lower() == "ct" for name in dataset.channel_names]
     some = train[:: max(1, -(-len(train) // _LOOKED_AT))]
     lowest = [float(dataset.image(case).data.min()) for case in some]

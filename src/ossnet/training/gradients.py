@@ -52,7 +52,7 @@ class Gradients:
         return self._backward(batch)
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        loss = self.recipe.loss(self.forward, batch).total
+        loss = self.recipe.loss(self.forward, batch)
         self.fabric.backward(loss)
         return loss.detach()
 

@@ -24,7 +24,7 @@ from ossnet.evaluation.tables import (
 )
 from ossnet.field.model import Model, model_folder
 from ossnet.files.atomic import write_json, write_text
-from ossnet.networks.variants import OFFERED
+from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.calibration import Answers, asked, calibrate
 from ossnet.volume import MARK
 
@@ -67,7 +67,7 @@ def judge(
         if done["cases"].get(name, {}).get("reference") != references[name] or not file.is_file()
     }
     # The paper's answer as they answer.
-    calibrated = model.variant not in OFFERED and (bool(undone) or "temperature" not in model.metadata)
+    calibrated = model.variant not in PAPER_VARIANTS and (bool(undone) or "temperature" not in model.metadata)
     rows: list[Row] = []
     answers: list[Answers] = []
     for number, case in enumerate(cases, 1):

@@ -137,18 +137,16 @@ def oss_net_loss(
 def soft_dice_loss(
     logits: Tensor,
     labels: Tensor,
-    whole_batch: bool = False,
     smooth: float = 1.0,
     weights: Float[Tensor, "B N"] | None = None,
 ) -> Float[Tensor, ""]:
-    """1 - soft Dice of sampled locations, mean over foreground structures (and over volumes).
+    """1 - soft Dice of sampled locations, mean over foreground structures and volumes.
 
     Dice = (2 Σ p y + smooth) / (Σ p + Σ y + smooth).
 
     Args:
         logits: (B, N), or (B, N, K) with background first.
         labels: As for `occupancy_loss`.
-        whole_batch: Sum over the volumes too, so that a structure which one volume lacks still has a slope.
         smooth: Keeps the slope bounded where there is little of a structure. Where there is nothing of it 1 takes its
             place: what is drawn nevertheless is pushed back, however much it is.
         weights: What each location counts in the sums; None: all alike.
@@ -157,8 +155,7 @@ def soft_dice_loss(
     overlap, total, present = probabilities * targets, probabilities + targets, targets
     if weights is not None:
         overlap, total = overlap * weights[..., None], total * weights[..., None]
-    dims = (0, 1) if whole_batch else (1,)
-    overlap, total, present = overlap.sum(dims), total.sum(dims), present.sum(dims)
+    overlap, total, present = overlap.sum(1), total.sum(1), present.sum(1)
     added = torch.where(present > 0, smooth, 1.0)
     return (1 - (2 * overlap + added) / (total + added)).mean()
 
@@ -167,7 +164,6 @@ def compound_loss(
     logits: Tensor,
     labels: Tensor,
     dice_weight: float = 1.0,
-    whole_batch: bool = False,
     weights: Float[Tensor, "B N"] | None = None,
     smooth: float = 1.0,
 ) -> Float[Tensor, ""]:
@@ -178,7 +174,7 @@ def compound_loss(
     loss = occupancy_loss(logits, labels, weights=weights)
     if dice_weight == 0:
         return loss
-    return loss + dice_weight * soft_dice_loss(logits, labels, whole_batch, smooth, weights)
+    return loss + dice_weight * soft_dice_loss(logits, labels, smooth, weights)
 
 
 def as_locations(dense: Float[Tensor, "B K *space"]) -> Float[Tensor, "B N *K"]:

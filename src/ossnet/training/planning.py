@@ -23,7 +23,7 @@ from ossnet.networks.multiscale import MultiscaleNetwork
 from ossnet.networks.multiscale_plan import CROP_VOXELS, plan, plan_crop, plan_stages
 from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.unet import FILTERS, UNet, UNetSpec
-from ossnet.networks.variants import OFFERED, admissible_shape, block_channels, spec_for
+from ossnet.networks.variants import PAPER_VARIANTS, admissible_shape, block_channels, spec_for
 from ossnet.training.channels import choose_intensities
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.recipes.dense import CropUNetRecipe, SliceUNetRecipe, WholeUNetRecipe
@@ -149,7 +149,7 @@ def make_plan(
     known = _known_network(settings, resumed)
     if settings.variant == "multiscale":
         recipe, more = _multiscale(base, grids, channels, classes, settings, known)
-    elif settings.variant in OFFERED:
+    elif settings.variant in PAPER_VARIANTS:
         preparation, blocks = _fitted(base, grids, settings, reasons)
         network = _oss_net(preparation, blocks, channels, classes, settings)
         recipe = OccupancyRecipe(network, preparation, settings)

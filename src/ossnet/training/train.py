@@ -23,7 +23,7 @@ from ossnet.files.atomic import clear_unfinished, require_folder, write_json, wr
 from ossnet.files.containers import composed
 from ossnet.files.lock import alone_in
 from ossnet.networks.machine import fast_bf16
-from ossnet.networks.variants import OFFERED
+from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.judging import judge
 from ossnet.training.loop import STATE, Listener, State, Trainer
 from ossnet.training.planning import make_plan
@@ -310,7 +310,7 @@ def make_fabric(settings: Settings) -> Fabric:
         # The paper's variants were trained in full precision; the others were tried in bf16.
         precision = (
             "bf16-mixed"
-            if settings.variant not in OFFERED and fast_bf16(torch.device(accelerator))
+            if settings.variant not in PAPER_VARIANTS and fast_bf16(torch.device(accelerator))
             else "32-true"
         )
     several = runtime.devices * runtime.nodes > 1

@@ -19,7 +19,7 @@ from ossnet.data.sampling import labels_at, sample_locations
 from ossnet.field.engine.prepare import prepare
 from ossnet.field.model import Model
 from ossnet.field.together import MeanAnswer
-from ossnet.networks.variants import OFFERED
+from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.checkpoint import mean
 from ossnet.training.losses import sampled_scores
 from ossnet.training.settings import Settings
@@ -91,7 +91,7 @@ def validate(
 ) -> list[SampledScores]:
     """Scores of every case; several processes share the cases and all get all scores."""
     # Judged as it is used; the paper's variants in full precision, so that epochs compare to the last digit.
-    precision: Literal["auto", "fp32"] = "fp32" if settings.variant in OFFERED else "auto"
+    precision: Literal["auto", "fp32"] = "fp32" if settings.variant in PAPER_VARIANTS else "auto"
     structures = max(len(model.label_names), 1)
     # Each process fills its rows; the sum over processes is the whole table.
     table = torch.zeros(len(cases), 2, structures, dtype=torch.float64)

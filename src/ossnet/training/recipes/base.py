@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -16,14 +16,6 @@ from ossnet.data.preparation import Preparation, as_float
 from ossnet.training.optimiser import Muon, paper_optimiser, parameter_groups
 from ossnet.training.settings import Settings
 from ossnet.volume import flipped
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """What a step minimises, and its parts, for a look at them."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
 
 
 class Recipe(ABC):
@@ -55,8 +47,8 @@ class Recipe(ABC):
         """Examples together, on the device, as `loss` wants them."""
 
     @abstractmethod
-    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
-        """The loss of a batch.
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """The loss of a batch, differentiable.
 
         Args:
             forward: The network as the devices run it.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from ossnet.data.augment import Augmentation, apply_intensity
@@ -16,7 +17,7 @@ from ossnet.data.intensities import change_intensities
 from ossnet.data.preparation import Preparation, as_float
 from ossnet.networks.unet import UNet
 from ossnet.training.losses import as_locations, compound_loss
-from ossnet.training.recipes.base import Recipe, StepLoss, augmented
+from ossnet.training.recipes.base import Recipe, augmented
 from ossnet.training.recipes.multiscale import CropSources, crop_settings
 from ossnet.training.settings import Settings
 from ossnet.volume import Shape, flipped
@@ -25,14 +26,13 @@ from ossnet.volume import Shape, flipped
 class _DenseRecipe(Recipe):
     network: UNet
 
-    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """Loss of dense logits (B, K, …) against labels (B, …)."""
         logits = as_locations(forward(batch["images"]).float())
         flat = batch["labels"].flatten(1)
         chosen = self.settings.loss
         weight = chosen.dice if chosen.kind == "dice" else 0.0
-        loss = compound_loss(logits, flat, weight)
-        return StepLoss(loss, {"main": loss.detach()})
+        return compound_loss(logits, flat, weight)
 
 
 class WholeUNetRecipe(_DenseRecipe):

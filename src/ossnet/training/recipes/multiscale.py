@@ -19,7 +19,7 @@ from ossnet.data.preparation import Preparation, Statistics, as_float
 from ossnet.networks.multiscale import MultiscaleNetwork, positions_in_scan
 from ossnet.networks.multiscale_plan import MultiscalePlan
 from ossnet.training.losses import as_locations, compound_loss, occupancy_loss
-from ossnet.training.recipes.base import Recipe, StepLoss
+from ossnet.training.recipes.base import Recipe
 from ossnet.training.settings import Settings
 
 SURFACE_VOXELS = 100_000
@@ -114,7 +114,7 @@ class MultiscaleRecipe(Recipe):
     def capturable(self) -> bool:
         return True
 
-    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """One forward pass over the crops."""
         positions = positions_in_scan(batch["places"], batch["shape"]) if self.crops.position else None
         logits, coarse = forward(batch["image"], batch["locations"], positions)
@@ -134,4 +134,4 @@ class MultiscaleRecipe(Recipe):
             # Of each crop by itself: the same loss on however many devices.
             weights=inside / inside.mean(dim=1, keepdim=True).clamp(min=1 / inside.shape[1]),
         )
-        return StepLoss(main + chosen.aux * aux, {"main": main.detach(), "aux": aux.detach()})
+        return main + chosen.aux * aux

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ossnet.data.augment import Augmentation
@@ -16,7 +17,7 @@ from ossnet.data.sampling import labels_at, low_res_labels, sample_locations
 from ossnet.networks.lean import lean
 from ossnet.networks.ossnet import OSSNet
 from ossnet.training.losses import oss_net_loss
-from ossnet.training.recipes.base import Recipe, StepLoss, augmented
+from ossnet.training.recipes.base import Recipe, augmented
 from ossnet.training.settings import Settings
 from ossnet.volume import flipped
 
@@ -95,13 +96,13 @@ class OccupancyRecipe(Recipe):
             made["presence"] = torch.stack(presence).to(device)
         return made
 
-    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> StepLoss:
+    def loss(self, forward: Callable[..., Any], batch: dict[str, Tensor]) -> Float[Tensor, ""]:
         """One forward pass over all volumes."""
         logits, segmentation = forward(batch["volumes"], batch["locations"], batch.get("patches"))
         loss = oss_net_loss(
             logits, batch["labels"], segmentation, batch.get("presence"), self.settings.loss.aux
         )
-        return StepLoss(loss.total, {"main": loss.main.detach(), "aux": loss.auxiliary.detach()})
+        return loss.total
 
     def _inputs(
         self, examples: Sequence[OccupancyExample], device: torch.device

@@ -152,9 +152,9 @@ def canonical_variant(name: str) -> str:
     Raises:
         SettingsError: No such variant.
     """
-    from ossnet.networks.variants import OFFERED
+    from ossnet.networks.variants import PAPER_VARIANTS
 
-    known = [*VARIANT_RECIPES, *OFFERED]
+    known = [*VARIANT_RECIPES, *PAPER_VARIANTS]
     for candidate in known:
         if candidate.lower().replace("-", "") == name.lower().replace("-", "").replace("_", ""):
             return candidate
