@@ -1,6 +1,6 @@
 """The training loop: the same for every family of networks, on one device or many.
 
-Everything random is drawn from (seed, epoch, place in the epoch), so a resumed training goes on bit for bit.
+What is random in an example does not depend on the steps before (`batches`), so a resumed training goes on bit for bit.
 Under several processes each takes its share of every batch; rank 0 writes.
 """
 
@@ -8,18 +8,14 @@ import csv
 import io
 import json
 import math
-import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -29,6 +25,7 @@ from ossnet.data.splits import spread
 from ossnet.errors import SettingsError
 from ossnet.field.model import Model
 from ossnet.files.atomic import write_text
+from ossnet.training.batches import Batches
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.gradients import Gradients
 from ossnet.training.illustration import Events, Pictures
@@ -41,25 +38,11 @@ from ossnet.training.validation import SampledScores, mean_of_known, validate
 
 STATE = "state.safetensors"
 
-_FEW = 32
-"""Fewer cases than this count as so many where passes through them are counted: nothing is known by heart before
-anything is learnt."""
-
 _A_VALIDATION = 1 / 50
 """Share of a training with a time limit that a validation takes about, and a picture at most but once."""
 
 _UNDEFINED_LOSSES = 10
 """So many losses in a row that are not finite end a training."""
-
-
-def _compute_alone() -> None:
-    """Keep what this thread computes to one core.
-
-    A thread that prepares examples would otherwise start an OpenMP team of its own. With more threads in teams than
-    there are cores, OpenMP puts those of the network's team to sleep at every barrier too: on two cores a step then
-    took 1.4 times as long, as long as on one.
-    """
-    torch.set_num_threads(1)
 
 
 @runtime_checkable
@@ -140,7 +123,7 @@ class Trainer:
         self._next_save = time.monotonic() + self.settings.runtime.checkpoint_seconds
         with (
             closing(self.events),
-            ThreadPoolExecutor(max(self._workers, 1), initializer=_compute_alone) as pool,
+            self.batches.pool() as pool,
             StopRequest() as self.stop,
         ):
             try:
@@ -164,7 +147,8 @@ class Trainer:
         self._undefined = 0
         """Losses in a row that were not finite."""
         self._steps_per_epoch = 1
-        self._enough = enough_steps(self.settings.schedule, len(self.train) * self.recipe.repeats)
+        self.batches = Batches(self.recipe, self.train, self.settings, self.fabric)
+        self._enough = enough_steps(self.settings.schedule, self.batches.examples)
         self.network: nn.Module = self.model.network
         self.network.requires_grad_(True)
         self.network.train()
@@ -177,28 +161,13 @@ class Trainer:
         decay = self.settings.optimiser.ema
         self.average = Average(self.network, decay) if decay else None
 
-    def _epoch_batches(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """Batches of (place in the epoch, case) for this process; an incomplete last batch is dropped."""
-        schedule = self.settings.schedule
-        order = np.random.default_rng([self.settings.seed, epoch, 0])
-        count = len(self.train) * self.recipe.repeats
-        wanted = count if schedule.steps_per_epoch is None else schedule.steps_per_epoch * schedule.batch_size
-        # Fewer cases than a batch holds: they come more than once, each time with another draw.
-        wanted = max(wanted, schedule.batch_size)
-        cases = np.concatenate(
-            [order.permutation(len(self.train)) for _ in range(-(-wanted // len(self.train)))]
-        )
-        places = list(enumerate(cases[:wanted].tolist()))
-        size, rank, world = schedule.batch_size, self.fabric.global_rank, self.fabric.world_size
-        return [places[i : i + size][rank::world] for i in range(0, wanted - size + 1, size)]
-
     # The loop -----------------------------------------------------------------------------------------------------
 
     def _epochs(self, pool: ThreadPoolExecutor) -> None:
         schedule, every = self.settings.schedule, self.settings.validation.every
-        examples = self._examples(pool)
+        examples = self.batches.drawn(pool, self.state.epoch, self.state.position)
         while self.state.epoch < schedule.epochs or schedule.minutes is not None:
-            self._steps_per_epoch = len(self._epoch_batches(self.state.epoch))
+            self._steps_per_epoch = len(self.batches.of_epoch(self.state.epoch))
             while self.state.position < self._steps_per_epoch:
                 fraction = self._fraction()
                 if fraction >= 1:
@@ -228,48 +197,6 @@ class Trainer:
             self._save()
         if stop:
             raise KeyboardInterrupt
-
-    @property
-    def _workers(self) -> int:
-        """Threads that prepare examples: a GPU takes many more than a CPU that trains as well."""
-        chosen = self.settings.runtime.workers
-        if chosen is not None:
-            return chosen
-        if self.fabric.device.type == "cpu":
-            return 2
-        share = (os.cpu_count() or 1) // self.settings.runtime.devices
-        return min(max(share - 1, 2), 8)
-
-    def _examples(self, pool: ThreadPoolExecutor) -> Iterator[list[Any]]:
-        """Examples of the coming batches, prepared in threads, in order whatever the number of threads.
-
-        They run on into the epochs to come: an epoch of few cases is over before it is worth to wait for its first.
-        """
-
-        schedule = self.settings.schedule
-
-        def begun() -> Iterator[list[Future[Any]]]:
-            epoch, position = self.state.epoch, self.state.position
-            while epoch < schedule.epochs or schedule.minutes is not None:
-                batches = self._epoch_batches(epoch)
-                drawn = epoch * len(batches) * schedule.batch_size
-                passes = drawn / max(len(self.train) * self.recipe.repeats, _FEW)
-                for batch in batches[position:]:
-                    yield [pool.submit(self._draw, epoch, passes, *item) for item in batch]
-                epoch, position = epoch + 1, 0
-
-        upcoming = begun()
-        # One batch for the next step, and enough to keep every thread at work meanwhile.
-        share = max(schedule.batch_size // self.fabric.world_size, 1)
-        waiting = deque(islice(upcoming, 1 + math.ceil(self._workers / share)))
-        while waiting:
-            ready = [future.result() for future in waiting.popleft()]
-            waiting.extend(islice(upcoming, 1))
-            yield ready
-
-    def _draw(self, epoch: int, passes: float, place: int, case: int) -> Any:
-        rng = np.random.default_rng([self.settings.seed, epoch, 1, place])
-        return self.recipe.example(self.train[case], rng, passes)
 
     def _step(self, examples: Sequence[Any], fraction: float) -> None:
         self._set_rates(fraction)

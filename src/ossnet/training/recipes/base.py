@@ -32,7 +32,7 @@ class Recipe(ABC):
         """Draw one example on the CPU; called ahead in other threads.
 
         Args:
-            passes: How often every case was drawn before this epoch; of very few cases less is said.
+            passes: How often every case was drawn before this epoch, or what `batches` counts of very few.
         """
 
     def drawn(self, case: CachedCase, rng: np.random.Generator) -> Augmentation:
