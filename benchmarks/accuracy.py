@@ -20,7 +20,7 @@ from measuring import machine, write
 from record_run import RESULTS, read
 
 from ossnet.field.model import versions
-from ossnet.training.loop import STATE
+from ossnet.training.run_folder import STATE
 
 _OURS = ("optimiser.name=muon", "optimiser.lr=2e-3", "schedule.kind=root")
 _CROPS = (

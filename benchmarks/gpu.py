@@ -38,8 +38,8 @@ def step(job: dict[str, Any]) -> dict[str, Any]:
     from ossnet.data.splits import split
     from ossnet.training.gradients import Gradients
     from ossnet.training.planning import make_plan
+    from ossnet.training.processes import make_fabric
     from ossnet.training.settings import make_settings
-    from ossnet.training.train import make_fabric
 
     dataset = open_dataset(job["data"])
     train = [dataset[name] for name in split(dataset, 0).train]

@@ -30,9 +30,10 @@ from ossnet.field.model import Model
 from ossnet.files.lock import alone_in
 from ossnet.training import illustration, loop
 from ossnet.training.illustration import Events
-from ossnet.training.loop import STATE, State
+from ossnet.training.loop import State
 from ossnet.training.recipes.multiscale import MultiscaleRecipe
 from ossnet.training.recipes.occupancy import OccupancyRecipe
+from ossnet.training.run_folder import STATE
 from ossnet.training.settings import make_settings, unused
 from ossnet.training.train import learnt_early, train
 from ossnet.volume import LabelMap, Volume, same_place

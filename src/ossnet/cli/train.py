@@ -93,9 +93,9 @@ def command(
         return
     if out is None or (data is None and not resume):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
-    from ossnet.training.loop import STATE
     from ossnet.training.processes import with_processes
-    from ossnet.training.train import data_of, from_anywhere, settings_of, train
+    from ossnet.training.run_folder import STATE, data_of, from_anywhere, settings_of
+    from ossnet.training.train import train
 
     chosen = list(changes or ())
     if minutes is not None:

@@ -31,12 +31,11 @@ from ossnet.training.gradients import Gradients
 from ossnet.training.illustration import Events, Pictures
 from ossnet.training.optimiser import Muon
 from ossnet.training.recipes.base import Recipe
+from ossnet.training.run_folder import STATE
 from ossnet.training.schedule import enough_steps, rate_factor
 from ossnet.training.settings import Settings
 from ossnet.training.stopping import StopRequest
 from ossnet.training.validation import SampledScores, mean_of_known, validate
-
-STATE = "state.safetensors"
 
 _A_VALIDATION = 1 / 50
 """Share of a training with a time limit that a validation takes about, and a picture at most but once."""

@@ -1,4 +1,4 @@
-"""Several processes that train together: how many there are, and how they end."""
+"""Devices and processes that train together: how many there are, in which precision, and how they end."""
 
 import logging
 import os
@@ -7,10 +7,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ossnet.errors import ResourceError, SettingsError
+from ossnet.networks.machine import fast_bf16
+from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.settings import Settings
 
 # What gloo and NCCL say when a process at the other end is gone.
@@ -120,3 +124,49 @@ def _end_launched(fabric: Fabric) -> None:
         process.kill()
     # Fabric watches this list and kills the whole program when one of them ends unexpectedly.
     processes.clear()
+
+
+def make_fabric(settings: Settings) -> Fabric:
+    """Devices, processes and precision as the settings say."""
+    runtime = settings.runtime
+    accelerator = runtime.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("runtime.accelerator", "there is no CUDA device", "Use auto or cpu")
+    precision = runtime.precision
+    if precision == "auto":
+        # The paper's variants were trained in full precision; the others were tried in bf16.
+        precision = (
+            "bf16-mixed"
+            if settings.variant not in PAPER_VARIANTS and fast_bf16(torch.device(accelerator))
+            else "32-true"
+        )
+    several = runtime.devices * runtime.nodes > 1
+    quieten_fabric()
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            devices=runtime.devices,
+            num_nodes=runtime.nodes,
+            strategy="ddp" if several else "auto",
+            precision=precision,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        # More devices than there are, or a cluster that started other processes than it was asked for.
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise SettingsError(
+            "runtime.devices", reason, "Use what the machine or the cluster offers"
+        ) from error
+
+
+def computes_on(fabric: Fabric) -> str:
+    """The device, for people: who has a GPU wants to see that it is used."""
+    if fabric.device.type == "cuda":
+        name = torch.cuda.get_device_name(fabric.device)
+    else:
+        threads = torch.get_num_threads()
+        name = f"the CPU with {threads} thread{'s' if threads > 1 else ''}"
+    several = f", one of {fabric.world_size}" if fabric.world_size > 1 else ""
+    half = fabric.strategy.precision.precision == "bf16-mixed"
+    return f"on {name}{several}, in {'bfloat16 where that is enough' if half else 'float32'}"

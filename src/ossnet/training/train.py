@@ -1,40 +1,44 @@
 """From a data set to a run folder: plan, load, train, and judge the result on whole scans."""
 
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
-from ossnet.data.layouts import Case, Dataset, open_dataset
+from ossnet.data.layouts import Case, open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
 from ossnet.data.splits import shared_patients, split, spread
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
 from ossnet.files.atomic import clear_unfinished, require_folder, write_json, write_text
-from ossnet.files.containers import composed
 from ossnet.files.lock import alone_in
-from ossnet.networks.machine import fast_bf16
-from ossnet.networks.variants import PAPER_VARIANTS
 from ossnet.training.judging import judge
-from ossnet.training.loop import STATE, Listener, State, Trainer
+from ossnet.training.loop import Listener, State, Trainer
 from ossnet.training.planning import make_plan
-from ossnet.training.processes import ending_together, quieten_fabric, waits_for, with_processes
-from ossnet.training.settings import Settings, on_machine, parse_settings
+from ossnet.training.processes import computes_on, ending_together, make_fabric, waits_for, with_processes
+from ossnet.training.run_folder import (
+    PLAN,
+    SETTINGS,
+    SPLITS,
+    STATE,
+    from_anywhere,
+    known_already,
+    require_apart,
+    require_no_run,
+    require_same_split,
+    settings_of,
+)
+from ossnet.training.settings import Settings, on_machine
 from ossnet.volume import LabelMap
 
 Say = Callable[[str], None]
-
-SETTINGS, SPLITS, PLAN = "settings.json", "splits.json", "plan.txt"
-"""Files of a run: what was chosen, which cases are on which side, and why."""
 
 _EARLY, _WORSE, _LEARNT = 0.6, 0.01, 0.2
 """A best model in this part of a training, by this much in IoU better than the last: it was too long. But not where
@@ -76,7 +80,7 @@ def train(
     if resume:
         settings = on_machine(settings_of(out), settings)
     else:
-        _require_no_run(out)
+        require_no_run(out)
     require_folder(out)
     settings = from_anywhere(with_processes(settings))
     if settings.runtime.threads is not None:
@@ -118,7 +122,7 @@ def _train(
     dataset.require_complete()
     if settings.data.splits is not None:
         dataset = dataset.with_splits(Path(settings.data.splits))
-    _require_apart(out, dataset)
+    require_apart(out, dataset)
     parts = split(dataset, settings.data.fold)
     if not parts.train:
         raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
@@ -137,10 +141,10 @@ def _train(
         reasons += known_already(settings, dataset.root.name, parts.validation)
     for reason in reasons:
         say(reason)
-    say(_computes_on(fabric))
+    say(computes_on(fabric))
     used = {"data": str(data.resolve()), "train": list(parts.train), "val": list(parts.validation)}
     if resume:
-        _require_same_split(out / SPLITS, used, data)
+        require_same_split(out / SPLITS, used, data)
     # What a killed process left is of no use.
     if fabric.is_global_zero and (out / SPLITS).exists():
         clear_unfinished(out)
@@ -172,23 +176,7 @@ def _train(
         validation = cache(validation_cases, limit - train.held_bytes)
         if mapped_bytes := train.mapped_bytes + validation.mapped_bytes:
             say(f"{mapped_bytes / 1e9:.1f} GB of cases are kept in {mapped}: beyond data.cache_gb")
-        surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
-        if not any(surfaces):
-            say(
-                f"beware: the first {len(surfaces)} training cases hold no structure: there is nothing to learn"
-            )
-        # Of scans that hold something: more is expected than to be found, never less.
-        plan.model.metadata["surface_mm2"] = round(median([s for s in surfaces if s] or [0.0]), 2)
-        for label in _never_seen(train, plan.model):
-            say(f"beware: no training case of this fold holds {label}: it cannot be learnt")
-        pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
-        if (extent := small_extent(pieces)) is not None:
-            plan.model.metadata["piece_mm"] = round(extent, 2)
-        if (gap := plan.model.piece_gap_mm) is not None:
-            say(
-                "structures are small compared with the network's coarse cells: segmentation starts by evaluating "
-                f"every {gap:.1f} mm"
-            )
+        _learn_sizes(train, plan.model, say)
         trainer = Trainer(plan.model, plan.recipe, settings, train, validation, out, fabric, listener)
         if fabric.is_global_zero:
             # Not before every case was read: a refusal leaves nothing behind. What a kill left unwritten follows.
@@ -206,79 +194,23 @@ def _train(
     return validation
 
 
-def _require_no_run(out: Path) -> None:
-    """Refuse a folder with a run, or with files of something else where those of a run would be.
-
-    Raises:
-        SettingsError: So.
-    """
-    if (out / STATE).exists() or (out / "model").exists():
-        raise SettingsError(out, "there is a run already", "Give --resume to continue it, or another folder")
-    there = [
-        out / name for name in (SETTINGS, SPLITS, PLAN, "log.csv", "losses.csv") if (out / name).exists()
-    ]
-    if there:
-        # Those of a training that was killed before its first state are of no use.
-        try:
-            settings_of(out)
-        except SettingsError:
-            raise SettingsError(
-                there[0], "it is there and is of no training", "Name another folder for the run"
-            ) from None
-
-
-def from_anywhere(settings: Settings) -> Settings:
-    """The model that a training starts from, if it is a folder, and its folds by whole paths: resuming may happen
-    elsewhere."""
-    network, data = settings.network, settings.data
-    if network.init is not None and Path(network.init).is_dir():
-        network = network.model_copy(update={"init": str(Path(network.init).resolve())})
-    if data.splits is not None:
-        data = data.model_copy(update={"splits": str(Path(data.splits).resolve())})
-    return settings.model_copy(update={"network": network, "data": data})
-
-
-def _require_apart(out: Path, dataset: Dataset) -> None:
-    """Refuse a run folder in which the data set would find pictures and label maps.
-
-    Raises:
-        SettingsError: So.
-    """
-    files = [path for case in dataset.cases for path in (*case.images, case.label) if path is not None]
-    if out.resolve() in {dataset.root.resolve(), *(path.parent.resolve() for path in files)}:
-        raise SettingsError(out, "the data set lies in it", "Name another folder for the run")
-
-
-def known_already(settings: Settings, name: str, validation: Sequence[str]) -> tuple[str, ...]:
-    """What to say where the model that a training starts from has seen cases that are left out here.
-
-    Args:
-        name: Of the data set.
-        validation: Names of the cases left out.
-    """
-    source = settings.network.init
-    if source is None or not validation:
-        return ()
-    # A shipped model is no folder, and what lies in the current one is not its.
-    for folder in (Path(source), Path(source).parent) if Path(source).is_dir() else ():
-        if (folder / SPLITS).is_file():
-            try:
-                used = _read(folder / SPLITS)
-            except SettingsError:
-                continue
-            if "train" not in used:
-                continue  # of another program
-            if Path(used.get("data", "")).name != name:
-                return ()
-            seen = len({*used["train"]} & {*validation})
-            told = f"{seen} of {len(validation)} cases left out were trained on by {source}"
-            return (f"beware: {told}, so their scores will look better than they are",) if seen else ()
-    if Model.load(source).metadata.get("data", {}).get("name") == name:
-        told = f"{source} was trained on cases of a data set of this name"
-        return (
-            f"beware: {told}: if cases left out are among them, their scores will look better than they are",
+def _learn_sizes(train: CaseCache, model: Model, say: Say) -> None:
+    """Write down how large the structures of the training cases are, and tell which are missing or small."""
+    surfaces = [_surface_mm2(case) for case in train[:_MEASURED]]
+    if not any(surfaces):
+        say(f"beware: the first {len(surfaces)} training cases hold no structure: there is nothing to learn")
+    # Of scans that hold something: more is expected than to be found, never less.
+    model.metadata["surface_mm2"] = round(median([s for s in surfaces if s] or [0.0]), 2)
+    for label in _never_seen(train, model):
+        say(f"beware: no training case of this fold holds {label}: it cannot be learnt")
+    pieces = [p for c in train[:_MEASURED] for p in pieces_of(c.labels, c.classes, c.spacing)]
+    if (extent := small_extent(pieces)) is not None:
+        model.metadata["piece_mm"] = round(extent, 2)
+    if (gap := model.piece_gap_mm) is not None:
+        say(
+            "structures are small compared with the network's coarse cells: segmentation starts by evaluating "
+            f"every {gap:.1f} mm"
         )
-    return ()
 
 
 def _never_seen(cases: CaseCache, model: Model) -> list[str]:
@@ -297,40 +229,6 @@ def _surface_mm2(case: CachedCase) -> float:
     return LabelMap(case.reference(), case.affine).surface_mm2()
 
 
-def make_fabric(settings: Settings) -> Fabric:
-    """Devices, processes and precision as the settings say."""
-    runtime = settings.runtime
-    accelerator = runtime.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("runtime.accelerator", "there is no CUDA device", "Use auto or cpu")
-    precision = runtime.precision
-    if precision == "auto":
-        # The paper's variants were trained in full precision; the others were tried in bf16.
-        precision = (
-            "bf16-mixed"
-            if settings.variant not in PAPER_VARIANTS and fast_bf16(torch.device(accelerator))
-            else "32-true"
-        )
-    several = runtime.devices * runtime.nodes > 1
-    quieten_fabric()
-    try:
-        return Fabric(
-            accelerator=accelerator,
-            devices=runtime.devices,
-            num_nodes=runtime.nodes,
-            strategy="ddp" if several else "auto",
-            precision=precision,
-        )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
-        # More devices than there are, or a cluster that started other processes than it was asked for.
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise SettingsError(
-            "runtime.devices", reason, "Use what the machine or the cluster offers"
-        ) from error
-
-
 def learnt_early(state: State) -> str | None:
     """What to tell a user whose training was longer than its cases are good for."""
     rows = [row for row in state.rows if "iou" in row]
@@ -344,67 +242,6 @@ def learnt_early(state: State) -> str | None:
         f"the best model, which is kept, came after {minutes:.0f} of {all_minutes:.0f} minutes (IoU {best['iou']:.3f}, "
         f"at the end {rows[-1]['iou']:.3f}): the network knows these cases; more of them help now, more time does not"
     )
-
-
-def _computes_on(fabric: Fabric) -> str:
-    """The device, for people: who has a GPU wants to see that it is used."""
-    if fabric.device.type == "cuda":
-        name = torch.cuda.get_device_name(fabric.device)
-    else:
-        threads = torch.get_num_threads()
-        name = f"the CPU with {threads} thread{'s' if threads > 1 else ''}"
-    several = f", one of {fabric.world_size}" if fabric.world_size > 1 else ""
-    half = fabric.strategy.precision.precision == "bf16-mixed"
-    return f"on {name}{several}, in {'bfloat16 where that is enough' if half else 'float32'}"
-
-
-def settings_of(out: Path) -> Settings:
-    """The settings of a run.
-
-    Raises:
-        SettingsError: There is no run, or its file is damaged.
-    """
-    file = out / SETTINGS
-    if not file.is_file():
-        raise SettingsError(out, "there is no run to resume", "Start the training without --resume")
-    return parse_settings(_read(file), str(file))
-
-
-def data_of(out: Path) -> Path:
-    """The data set that a run was started with.
-
-    Raises:
-        SettingsError: The run does not say.
-    """
-    file = out / SPLITS
-    known = _read(file) if file.is_file() else {}
-    if "data" not in known:
-        raise SettingsError(out, "it does not say which data set it was started with", "Give --data")
-    return Path(known["data"])
-
-
-def _require_same_split(file: Path, used: Mapping[str, Any], data: Path) -> None:
-    known = _read(file) if file.is_file() else used
-    # The folder may have moved.
-    if any([composed(name) for name in known.get(part, ())] != used[part] for part in ("train", "val")):
-        raise SettingsError(
-            data, "it no longer has the cases that the run was started with", "Resume with the same data set"
-        )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What a file of a run says.
-
-    Raises:
-        SettingsError: It is damaged.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise SettingsError(file, "it is damaged: no valid JSON", "Start another run")
-    return value
 
 
 def _remove_cache(folder: Path) -> None:
