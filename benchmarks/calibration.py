@@ -19,7 +19,8 @@ import torch
 from measuring import machine, write
 
 from ossnet.data.cache import load_case
-from ossnet.data.layouts import Dataset, open_dataset
+from ossnet.data.cases import Dataset
+from ossnet.data.layouts import open_dataset
 from ossnet.data.splits import split
 from ossnet.evaluation.metrics import compare
 from ossnet.evaluation.tables import Row, summarise

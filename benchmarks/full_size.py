@@ -250,7 +250,7 @@ def step(what: str, *arguments: object, limit: float) -> dict[str, Any]:
 
 def segment(data: Path, run: Run, model: Path, folder: Path, cases: int, limit: float) -> dict[str, Any]:
     """Segment the first scans of a data set by the command line, and look at the label maps."""
-    from ossnet.data.layouts import images_in
+    from ossnet.data.scans import images_in
 
     out: dict[str, Any] = {}
     for case in images_in(data)[:cases]:

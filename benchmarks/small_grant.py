@@ -15,7 +15,7 @@ import numpy as np
 from measuring import machine, write
 
 import ossnet
-from ossnet.data.layouts import images_in
+from ossnet.data.scans import images_in
 from ossnet.field.model import versions
 
 CELL, TIMES = (38, 60, 40), (5, 3, 4)

@@ -12,7 +12,10 @@ from tests.files.nrrd_writer import write_nrrd
 from typer.testing import CliRunner
 
 from ossnet.cli.main import app
+from ossnet.errors import ResourceError
+from ossnet.evaluation import cases
 from ossnet.evaluation.cases import match
+from ossnet.evaluation.tables import Row
 from ossnet.volume import LabelMap, Orientation, Volume
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
@@ -78,6 +81,25 @@ def test_a_data_set_is_scored_case_by_case_and_class_by_class(tmp_path: Path, su
     assert front["estimates"]["dice"]["mean"] == pytest.approx(1 / 3)
     assert front["cases"] == 3
     assert (front["missed"], front["invented"]) == (1, 1)
+
+
+def test_a_case_without_room_beside_others_is_judged_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matched = match(predictions(tmp_path / "p"), dataset(tmp_path / "d"))
+    expected, usual = cases.score(matched), cases._score_pair
+    tried: list[str] = []
+
+    def short(matched: cases.Matched, pair: cases.Pair, tolerance_mm: float) -> list[Row]:
+        tried.append(pair.case)
+        if tried.count("a") == 1 and pair.case == "a":
+            raise ResourceError("no room")
+        return usual(matched, pair, tolerance_mm)
+
+    monkeypatch.setattr(cases, "_score_pair", short)
+    done: list[int] = []
+    assert repr(cases.score(matched, done=done.append)) == repr(expected)
+    assert (tried[-1], done) == ("a", [1, 2, 3])
 
 
 def test_the_table_names_structures_and_rules_on_stdout(tmp_path: Path) -> None:

@@ -61,11 +61,6 @@ def test_version_and_unknown_commands() -> None:
     assert "Did you mean 'check'" in answer.output
 
 
-def test_every_listed_command_has_the_right_module() -> None:
-    for name in main.COMMANDS:
-        assert main._module(name) == f"ossnet.cli.{name.replace('-', '_')}"
-
-
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

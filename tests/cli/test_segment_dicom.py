@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from tests.cli.refusals import refused, succeeded
 
-from ossnet.data.layouts import images_in
+from ossnet.data.scans import images_in
 from ossnet.field.cohort.jobs import plan_jobs
 from ossnet.files.nifti import write_volume
 from ossnet.files.reading import read_labels, read_volume

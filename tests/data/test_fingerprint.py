@@ -1,6 +1,7 @@
 """A data set is described in figures, and each of its problems is named."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ossnet.data.cases import Case, Dataset
 from ossnet.data.fingerprint import FitProposal, fingerprint, orientation_code, propose_fit
 from ossnet.data.grey_values import intensities
 from ossnet.data.layouts import open_dataset
 from ossnet.data.splits import Split
+from ossnet.errors import ResourceError
 from ossnet.files.nifti import write_labels, write_volume
 from ossnet.files.reading import read_volume
 from ossnet.volume import FileHeader, LabelMap, Orientation, Volume
@@ -218,6 +221,30 @@ def test_unclear_headers_are_noted_once(tmp_path: Path) -> None:
         data = open_dataset(tmp_path)
     (note,) = [n for n in fingerprint(data).notes if "no affine" in n]
     assert note.startswith("2 cases (for example a): no affine is given")
+
+
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_case_without_room_beside_others_is_looked_at_after_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int
+) -> None:
+    for name in "abc":
+        case(tmp_path, name)
+    usual = Dataset.read
+    tried: list[str] = []
+    done: list[int] = []
+
+    def read(dataset: Dataset, case: Case) -> tuple[Volume, LabelMap]:
+        tried.append(case.name)
+        if case.name == "b" and tried.count("b") <= refusals:
+            raise ResourceError("no room")
+        return usual(dataset, case)
+
+    dataset = open_dataset(tmp_path)
+    monkeypatch.setattr(Dataset, "read", read)
+    with pytest.raises(ResourceError) if refusals == 2 else nullcontext():
+        assert [c.name for c in fingerprint(dataset, jobs=2, progress=done.append).cases] == ["a", "b", "c"]
+    assert (sorted(tried[:3]), tried[3:]) == (["a", "b", "c"], ["b"])
+    assert done == ([1, 2, 3] if refusals == 1 else [1, 2])
 
 
 def test_json_is_plain(tmp_path: Path) -> None:

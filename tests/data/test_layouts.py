@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tests.files.nrrd_writer import write_nrrd
 
-from ossnet.data.layouts import LAYOUTS, images_in, open_dataset
+from ossnet.data.layouts import LAYOUTS, open_dataset
+from ossnet.data.scans import images_in
 from ossnet.data.splits import split
 from ossnet.errors import DatasetError, VolumeError
 from ossnet.evaluation.cases import match, score

@@ -1,5 +1,6 @@
 """The released data path against the reference cases, and locations against voxels (SPEC §1, §2)."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ossnet.data import preparation
 from ossnet.data.patches import PatchSource
 from ossnet.data.preparation import Fit, FitWarning, Preparation, as_float, prepare_scan, reduce_by_two
 from ossnet.training.settings import make_settings
@@ -128,6 +130,33 @@ def test_mirrored_axes_of_one_voxel_are_no_matter(dtype: type) -> None:
     image = np.arange(8, dtype=dtype).reshape(1, 8, 1, 1)[:, :, ::-1]
     assert image.strides[2] < 0
     assert torch.equal(as_float(image)[0, :, 0, 0], torch.arange(8.0))
+
+
+@pytest.mark.parametrize("kind", ["i8", "u8", "f8", ">f8", ">i8"])
+def test_wide_types_become_float32_at_once(kind: str) -> None:
+    values = (np.random.default_rng(0).random((1, 40, 50, 60)) * 2**53).astype(kind)
+    image = np.asfortranarray(values)
+    tracemalloc.start()
+    found = as_float(image)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 5 * image.size
+    np.testing.assert_array_equal(found.numpy(), values.astype(kind.strip(">")).astype(np.float32))
+
+
+def test_statistics_of_a_crop_take_no_copy_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "_PART", 1 << 10)
+    whole = np.random.default_rng(0).integers(-500, 3000, (2, 70, 80, 90), np.int16)
+    crop = whole[:, 3:67, 5:70, 7:80]
+    copied = Preparation().statistics(crop.copy())
+    tracemalloc.start()
+    found = Preparation().statistics(crop)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < crop.nbytes / 4
+    for one, other in zip(vars(found).values(), vars(copied).values(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    np.testing.assert_allclose(found.scale, crop.reshape(2, -1).std(1, ddof=1), rtol=1e-12)
 
 
 @settings(max_examples=60)

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ossnet.data.layouts import Case, Dataset, open_dataset
+from ossnet.data.cases import Case, Dataset
+from ossnet.data.layouts import open_dataset
 from ossnet.data.splits import Split, folds, read_splits, shared_patients, split, spread
 from ossnet.errors import DatasetError, SettingsError
 

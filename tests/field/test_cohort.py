@@ -20,11 +20,13 @@ from tests import tiny
 
 import ossnet
 from ossnet.errors import DatasetError, InputError, ResourceError, SettingsError, VolumeError
+from ossnet.field.cohort import report as reports
 from ossnet.field.cohort import run as cohort
 from ossnet.field.cohort.jobs import Job, Options, plan_jobs
 from ossnet.field.cohort.run import forecast_all, segment_all
 from ossnet.field.cohort.sharing import take_gpu
 from ossnet.field.model import Model
+from ossnet.files.atomic import write_json
 from ossnet.files.header import VolumeWarning
 from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import LabelMap, Volume
@@ -575,6 +577,40 @@ def test_a_result_that_cannot_be_written_does_not_stop_the_others(
     assert "origin" in told["scan_4"]
 
 
+def test_a_label_map_is_kept_where_what_belongs_to_it_cannot_be_written(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(volume: Volume, path: Path) -> None:
+        raise VolumeError(path, "its name is too long", "Shorten it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Volume, "save", refusing)
+        with pytest.raises(VolumeError, match="too long"):
+            run(model, scans, tmp_path / "out", probabilities=True)
+    assert set(times(tmp_path / "out")) == {f"scan_{i}.nii.gz" for i in range(5)}
+    report = run(model, scans, tmp_path / "out", probabilities=True)
+    assert len(times(tmp_path / "out")) == 10
+    assert all("origin" in entry for entry in report["scans"].values())
+
+
+def test_a_report_that_cannot_be_written_is_no_matter_of_a_scan(
+    model: Model, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused: list[Path] = []
+
+    def refusing(path: Path, value: Any) -> None:
+        if not refused:
+            refused.append(path)
+            raise InputError(path, "cannot be written", "Choose another place")
+        write_json(path, value)
+
+    monkeypatch.setattr(reports, "write_json", refusing)
+    report = run(model, scans, tmp_path / "out")
+    assert refused == [tmp_path / "out" / "report.json"]
+    assert all("origin" in entry for entry in report["scans"].values())
+    assert json.loads(refused[0].read_text())["scans"] == report["scans"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 def test_names_that_are_no_text(model: Model, scans: Path, tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
@@ -641,3 +677,31 @@ def test_from_python(model: Model, scans: Path, tmp_path: Path) -> None:
         ossnet.segment_folder(model, scans, tmp_path / "out", larges=True)
     scored = ossnet.evaluate(tmp_path / "out", tmp_path / "out", tolerance_mm=2.0)
     assert (scored["tolerance_mm"], {row["dice"] for row in scored["cases"]}) == (2, {1.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        (
+            {"spacing": tuple(np.full(3, 0.5, np.float32)), "smallest_ml": np.float32(0.25)},
+            {"spacing": (0.5, 0.5, 0.5), "smallest_ml": 0.25},
+        ),
+        (
+            {
+                "region": np.array([[2, 1, 0], [9, 6, 5]]),
+                "memory": np.int64(800_000_000),
+                "chunk": np.int32(512),
+            },
+            {"region": ((2, 1, 0), (9, 6, 5)), "memory": "800MB", "chunk": 512},
+        ),
+    ],
+)
+def test_options_may_be_numbers_of_numpy(
+    model: Model, scans: Path, tmp_path: Path, given: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    ossnet.segment_folder(model, scans, out, device=torch.device("cpu"), **given)
+    assert json.loads((out / "report.json").read_text())["options"]["device"] == "cpu"
+    before = times(out)
+    ossnet.segment_folder(model, scans, out, device="cpu", **plain)
+    assert times(out) == before

@@ -1,13 +1,18 @@
 """Dense networks behind the interface of a function of position."""
 
+from math import prod
+from typing import Any
+
 import pytest
 import torch
 
 from ossnet.errors import ResourceError, SettingsError
 from ossnet.field.engine.answer import Answer
-from ossnet.field.engine.dense import DenseAnswer
+from ossnet.field.engine.dense import DenseAnswer, prepare_unet
 from ossnet.field.engine.prepare import prepare
+from ossnet.field.engine.scan import Scan
 from ossnet.networks.unet import UNet, UNetSpec
+from ossnet.volume import Shape
 
 
 def test_trilinear_between_voxels_and_exact_at_them() -> None:
@@ -41,6 +46,27 @@ def test_a_unet_is_looked_up(window: tuple[int, int, int] | None) -> None:
         with torch.no_grad():
             dense = network(image[None])[0]
         torch.testing.assert_close(answer(locations), torch.stack([dense[:, 3, 4, 5], dense[:, 17, 0, 9]]))
+
+
+@pytest.mark.parametrize(
+    ("variant", "window", "given", "padded"),
+    [
+        ("unet3d", (16, 16, 16), (4, 20, 4), (16, 20, 16)),
+        ("unet3d", None, (9, 12, 15), (12, 12, 16)),
+        ("unet2d", None, (9, 15, 5), (12, 16, 5)),
+    ],
+)
+def test_what_a_scan_is_padded_with_takes_memory(
+    variant: Any, window: Shape | None, given: Shape, padded: Shape
+) -> None:
+    pytest.importorskip("monai")
+    network = UNet(UNetSpec(variant=variant, channels=1, filters=(4, 8, 8))).eval()
+    less, more = (
+        prepare_unet(network, Scan.of(torch.zeros(1, *shape)), window=window).encoding_bytes
+        for shape in (given, padded)
+    )
+    # But for the map itself.
+    assert less >= more - 4 * (prod(padded) - prod(given))
 
 
 def test_a_grant_below_the_map_is_refused() -> None:

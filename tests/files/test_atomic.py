@@ -5,11 +5,19 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ossnet.errors import InputError, ResourceError
-from ossnet.files.atomic import atomic_write, clear_unfinished, write_bytes, write_json, write_text
+from ossnet.files.atomic import (
+    atomic_write,
+    clear_unfinished,
+    require_folder,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def test_written_whole_in_a_new_folder(tmp_path: Path) -> None:
@@ -71,6 +79,29 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         write_text(tmp_path / "file" / "a.txt", "")
+
+
+def test_a_link_that_leads_nowhere_is_no_place(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    for place in (tmp_path / "out", tmp_path / "out" / "deep"):
+        with pytest.raises(InputError, match="out: is a link to what is not there"):
+            require_folder(place)
+    (tmp_path / "gone").mkdir()
+    require_folder(tmp_path / "out" / "deep")
+
+
+def test_a_folder_that_may_not_be_read_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with mode 0300; the superuser, who may run this, reads every folder."""
+    usual = os.open
+
+    def refusing(path: Any, *options: Any, **more: Any) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *options, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
 
 
 def test_json_is_json(tmp_path: Path) -> None:

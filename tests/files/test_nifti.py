@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import tracemalloc
 import warnings
 from itertools import permutations, product
 from pathlib import Path
@@ -287,6 +288,28 @@ def test_labels_stored_as_floats(tmp_path: Path) -> None:
         nib.Nifti1Image(wrong.astype(np.float32), np.eye(4)).to_filename(tmp_path / "a.nii")
         with pytest.raises(VolumeError, match=reason):
             read_labels(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_labels_stored_otherwise_take_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: bool
+) -> None:
+    monkeypatch.setattr(voxels, "_BLOCK", 1 << 12)
+    labels = np.arange(60 * 50 * 40).reshape(60, 50, 40) % 7
+    image = nib.Nifti1Image(labels.astype(np.int16 if scaled else np.float32), np.eye(4))
+    if scaled:
+        image.header.set_slope_inter(2, 3)
+    (tmp_path / "a.nii").write_bytes(image.to_bytes())
+    tracemalloc.start()
+    found = read_labels(tmp_path / "a.nii").data
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.array_equal(found, 2 * labels + 3 if scaled else labels)
+    assert most < (image.get_data_dtype().itemsize + 3) * labels.size
+    free = iter([1 << 30, labels.size - 1])  # once they are read
+    monkeypatch.setattr(memory, "available_memory", lambda: next(free))
+    with pytest.raises(ResourceError, match="GiB of memory"):
+        read_labels(tmp_path / "a.nii")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ossnet.errors import ResourceError, VolumeError
-from ossnet.files.header import VolumeWarning
+from ossnet.files import reading
+from ossnet.files.header import Header, VolumeWarning
 from ossnet.files.reading import files_of, read_header, read_labels, read_volume
 
 DATA = np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype("<i2")
@@ -99,6 +101,22 @@ def test_what_itk_writes(
     assert len(files_of(file)) == (2 if ending in (".nhdr", ".mhd") else 1)
     if channels == 1:
         np.testing.assert_array_equal(read_labels(file).data, found.data[0])
+
+
+def test_naming_the_files_neither_warns_nor_keeps_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is warned of is for all threads: another one may read a scan meanwhile."""
+    usual = reading.read_nrrd_header
+
+    def meanwhile(path: Path) -> Header:
+        warnings.warn("of another thread", VolumeWarning, stacklevel=1)
+        return replace(usual(path), warnings=("it is unclear",))
+
+    monkeypatch.setattr(reading, "read_nrrd_header", meanwhile)
+    with pytest.warns(VolumeWarning) as told:
+        files_of(written(tmp_path / "a.nrrd", nrrd()))
+    assert [str(w.message) for w in told] == ["of another thread"]
 
 
 @pytest.mark.parametrize(

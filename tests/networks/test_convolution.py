@@ -1,5 +1,8 @@
 """Convolutions on a CPU equal torch's, forwards and backwards, whatever way they take."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -71,6 +74,27 @@ def test_exact_float32_leaves_other_choices_alone(monkeypatch: pytest.MonkeyPatc
         assert torch.backends.cudnn.deterministic
         assert torch.backends.cudnn.enabled
         assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_exact_float32_is_for_one_thread_at_a_time() -> None:
+    """They share the flags: one that began before another ended would restore the other's."""
+    begun, done = Event(), Event()
+
+    def other() -> None:
+        with exact_float32(torch.device("cuda")):
+            begun.set()
+            done.wait(60)
+
+    before = torch.backends.cudnn.allow_tf32
+    with ThreadPoolExecutor(1) as pool:
+        with exact_float32(torch.device("cuda")):
+            later = pool.submit(other)
+            alone = not begun.wait(0.2)
+        assert begun.wait(60)
+        done.set()
+        later.result()
+    assert alone
     assert torch.backends.cudnn.allow_tf32 == before
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import ossnet
 from ossnet.data.cache import CachedCase, CaseCache, load_case
-from ossnet.data.layouts import Case, open_dataset
+from ossnet.data.cases import Case
+from ossnet.data.layouts import open_dataset
 from ossnet.data.preparation import Preparation
 from ossnet.errors import DatasetError, InputError, SettingsError
 from ossnet.evaluation.cases import match, score

@@ -17,8 +17,8 @@ from ossnet.cli.common import print_json, progress, stdout
 from ossnet.cli.options import AsJson, ReplaceNan
 
 if TYPE_CHECKING:
+    from ossnet.data.cases import Problem
     from ossnet.data.fingerprint import CaseFacts, Fingerprint
-    from ossnet.data.layouts import Problem
 
 Number = int | float  # for the checks in tests, where an int is no float
 

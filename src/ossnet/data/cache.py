@@ -13,8 +13,7 @@ from typing import overload
 import numpy as np
 from jaxtyping import Integer, Num
 
-from ossnet.data.cases import values_of
-from ossnet.data.layouts import Case, Dataset
+from ossnet.data.cases import Case, Dataset, values_of
 from ossnet.data.preparation import Fit, Preparation, Spacing, Statistics, oriented_labels
 from ossnet.data.sampling import border_voxels
 from ossnet.errors import ResourceError

@@ -8,9 +8,10 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from ossnet.data.naming import Files
 from ossnet.data.splits import require_fitting, shared_patients
 from ossnet.errors import InputError
 from ossnet.files.header import VolumeWarning
-from ossnet.files.memory import available_memory
+from ossnet.files.memory import available_memory, beside_others
 from ossnet.files.reading import read_header
 from ossnet.volume import Affine, Orientation, Shape, Volume, closest_canonical
 
@@ -152,19 +153,12 @@ def fingerprint(
     problems = list(dataset.problems)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", VolumeWarning)  # told in `notes`, once for all files
-        with ThreadPoolExecutor(max_workers=jobs or _jobs(dataset)) as pool:
-            futures = {pool.submit(_look, dataset, case): case for case in dataset.cases}
-            try:
-                for done, future in enumerate(as_completed(futures), start=1):
-                    fact, found = future.result()
-                    problems += found
-                    if fact:
-                        facts.append(fact)
-                    if progress:
-                        progress(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for done, (fact, found) in enumerate(_looks(dataset, jobs or _jobs(dataset)), start=1):
+            problems += found
+            if fact:
+                facts.append(fact)
+            if progress:
+                progress(done)
     facts.sort(key=lambda f: f.name)
     problems.sort(key=lambda p: p.where)
     if not dataset.problems:  # a case that is incomplete is told of already
@@ -236,6 +230,24 @@ def _jobs(dataset: Dataset) -> int:
         # As stored, as float32, the labels and what is computed from them.
         largest = max(largest, sum(h.voxels for h in headers) * 16)
     return max(1, min(processors, len(dataset.cases), available_memory() // (2 * largest)))
+
+
+def _looks(dataset: Dataset, jobs: int) -> Iterator[tuple[CaseFacts | None, list[Problem]]]:
+    """What `_look` says of each case, as it is found; those without room beside others are looked at after them."""
+    alone: list[Case] = []
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        look = partial(beside_others, partial(_look, dataset))
+        futures = {pool.submit(look, case): case for case in dataset.cases}
+        try:
+            for future in as_completed(futures):
+                if (found := future.result()) is not None:
+                    yield found
+                else:
+                    alone.append(futures[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    yield from (_look(dataset, case) for case in alone)
 
 
 def _look(dataset: Dataset, case: Case) -> tuple[CaseFacts | None, list[Problem]]:

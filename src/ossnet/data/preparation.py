@@ -204,10 +204,9 @@ class Preparation(BaseModel):
                 f"it has {len(image)} channels, the model was trained with {len(self.windows)}",
                 "Give the channels the model was trained with",
             )
-        # One channel at a time: a float64 copy of a whole scan would double the peak memory.
         rows = [
             self._channel(values, window)
-            for values, window in zip(image.reshape(len(image), -1), self._windows(len(image)), strict=True)
+            for values, window in zip(image, self._windows(len(image)), strict=True)
         ]
         shift, scale, top = np.array(rows).reshape(-1, 3).T
         return Statistics(shift, scale, (top - shift) / scale)
@@ -216,7 +215,7 @@ class Preparation(BaseModel):
         return self.windows if self.normalise == "window" else (None,) * channels
 
     def _channel(
-        self, values: Num[np.ndarray, " N"], window: ChannelWindow | None
+        self, values: Num[np.ndarray, "X Y Z"], window: ChannelWindow | None
     ) -> tuple[float, float, float]:
         """Shift, scale and largest value of a channel."""
         top = float(values.max())
@@ -248,13 +247,19 @@ class Statistics:
     top: Float[np.ndarray, " C"]
 
 
-def _unbiased_std(values: Num[np.ndarray, " N"], mean: float) -> float:
-    """Standard deviation with n - 1, as a scale."""
+def _unbiased_std(values: Num[np.ndarray, "X Y Z"], mean: float) -> float:
+    """Standard deviation with n - 1, as a scale.
+
+    Nothing is copied as a whole: neither as float64, nor flattened where it is cut out of something larger.
+    """
     total = 0.0
-    for start in range(0, len(values), _PART):
-        part = values[start : start + _PART].astype(np.float64) - mean
-        total += float(part @ part)
-    return _scale(math.sqrt(total / max(len(values) - 1, 1)), mean)
+    parts = np.nditer(
+        values, ["buffered", "external_loop"], op_dtypes=[np.float64], order="C", buffersize=_PART
+    )
+    for part in parts:
+        rest = np.subtract(part, mean)
+        total += float(rest @ rest)
+    return _scale(math.sqrt(total / max(values.size - 1, 1)), mean)
 
 
 def _scale(std: float, mean: float) -> float:
@@ -265,13 +270,16 @@ def _scale(std: float, mean: float) -> float:
 def as_float(
     image: Num[np.ndarray, "C X Y Z"], device: torch.device | str = "cpu"
 ) -> Float[Tensor, "C X Y Z"]:
-    """Voxels of any real type as a float32 tensor of their own; moved in their own type where torch has it."""
-    native = image.astype(image.dtype.newbyteorder("="), copy=False)
+    """Voxels of any real type as a float32 tensor of their own; moved in their own type where torch has it.
+
+    What is wider than float32 is not: a copy of it in its own type would take more than `Scan.hold_bytes`.
+    """
+    native = image.dtype.newbyteorder("=")
     # Torch has not all unsigned types, and warns of arrays that are mapped read-only.
-    if native.dtype in (np.uint16, np.uint32, np.uint64) or not native.flags.writeable:
-        native = native.astype(np.float32)
-    whole = np.ascontiguousarray(native)
-    if any(stride < 0 for stride in whole.strides):
+    if native.itemsize > 4 or native in (np.uint16, np.uint32) or not image.flags.writeable:
+        native = np.dtype(np.float32)
+    whole = np.ascontiguousarray(image, dtype=native)
+    if not whole.flags.writeable or any(stride < 0 for stride in whole.strides):
         whole = whole.copy()  # a mirrored axis of one voxel counts as contiguous, but not for torch
     tensor = torch.from_numpy(whole).to(device)
     return tensor.to(torch.float32, copy=tensor.device.type == "cpu" and np.may_share_memory(whole, image))

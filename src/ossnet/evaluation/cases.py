@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ossnet.data.cases import (
+    Dataset,
     joined_name,
     name_key,
     named_classes,
@@ -19,12 +21,13 @@ from ossnet.data.cases import (
     values_in_files,
     values_told,
 )
-from ossnet.data.layouts import Dataset, open_dataset
+from ossnet.data.layouts import open_dataset
 from ossnet.data.naming import names_labels, patient_of
 from ossnet.errors import DatasetError, SettingsError, VolumeError
 from ossnet.evaluation.metrics import Label, compare
 from ossnet.evaluation.tables import Row, label_order, label_text, summarise, to_json
 from ossnet.files.containers import is_image, stem, without_copies
+from ossnet.files.memory import beside_others
 from ossnet.files.reading import origin_of, read_labels
 from ossnet.volume import MARK, LabelMap, same_names, same_place
 
@@ -308,17 +311,24 @@ def score(
         VolumeError: A file cannot be trusted, or a prediction does not lie on its label, or names and numbers
             structures otherwise.
     """
+    judge = partial(_score_pair, matched, tolerance_mm=tolerance_mm)
+    judged: dict[Pair, list[Row]] = {}
     # Decompressing and nearest-neighbour search run outside of Python's lock.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        rows: list[list[Row]] = []
         try:
-            for found in pool.map(lambda pair: _score_pair(matched, pair, tolerance_mm), matched.pairs):
-                rows.append(found)
-                done(len(rows))
+            found = pool.map(partial(beside_others, judge), matched.pairs)
+            for pair, rows in zip(matched.pairs, found, strict=True):
+                if rows is not None:
+                    judged[pair] = rows
+                    done(len(judged))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    known = [row for found in rows for row in found]
+    for pair in matched.pairs:
+        if pair not in judged:  # there was no room beside others
+            judged[pair] = judge(pair)
+            done(len(judged))
+    known = [row for pair in matched.pairs for row in judged[pair]]
     _tell_other_names(known)
     out = _complete(known, matched.pairs)
     if not out:

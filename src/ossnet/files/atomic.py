@@ -71,7 +71,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
             _give_usual_permissions(temporary)
             _flush(temporary)
             os.replace(temporary, path)
-            _flush(path.parent)
+            with suppress(PermissionError):  # a folder may be written to and not read; the file is there
+                _flush(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -86,10 +87,12 @@ def require_folder(path: Path | str) -> None:
     """Refuse a place where no folder can be made or written to, before hours of work find out. Nothing is made.
 
     Raises:
-        InputError: It is a file, or lies in one, or may not be written to.
+        InputError: It is a file, or lies in one, or may not be written to, or a link leads nowhere.
     """
     path = Path(path).absolute()
-    nearest = next(p for p in (path, *path.parents) if p.exists())
+    nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    if not os.path.exists(nearest):
+        raise InputError(nearest, "is a link to what is not there", "Choose another place for the output")
     if not nearest.is_dir():
         raise InputError(nearest, "is a file, not a folder", "Choose another place for the output")
     if not os.access(nearest, os.W_OK | os.X_OK):

@@ -2,9 +2,10 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from ossnet.errors import ResourceError
 
@@ -13,6 +14,10 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 _MEMBER = Path("/proc/self/cgroup")
 """The groups that this process is in."""
+
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 def available_memory() -> int:
@@ -93,3 +98,13 @@ def check_memory(path: Path, nbytes: int) -> None:
             f"{path}: needs {nbytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free. "
             "Close other programs, use a larger machine, or crop the scan."
         )
+
+
+def beside_others(work: Callable[[Given], Result], given: Given) -> Result | None:
+    """What one of several threads makes; None where the others leave too little memory: it may have room after them.
+
+    An error would keep what was made so far, with its traceback.
+    """
+    with suppress(ResourceError, MemoryError):
+        return work(given)
+    return None

@@ -44,17 +44,18 @@ def read_header(path: Path | str) -> Header:
     Raises:
         VolumeError: The file is missing, is no image, or its header cannot be trusted.
     """
-    path = Path(path)
-    name = path.name.lower()
-    if name.endswith(NRRD):
-        header = read_nrrd_header(path)
-    elif name.endswith(METAIMAGE):
-        header = read_metaimage_header(path)
-    else:
-        header = read_nifti_header(path)
+    header = _header(Path(path))
     for note in header.warnings:
         warnings.warn(f"{header.path}: {note}.", VolumeWarning, stacklevel=2)
     return header
+
+
+def _header(path: Path) -> Header:
+    """As `read_header`, without a word."""
+    name = path.name.lower()
+    if name.endswith(NRRD):
+        return read_nrrd_header(path)
+    return read_metaimage_header(path) if name.endswith(METAIMAGE) else read_nifti_header(path)
 
 
 def look_at(path: Path | str) -> Header | Stack:
@@ -79,9 +80,8 @@ def files_of(path: Path) -> tuple[Path, ...]:
         return (path,)
     if not path.name.lower().endswith((*NRRD, *METAIMAGE)):
         return tuple(dict.fromkeys(locate(path)))
-    with warnings.catch_warnings(), suppress(VolumeError):
-        warnings.simplefilter("ignore", VolumeWarning)
-        return tuple(dict.fromkeys((path, read_header(path).data_path)))
+    with suppress(VolumeError):
+        return tuple(dict.fromkeys((path, _header(path).data_path)))
     return (path,)
 
 

@@ -123,31 +123,15 @@ def finite(
 
 
 def integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarray, "X Y Z"]:
-    """Labels as the smallest unsigned integers, or a refusal."""
-    if raw.dtype.kind == "f" or header.scale is not None:
-        out = np.empty_like(raw, dtype=np.int64)
-        slope, intercept = header.scale or (1.0, 0.0)
-        for piece in slabs(raw):
-            with np.errstate(all="ignore"):
-                values = raw[piece].astype(np.float64) * slope + intercept
-            if not np.isfinite(values).all():
-                raise VolumeError(header.path, "labels are NaN or infinite", "Save the labels as integers")
-            whole = np.rint(values)
-            worst = np.abs(values - whole)
-            if worst.max() > 1e-3:
-                value = values.flat[int(worst.argmax())]
-                raise VolumeError(
-                    header.path,
-                    f"not a label map: it holds {value:.6g}, which is no whole number",
-                    "Is it an image, probabilities, or smoothly resampled? Use the label file",
-                )
-            if np.abs(whole).max() > 2**53:
-                raise VolumeError(
-                    header.path, "not a label map: its numbers are too large", "Use the label file"
-                )
-            out[piece] = whole.astype(np.int64)
-        raw = out
-    low, high = int(raw.min()), int(raw.max())
+    """Labels as the smallest unsigned integers, or a refusal.
+
+    Raises:
+        VolumeError: They are no whole numbers from 0 upwards.
+        ResourceError: They do not fit into memory.
+    """
+    # Looked at twice, so that nothing larger than the labels themselves is made of all of them.
+    ends = [(whole.min(), whole.max()) for whole in (_whole(raw[piece], header) for piece in slabs(raw))]
+    low, high = int(min(low for low, _ in ends)), int(max(high for _, high in ends))
     if low < 0:
         raise VolumeError(
             header.path,
@@ -155,4 +139,34 @@ def integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarra
             "Is it an image? Otherwise give labels from 0 upwards",
         )
     # By its name: numpy may answer "ulonglong", which is uint64 under a name that few know.
-    return raw.astype(np.min_scalar_type(high).str, copy=False)
+    dtype = np.dtype(np.min_scalar_type(high).str)
+    if raw.dtype == dtype and header.scale is None:
+        return raw
+    check_memory(header.path, raw.size * dtype.itemsize)
+    out = np.empty_like(raw, dtype=dtype)
+    for piece in slabs(raw):
+        out[piece] = _whole(raw[piece], header)
+    return out
+
+
+def _whole(raw: Num[np.ndarray, "*N"], header: Header) -> Num[np.ndarray, "*N"]:
+    """Stored values as whole numbers, where they are (nearly) some."""
+    if raw.dtype.kind != "f" and header.scale is None:
+        return raw
+    slope, intercept = header.scale or (1.0, 0.0)
+    with np.errstate(all="ignore"):
+        values = raw.astype(np.float64) * slope + intercept
+    if not np.isfinite(values).all():
+        raise VolumeError(header.path, "labels are NaN or infinite", "Save the labels as integers")
+    whole = np.rint(values)
+    worst = np.abs(values - whole)
+    if worst.max() > 1e-3:
+        value = values.flat[int(worst.argmax())]
+        raise VolumeError(
+            header.path,
+            f"not a label map: it holds {value:.6g}, which is no whole number",
+            "Is it an image, probabilities, or smoothly resampled? Use the label file",
+        )
+    if np.abs(whole).max() > 2**53:
+        raise VolumeError(header.path, "not a label map: its numbers are too large", "Use the label file")
+    return whole

@@ -1,10 +1,15 @@
 """What the machine computes fast, and how to have it computed exactly."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import RLock
 
 import torch
+
+_FLAGS = RLock()
+"""Held while the flags of cuDNN are others than the caller's: all threads share them."""
 
 
 @cache
@@ -24,12 +29,19 @@ def computes_in_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and fast_bf16(device))
 
 
-def exact_float32(device: torch.device) -> AbstractContextManager[None]:
-    """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits."""
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits.
+
+    There one thread at a time: whoever began while another was at it would restore that one's choice as the caller's.
+    """
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     chosen = torch.backends.cudnn
     # What the caller chose otherwise stays; by itself `flags` sets everything.
-    return chosen.flags(
-        chosen.enabled, chosen.benchmark, deterministic=chosen.deterministic, allow_tf32=False
-    )
+    with (
+        _FLAGS,
+        chosen.flags(chosen.enabled, chosen.benchmark, deterministic=chosen.deterministic, allow_tf32=False),
+    ):
+        yield

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ossnet.data.layouts import Case, Dataset
+from ossnet.data.cases import Case, Dataset
 from ossnet.data.preparation import ChannelWindow
 from ossnet.errors import SettingsError
 from ossnet.networks.variants import PAPER_VARIANTS

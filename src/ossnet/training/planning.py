@@ -4,16 +4,15 @@ Every choice that the user did not make is named with its reason.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from torch import nn
 
-from ossnet.data.cases import joined_name
+from ossnet.data.cases import Case, Dataset, joined_name
 from ossnet.data.fingerprint import propose_fit
-from ossnet.data.layouts import Case, Dataset
 from ossnet.data.preparation import Preparation, Spacing
 from ossnet.errors import SettingsError
 from ossnet.field.model import FILES, Model, versions
@@ -101,38 +100,18 @@ def make_plan(
         SettingsError: Settings that do not fit the data.
         VolumeError: A scan that cannot be read.
     """
-    reasons: list[str] = []
     if settings.augmentation.grows is None:
         grows = GROWS if len(train) <= FEW_CASES else 0
         augmentation = settings.augmentation.model_copy(update={"grows": grows})
         settings = settings.model_copy(update={"augmentation": augmentation})
-    structures = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
-    if settings.data.target == "foreground" or len(structures) <= 1:
-        classes = 1
-        names = {1: joined_name(structures.values())}
-    else:
-        classes, names = len(structures) + 1, structures
-    reasons.append(
-        f"structures: {', '.join(names.values())}" + (" (as one)" if len(structures) > len(names) else "")
-    )
-    values = {label: value for value, label in dataset.label_map.items() if value != label}
-    if values and len(structures) == len(names):
-        listed = ", ".join(f"{value} is {label}" for label, value in values.items())
-        reasons.append(
-            f"labels are numbered without gaps ({listed}); results have the values of the label files"
-        )
+    structures = _structures(dataset, settings)
+    names, classes = structures.names, structures.classes
+    reasons = list(structures.reasons)
     if settings.data.fold == "paper":
         reasons.append(
             "a split of the paper's sizes, drawn anew: the authors' lists are not at hand (a list of your own: "
             "splits_final.json in the data set, and --fold 0)"
         )
-    if dataset.regions:
-        how = (
-            "merged with all other structures"
-            if classes == 1
-            else "learnt label by label, and judged as well"
-        )
-        reasons.append(f"regions of several labels are {how}: {', '.join(dataset.regions)}")
 
     intensities = choose_intensities(dataset, train, settings)
     reasons.extend(intensities.reasons)
@@ -158,13 +137,7 @@ def make_plan(
         recipe = _unet(base, grids, channels, classes, settings, reasons)
         settings = recipe.settings
     reasons.extend(more)
-    mirror = sorted({*settings.augmentation.flip_axes}) if settings.augmentation.mirror_in_use else []
-    if mirror and not mirrorable(recipe.network):
-        raise SettingsError(
-            "augmentation.mirror_in_use",
-            f"variant {settings.variant} cannot be asked mirrored",
-            "Leave it out",
-        )
+    mirror = _mirrored_in_use(settings, recipe.network)
     if mirror:
         reasons.append(
             f"inference averages {2 ** len(mirror)} predictions, mirrored and not (augmentation.mirror_in_use)"
@@ -172,20 +145,9 @@ def make_plan(
     if resumed is None and known is not None:
         reasons.append(_start_from(known, recipe.network, str(settings.network.init)))
     reasons.append(f"{sum(p.numel() for p in recipe.network.parameters()):,} parameters")
-    minutes = settings.schedule.minutes
-    if minutes is not None:
-        enough = enough_steps(settings.schedule, len(train) * recipe.repeats)
-        judged = settings.validation.dense and settings.data.fold != "all"
-        reasons.append(
-            f"{minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
-            + (
-                ""
-                if math.isinf(enough)
-                else f", or over {enough:,.0f} steps if they take less (schedule.passes)"
-            )
-            + ("; cases left out are segmented after them" if judged else "")
-        )
-    model = Model(recipe.network, recipe.preparation, names, mirror=tuple(mirror))
+    if settings.schedule.minutes is not None:
+        reasons.append(_duration(settings, len(train) * recipe.repeats))
+    model = Model(recipe.network, recipe.preparation, names, mirror=mirror)
     model.channel_names = tuple(dataset.channel_names)
     model.metadata = {
         "variant": settings.variant,
@@ -194,11 +156,74 @@ def make_plan(
         "settings": settings.model_dump(mode="json"),
         "versions": versions(),
     }
-    if values and len(structures) == len(names):
-        model.metadata["label_values"] = {str(label): value for label, value in values.items()}
+    if structures.values:
+        model.metadata["label_values"] = {str(label): value for label, value in structures.values.items()}
     if dataset.regions and classes > 1:
         model.metadata["regions"] = {name: list(parts) for name, parts in dataset.regions.items()}
     return TrainingPlan(model, recipe, classes, tuple(reasons))
+
+
+@dataclass(frozen=True)
+class _Structures:
+    """What a network tells apart.
+
+    Attributes:
+        names: Label → name, from 1 on.
+        classes: Logits a location: 1 for a single structure, otherwise structures and background.
+        values: Label → its value in the label files, where these differ.
+    """
+
+    names: dict[int, str]
+    classes: int
+    values: Mapping[int, int]
+    reasons: tuple[str, ...]
+
+
+def _structures(dataset: Dataset, settings: Settings) -> _Structures:
+    """All structures of a data set, or all of them as one."""
+    every = {k: v for k, v in sorted(dataset.label_names.items()) if k != 0}
+    one = settings.data.target == "foreground" or len(every) <= 1
+    names = {1: joined_name(every.values())} if one else every
+    reasons = [f"structures: {', '.join(names.values())}" + (" (as one)" if len(every) > len(names) else "")]
+    told_apart = dataset.label_map if len(every) == len(names) else {}
+    values = {label: value for value, label in told_apart.items() if value != label}
+    if values:
+        listed = ", ".join(f"{value} is {label}" for label, value in values.items())
+        reasons.append(
+            f"labels are numbered without gaps ({listed}); results have the values of the label files"
+        )
+    if dataset.regions:
+        how = "merged with all other structures" if one else "learnt label by label, and judged as well"
+        reasons.append(f"regions of several labels are {how}: {', '.join(dataset.regions)}")
+    return _Structures(names, 1 if one else len(names) + 1, values, tuple(reasons))
+
+
+def _mirrored_in_use(settings: Settings, network: nn.Module) -> tuple[int, ...]:
+    """Axes along which a network is asked mirrored as well."""
+    if not settings.augmentation.mirror_in_use or not settings.augmentation.flip_axes:
+        return ()
+    if not mirrorable(network):
+        raise SettingsError(
+            "augmentation.mirror_in_use",
+            f"variant {settings.variant} cannot be asked mirrored",
+            "Leave it out",
+        )
+    return tuple(sorted({*settings.augmentation.flip_axes}))
+
+
+def _duration(settings: Settings, examples: int) -> str:
+    """How long a training with a time limit takes, for the user.
+
+    Args:
+        examples: In a pass through all cases.
+    """
+    steps = enough_steps(settings.schedule, examples)
+    told = f"{settings.schedule.minutes:g} minutes: rates and validations are spread over them (--minutes to change)"
+    if not math.isinf(steps):
+        told += f", or over {steps:,.0f} steps if they take less (schedule.passes)"
+    if settings.validation.dense and settings.data.fold != "all":
+        told += "; cases left out are segmented after them"
+    return told
 
 
 def _mirroring(settings: Settings) -> str:

@@ -11,7 +11,8 @@ import torch
 from lightning_fabric import Fabric
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
-from ossnet.data.layouts import Case, open_dataset
+from ossnet.data.cases import Case
+from ossnet.data.layouts import open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
 from ossnet.data.splits import shared_patients, split, spread
 from ossnet.errors import SettingsError

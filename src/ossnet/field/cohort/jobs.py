@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ossnet.data.layouts import described_channels, images_in
+from ossnet.data.scans import described_channels, images_in
 from ossnet.errors import DatasetError, SettingsError
 from ossnet.field.binding import precision_of
 from ossnet.field.model import Model
@@ -35,7 +35,7 @@ class Options:
     smallest_ml: float = 0.0
     device: str = "auto"
     precision: str = "auto"
-    memory: str | None = None
+    memory: str | int | None = None
     chunk: int | None = None
     replace_nan: bool = False
     overwrite: bool = False

@@ -5,11 +5,12 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ossnet.errors import OssnetError, SettingsError
+from ossnet.errors import InputError, OssnetError, SettingsError
 from ossnet.field.cohort.jobs import Job, Options, Origins
 from ossnet.field.model import Model, versions
 from ossnet.field.provenance import made_by
@@ -64,12 +65,19 @@ class Report:
                 self.scans[job.name] = {"files": [str(f) for f in job.files], **said_by(job, labels)}
 
     def collect(self, item: tuple[Job, dict[str, Any], Future[None]]) -> None:
-        """Wait until a label map is on the disk, then enter it."""
+        """Wait until a label map is on the disk, then enter it.
+
+        Raises:
+            InputError: It could not be written.
+            ResourceError: The disk is full.
+        """
         job, entry, future = item
         future.result()
         self.scans[job.name] = entry
         if time.monotonic() - self._written > _REPORT_SECONDS:
-            self.write()
+            # A report that cannot be written is no matter of this scan: it is told at the end, if it lasts.
+            with suppress(InputError):
+                self.write()
 
     def refuse(self, job: Job, error: OssnetError) -> None:
         """Enter why a scan was not segmented."""

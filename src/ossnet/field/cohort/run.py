@@ -9,6 +9,8 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossnet.errors import InputError, OssnetError, ResourceError, SettingsError, is_out_of_memory
 from ossnet.field.binding import chosen_device
 from ossnet.field.cohort.jobs import (
@@ -71,7 +73,15 @@ def segment_folder(
         most_channels=loaded.channels,
         channel_names=loaded.channel_names,
     )
-    return segment_all(loaded, jobs, Options(**options))
+    return segment_all(loaded, jobs, Options(**{name: _plain(value) for name, value in options.items()}))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for what `Field` takes as well: numbers and arrays of numpy, and devices."""
+    if isinstance(value, torch.device):
+        return str(value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def segment_all(
@@ -292,16 +302,19 @@ def _segment(
     }
 
     def save() -> None:
-        if options.dicom_seg:
-            own = replace(labels, origin=made_by)
-            write_dicom_seg(own, job.files[0], job.dicom_seg, version=versions()["ossnet"])
-        if maps is not None:
-            maps.save(job.probabilities)
         result = signed(labels, made_by)
-        if options.seg_nrrd:
-            result.save(job.seg_nrrd)
         entry["origin"] = result.origin
-        result.save(job.target)  # last: its presence means finished
+        try:
+            if options.dicom_seg:
+                own = replace(result, origin=made_by)
+                write_dicom_seg(own, job.files[0], job.dicom_seg, version=versions()["ossnet"])
+            if maps is not None:
+                maps.save(job.probabilities)
+            if options.seg_nrrd:
+                result.save(job.seg_nrrd)
+        finally:
+            # Last: its presence means finished. Where another cannot be written it is not lost with that.
+            result.save(job.target)
 
     return entry, save
 

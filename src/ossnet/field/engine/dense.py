@@ -119,15 +119,22 @@ def prepare_unet(
 
 
 def _pass_bytes(network: UNet, shape: Shape, window: Shape | None) -> int:
-    """The map of logits, what a sliding window adds up in, and a pass with a few copies of its finest stage."""
-    spec = network.spec
-    voxels = prod(shape)
-    if spec.dimensions == 2:
-        once = _SLICES * voxels // shape[spec.slice_axis]
+    """The map of logits, what a sliding window adds up in, and a pass with a few copies of its finest stage.
+
+    All as it is padded: a scan to the window, and what a pass is of to sizes that the network halves.
+    """
+    spec, flat = network.spec, network.spec.dimensions == 2
+    sizes = [n for axis, n in enumerate(shape) if axis != spec.slice_axis] if flat else window or shape
+    once = prod(-(-n // m) * m for n, m in zip(sizes, spec.multiple, strict=True))
+    if flat:
+        # Slices one by one, and put together.
+        values, once = 2 * spec.classes * once * shape[spec.slice_axis], _SLICES * once
+    elif window:
+        padded = prod(map(max, shape, window))
+        values = (2 * spec.classes + 1) * padded + (spec.channels * padded if padded > prod(shape) else 0)
     else:
-        once = min(voxels, prod(window)) if window else voxels
-    maps = (2 * spec.classes + 1 if window else spec.classes) * voxels
-    return 4 * (maps + once * (_COPIES * spec.filters[0] + spec.classes))
+        values = spec.classes * prod(shape)
+    return 4 * (values + once * (_COPIES * spec.filters[0] + spec.classes))
 
 
 def _logits(network: UNet, image: Tensor, window: Shape | None) -> Tensor:
