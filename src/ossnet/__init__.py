@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from ossnet.field.cohort.run import segment_folder
     from ossnet.field.components import without_islands
     from ossnet.field.field import Field
+    from ossnet.field.imported import import_released
     from ossnet.field.mesh.extract import save_mesh
-    from ossnet.field.model import Model, import_released
+    from ossnet.field.model import Model
     from ossnet.field.octree.refinement import Refinement, refine
     from ossnet.field.octree.tree import Octree
     from ossnet.files.dicom_seg import write_dicom_seg
@@ -38,7 +39,7 @@ _WHERE = {
     "ResourceError": "ossnet.errors:ResourceError",
     "Volume": "ossnet.volume:Volume",
     "evaluate": "ossnet.evaluation.cases:evaluate",
-    "import_released": "ossnet.field.model:import_released",
+    "import_released": "ossnet.field.imported:import_released",
     "load": "ossnet.field.model:Model.load",
     "read": "ossnet.files.reading:read_volume",
     "read_labels": "ossnet.files.reading:read_labels",

@@ -26,7 +26,7 @@ def command(
     **Example:** `ossnet import-weights oss_net_c_bra_ts.pt --out models/brats`
     """
     from ossnet.errors import SettingsError
-    from ossnet.field.model import import_released
+    from ossnet.field.imported import import_released
     from ossnet.files.atomic import require_folder
 
     if any((out / name).exists() for name in ("model.json", "model", "settings.json")):

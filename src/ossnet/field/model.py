@@ -5,12 +5,11 @@ import json
 import math
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -21,14 +20,13 @@ from torch import nn
 from ossnet.data.cases import relabelled, values_of, values_told
 from ossnet.data.preparation import Preparation
 from ossnet.errors import ModelError, SettingsError, VolumeError
+from ossnet.field.card import card
 from ossnet.field.description import Description
 from ossnet.files.atomic import atomic_write, write_json, write_text
 from ossnet.networks.mirrored import mirrorable, mirrored
 from ossnet.networks.multiscale import MultiscaleNetwork
-from ossnet.networks.ossnet import OSSNet
 from ossnet.networks.registry import build, family_of
-from ossnet.networks.released import read_released
-from ossnet.volume import LabelMap, Shape, Volume
+from ossnet.volume import LabelMap, Volume
 
 if TYPE_CHECKING:
     from ossnet.field.field import Field
@@ -392,44 +390,7 @@ class Model:
 
     def card(self) -> str:
         """`MODEL_CARD.md`: what it is, from what, how good, and what it is not for."""
-        data = self.metadata.get("data", {})
-        scores = {**self.metadata.get("whole_scans", {}), **self.metadata.get("metrics", {})}
-        parameters = sum(p.numel() for p in self.network.parameters())
-        lines = [
-            f"# {data.get('name', 'Segmentation')} model, variant {self.variant}",
-            "",
-            f"- Structures: {', '.join(f'{self.label_values[k]} {v}' for k, v in self.label_names.items())}",
-            f"- Input: {self.channels} channel(s) {', '.join(self.channel_names)}".rstrip(),
-            f"- Network: {family_of(self.network)}, {parameters:,} parameters",
-            f"- Preparation: {self.preparation.model_dump_json(exclude_defaults=True)}",
-        ]
-        if data:
-            lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
-        lines += _training_lines(self.metadata.get("settings", {}))
-        if self.mirror:
-            count, axes = 2 ** len(self.mirror), _axes(self.mirror)
-            lines += [f"- In use: the mean of {count} answers, also mirrored along {axes}"]
-        else:
-            lines += ["- In use: asked once"]
-        if "temperature" in self.metadata:
-            lines += [
-                f"- Probabilities: of logits divided by {self.temperature:g}, as fits the cases left out best"
-            ]
-        lines += [f"- {k}: {v}" for k, v in self.metadata.get("about", {}).items()]
-        if scores:
-            lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]
-        lines += [
-            "",
-            "## Use",
-            "",
-            *([self.metadata["use"], ""] if "use" in self.metadata else []),
-            "For research. It was judged on the data named above and on nothing else; it is no medical device.",
-            "",
-            "## Versions",
-            "",
-            *(f"- {k} {v}" for k, v in self.metadata.get("versions", {}).items()),
-        ]
-        return "\n".join(lines) + "\n"
+        return card(self)
 
 
 def shipped_models() -> dict[str, Path]:
@@ -457,44 +418,6 @@ def model_folder(path: Path | str) -> Path:
     raise ModelError(path, reason, f"Give a model folder, or the run folder of a training{names}")
 
 
-def import_released(
-    path: Path | str, output_shape: Shape | None = None, large_pool: Literal["avg", "released"] = "avg"
-) -> Model:
-    """A model from the authors' weight files (SPEC §2: everything is read from the state dict).
-
-    Args:
-        path: `oss_net_*.pt`; read without running code from it.
-        output_shape: The low-resolution grid, where it cannot be inferred (SPEC §7.37).
-        large_pool: How B and D pool their 14³ patches in dense inference; "released": by their maximum, as the
-            authors' code does (SPEC §7.3).
-
-    Raises:
-        ModelError: No such network, or the grid must be given.
-        SettingsError: There is no such way of pooling.
-    """
-    if large_pool not in ("avg", "released"):
-        raise SettingsError("large_pool", f"{large_pool!r} is unknown", "Use avg or released")
-    spec, weights = read_released(path, output_shape)
-    network = OSSNet(spec)
-    network.load_state_dict(weights, strict=True)
-    # Four modalities, zero padded, are the paper's BraTS; one channel, resized, its LiTS (SPEC §1).
-    padded = spec.channels > 1
-    preparation = Preparation(orientation="file", fit="pad" if padded else "resize", shape=spec.shape)
-    channels = ("flair", "t1", "t1ce", "t2") if spec.channels == 4 else ()
-    return Model(
-        network,
-        preparation,
-        {1: "foreground"} if spec.classes == 1 else {k: f"class {k}" for k in range(1, spec.classes)},
-        channels,
-        {
-            "variant": spec.variant,
-            "source": f"imported from {Path(path).name}",
-            "settings": {"network": {"large_pool": large_pool}},
-            "versions": versions(),
-        },
-    )
-
-
 def _first_line(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
@@ -502,28 +425,3 @@ def _first_line(error: Exception) -> str:
     if isinstance(error, RuntimeError):  # load_state_dict names what does not fit in its second line
         return " ".join(" ".join(str(error).split("\n")[:2]).split())[:300]
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _training_lines(settings: Mapping[str, Any]) -> list[str]:
-    """What decided the training, from the settings that `training.settings` wrote."""
-    schedule, optimiser = settings.get("schedule", {}), settings.get("optimiser", {})
-    if not schedule or not optimiser:
-        return []
-    minutes = schedule.get("minutes")
-    length = f"{minutes:g} minutes" if minutes else f"{schedule.get('epochs')} epochs"
-    flips = settings.get("augmentation", {}).get("flip_axes", [])
-    mirrored = f"mirrored along {_axes(flips)}" if flips else "not mirrored"
-    return [
-        f"- Training: {length}, {optimiser.get('name')}, batches of {schedule.get('batch_size')}, {mirrored}, "
-        f"fold {settings.get('data', {}).get('fold')}, seed {settings.get('seed')}; all settings in model.json"
-    ]
-
-
-def _axes(axes: Sequence[int]) -> str:
-    return f"{'axis' if len(axes) == 1 else 'axes'} {', '.join(map(str, axes))}"
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_number(v)}" for k, v in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
