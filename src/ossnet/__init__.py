@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ossnet.errors import InputError, OssnetError, ResourceError
-    from ossnet.evaluation.cases import evaluate
+    from ossnet.evaluation.scoring import evaluate
     from ossnet.field.cohort.run import segment_folder
     from ossnet.field.components import without_islands
     from ossnet.field.field import Field
@@ -38,7 +38,7 @@ _WHERE = {
     "Refinement": "ossnet.field.octree.refinement:Refinement",
     "ResourceError": "ossnet.errors:ResourceError",
     "Volume": "ossnet.volume:Volume",
-    "evaluate": "ossnet.evaluation.cases:evaluate",
+    "evaluate": "ossnet.evaluation.scoring:evaluate",
     "import_released": "ossnet.field.imported:import_released",
     "load": "ossnet.field.model:Model.load",
     "read": "ossnet.files.reading:read_volume",

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from ossnet.cli.main import app
 from ossnet.errors import ResourceError
-from ossnet.evaluation import cases
-from ossnet.evaluation.cases import match
+from ossnet.evaluation import scoring
+from ossnet.evaluation.matching import Matched, Pair, match
 from ossnet.evaluation.tables import Row
 from ossnet.volume import LabelMap, Orientation, Volume
 
@@ -87,18 +87,18 @@ def test_a_case_without_room_beside_others_is_judged_after_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matched = match(predictions(tmp_path / "p"), dataset(tmp_path / "d"))
-    expected, usual = cases.score(matched), cases._score_pair
+    expected, usual = scoring.score(matched), scoring._score_pair
     tried: list[str] = []
 
-    def short(matched: cases.Matched, pair: cases.Pair, tolerance_mm: float) -> list[Row]:
+    def short(matched: Matched, pair: Pair, tolerance_mm: float) -> list[Row]:
         tried.append(pair.case)
         if tried.count("a") == 1 and pair.case == "a":
             raise ResourceError("no room")
         return usual(matched, pair, tolerance_mm)
 
-    monkeypatch.setattr(cases, "_score_pair", short)
+    monkeypatch.setattr(scoring, "_score_pair", short)
     done: list[int] = []
-    assert repr(cases.score(matched, done=done.append)) == repr(expected)
+    assert repr(scoring.score(matched, done=done.append)) == repr(expected)
     assert (tried[-1], done) == ("a", [1, 2, 3])
 
 
@@ -439,6 +439,20 @@ def test_a_reference_of_slicer_may_be_cropped(tmp_path: Path) -> None:
     result = evaluate(tmp_path / "a.nii.gz", tmp_path / "drawn" / "a.seg.nrrd", "--json")
     assert result.code == 0, result.error
     assert json.loads(result.out)["cases"][0]["dice"] == 1
+
+
+def test_a_reference_may_name_a_part_of_its_structures(tmp_path: Path) -> None:
+    """A segment that was named by hand beside one with 3D Slicer's own name, and a structure that it does not have."""
+    drawn = tmp_path / "drawn.seg.nrrd"
+    replace(labels(1, 2), names={1: "front", 2: "Segment_2"}).save(drawn)
+    labels(1, 2).save(tmp_path / "a.nii.gz")
+    result = evaluate(tmp_path / "a.nii.gz", drawn, "--json")
+    assert result.code == 0
+    rows = json.loads(result.out)["cases"]
+    assert [(row["label"], row["dice"]) for row in rows] == [(1, 1.0), (2, 1.0)]
+    replace(labels(1), names={1: "front"}).save(drawn)
+    rows = json.loads(evaluate(tmp_path / "a.nii.gz", drawn, "--json").out)["cases"]
+    assert [row["outcome"] for row in rows] == ["scored", "invented"]
 
 
 def test_what_does_not_fit_is_refused_with_file_reason_and_fix(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from ossnet.data.layouts import LAYOUTS, open_dataset
 from ossnet.data.scans import images_in
 from ossnet.data.splits import split
 from ossnet.errors import DatasetError, VolumeError
-from ossnet.evaluation.cases import match, score
+from ossnet.evaluation.matching import match
+from ossnet.evaluation.scoring import score
 from ossnet.files.header import VolumeWarning
 from ossnet.files.nifti import write_labels, write_volume
 from ossnet.files.reading import read_labels

@@ -25,7 +25,8 @@ from ossnet.data.cases import Case
 from ossnet.data.layouts import open_dataset
 from ossnet.data.preparation import Preparation
 from ossnet.errors import DatasetError, InputError, SettingsError
-from ossnet.evaluation.cases import match, score
+from ossnet.evaluation.matching import match
+from ossnet.evaluation.scoring import score
 from ossnet.evaluation.tables import from_csv
 from ossnet.field.model import Model
 from ossnet.files.lock import alone_in

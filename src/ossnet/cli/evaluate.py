@@ -48,7 +48,8 @@ def command(
 
     **Example:** `ossnet evaluate results Dataset004_Hippocampus --only-predicted --out scores`
     """
-    from ossnet.evaluation.cases import match, score
+    from ossnet.evaluation.matching import match
+    from ossnet.evaluation.scoring import score
     from ossnet.evaluation.tables import summarise
 
     require_table(out)
