@@ -56,6 +56,8 @@ def test_settings_that_a_variant_does_not_heed_are_refused_and_not_listed() -> N
         make_settings(changes=[band])
     assert make_settings(changes=[band, "validation.scheme=released_lits"]).sampling.border_width_mm == 4
     assert make_settings("C", changes=[band]).sampling.border_width_mm == 4
+    with pytest.raises(SettingsError, match=r"validation\.locations: variant C does not use it"):
+        make_settings("C", changes=["validation.scheme=released_lits", "validation.locations=1000"])
     listed = {key for key, _, _ in describe_settings("multiscale")}
     assert "augmentation.noise" not in listed
     assert "augmentation.intensity" in listed

@@ -146,7 +146,7 @@ def forecast(
         each, blocks, kept = _measured(answer, own_surface, predicted)
         seconds += blocks + locations * each
         kept_bytes += answer.fixed_bytes + kept + answer.chunk * answer.bytes_per_location
-    encoding = bound.held + sum(getattr(answer, "encoding_bytes", 0) for answer in bound.answers)
+    encoding = bound.held + sum(answer.encoding_bytes for answer in bound.answers)
     peak = max(kept_bytes + asking, encoding, bound.held_peak) + LIBRARIES
     return Forecast(int(locations), seconds, int(peak), bound.answer.chunk)
 
@@ -164,7 +164,7 @@ def _noise(channels: int, shape: Shape) -> Float[np.ndarray, "C X Y Z"]:
 def _measured(answer: Answer, surface: float, predicted: bool) -> tuple[float, float, float]:
     """Seconds for a location; for maps that are made where locations are asked: seconds for all, and their bytes."""
     some = _patch(answer.shape, 2 * answer.chunk)
-    computed = getattr(answer, "computed", 0)
+    computed = answer.computed if isinstance(answer, BlockwiseAnswer) else 0
     started = time.perf_counter()
     answer(some).cpu()
     first = time.perf_counter() - started

@@ -104,7 +104,7 @@ class Labelling:
     def _resolved(self, strategy: str) -> str:
         if strategy != "auto":
             return strategy
-        if getattr(self.bound.answer, "dense", False):
+        if self.bound.answer.dense:
             return "dense"
         if self.stride is None:
             return "octree"

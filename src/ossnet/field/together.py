@@ -35,7 +35,7 @@ class MeanAnswer:
         self._left = reserve * (len(self._answers) - len(self._able))
         self.shape: Shape = answers[0].shape
         self.classes = answers[0].classes
-        self.dense = all(getattr(answer, "dense", False) for answer in answers)
+        self.dense = all(answer.dense for answer in answers)
 
     @property
     def coarse(self) -> Tensor | None:
@@ -56,6 +56,11 @@ class MeanAnswer:
     def fixed_bytes(self) -> int:
         """Of all."""
         return sum(answer.fixed_bytes for answer in self._answers)
+
+    @property
+    def encoding_bytes(self) -> int:
+        """Of all, as if at once."""
+        return sum(answer.encoding_bytes for answer in self._answers)
 
     def cover(self, box: tuple[Shape, Shape] | None = None) -> None:
         """See `Coverable`."""

@@ -44,6 +44,14 @@ class Answer(Protocol):
     def fixed_bytes(self) -> int:
         """Memory held for as long as the answer lives, without the scan that was handed over."""
 
+    @property
+    def encoding_bytes(self) -> int:
+        """Memory that encoding the scan takes while it lasts, for forecasts."""
+
+    @property
+    def dense(self) -> bool:
+        """Everything is answered already: asking everywhere costs nothing more."""
+
     def __call__(self, locations: Num[Tensor, "N 3"]) -> Float[Tensor, "N *K"]:
         """Logits, (N,) for binary, (N, K) for K classes, float32 on the device of the answer.
 

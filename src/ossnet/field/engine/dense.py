@@ -34,7 +34,6 @@ class DenseAnswer:
     chunk = 1 << 17
     coarse = None
     dense = True
-    """Everything is answered already: asking everywhere costs nothing more."""
 
     def __init__(self, logits: Float[Tensor, "K X Y Z"], encoding_bytes: int = 0) -> None:
         self.classes = logits.shape[0]

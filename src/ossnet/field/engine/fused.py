@@ -54,6 +54,8 @@ class FusedAnswer:
         ResourceError: If the grant is too small.
     """
 
+    dense = False
+
     def __init__(
         self,
         network: OSSNet,

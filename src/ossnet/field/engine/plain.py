@@ -28,6 +28,9 @@ class PlainAnswer:
         large_pool: See `PatchSource`.
     """
 
+    dense = False
+    encoding_bytes = 0
+
     def __init__(
         self,
         network: OSSNet,

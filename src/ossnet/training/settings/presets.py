@@ -143,6 +143,8 @@ def unused(variant: str, patches: bool | None = None, scheme: str | None = None)
     known = UNUSED.get(variant, _NOT_PAPER)
     if variant in UNUSED and scheme not in (None, "released_lits"):
         known |= _BAND
+    if scheme == "released_lits":
+        known |= {"validation.locations"}
     return known if variant != "unet3d" or patches is None else known | _WHOLE_OR_PATCHES[patches]
 
 

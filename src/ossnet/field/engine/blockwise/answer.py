@@ -94,6 +94,8 @@ class BlockwiseAnswer:
         ResourceError: The budget holds no work at all; `cover` and `set_aside` say so of the maps of a box.
     """
 
+    dense = False
+
     def __init__(
         self,
         network: MultiscaleNetwork,
