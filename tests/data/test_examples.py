@@ -119,6 +119,21 @@ def test_half_of_the_locations_are_voxels_as_in_use(spatial: float) -> None:
     assert float((anywhere == anywhere.round()).double().mean()) < 0.01
 
 
+def test_planes_at_the_faces_of_a_crop_count_as_all_others() -> None:
+    """Locations that lie beyond it are drawn again, and not moved to its last voxels."""
+    labels = np.zeros((40, 40, 40), np.uint8)
+    labels[:20] = 1
+    source = CropSource(labels[None].astype(np.float32), labels, 1, surface_voxels(labels, 1), as_is)
+    plan = replace(AS_SCANNED, crop=(16, 16, 16), locations=4000)
+    counted = np.zeros((3, 16))
+    for seed in range(40):
+        made = example(source, plan, np.random.default_rng(seed))
+        voxels = np.floor(made["locations"].numpy() + 0.5).clip(max=15).astype(int)
+        for axis in range(3):
+            counted[axis] += np.bincount(voxels[:, axis], made["importance"].numpy(), 16) / 4000 / 40
+    np.testing.assert_allclose(counted[1:], 1 / 16, rtol=0.12)
+
+
 def test_across_thick_slices_locations_near_a_surface_lie_as_near_in_mm() -> None:
     labels = np.zeros((64, 64, 9), np.uint8)
     labels[32, 32, 4] = 1

@@ -123,7 +123,7 @@ def test_regions_are_of_classes_whatever_the_values(tmp_path: Path) -> None:
 
 def test_patients_of_cases_json(tmp_path: Path) -> None:
     root = nnunet(tmp_path / "d", ("a", "b", "patient001_ED"), 1)
-    facts = {"a": {"patient": 7}, "b": {"group": "x"}, "unknown": {}}
+    facts = {"a": {"group": "y", "patient": 7}, "b": {"patient": None, "group": "x"}, "unknown": {}}
     (root / "cases.json").write_text(json.dumps(facts))
     assert [c.group for c in open_dataset(root).cases] == ["7", "x", "patient001"]
     flat = {"a": "P1", "b.nii.gz": "P1", "patient001_ED": {"Patient_ID": 3}}

@@ -116,14 +116,13 @@ def _sigmas(settings: CropSettings) -> Float[np.ndarray, "J 3"]:
 def _partly_on_voxels(
     locations: Points, source: CropSource, settings: CropSettings, rng: np.random.Generator
 ) -> Points:
-    """`settings.on_voxels` of the locations moved to the centre of their voxel of the crop.
+    """`settings.on_voxels` of the locations moved to the centre of their voxel of the crop; beyond it none comes in.
 
     Whole scans are asked there, where features of fine maps are hardly mixed, while a location anywhere mixes those of
-    two slices that may lie 10 mm apart. Scans whose grid is not the network's are asked between its voxels.
+    two slices that may lie 10 mm apart. Along an axis on which a scan is resampled it is asked between voxels too.
     """
     moved = (rng.random(len(locations)) < settings.on_voxels)[:, None] & (np.array(source.zoom) == 1)
-    centres = np.minimum(np.floor(locations + np.float32(0.5)), np.array(settings.crop, np.float32) - 1)
-    return np.asarray(np.where(moved, centres, locations))
+    return np.asarray(np.where(moved, np.floor(locations + np.float32(0.5)), locations))
 
 
 def _density(

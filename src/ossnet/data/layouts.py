@@ -19,7 +19,7 @@ from ossnet.files.containers import composed, stem
 from ossnet.files.reading import Nonfinite, read_header
 
 _PATIENT = ("patient", "patient_id", "subject", "subject_id", "group")
-"""What facts about a case call the patient, in letters of any size."""
+"""What facts about a case call the patient, in letters of any size; the first that is there counts."""
 
 
 def open_dataset(path: Path | str, layout: str | None = None, *, nonfinite: Nonfinite = "refuse") -> Dataset:
@@ -230,7 +230,8 @@ def _grouped(cases: tuple[Case, ...], path: Path) -> tuple[Case, ...]:
     def patient(case: Case) -> str | None:
         told = named.get(case.name)
         if isinstance(told, Mapping):
-            told = next((value for key, value in told.items() if key.lower() in _PATIENT), None)
+            facts_of = {key.lower(): value for key, value in told.items()}
+            told = next((facts_of[key] for key in _PATIENT if facts_of.get(key) is not None), None)
         return case.group if told is None else str(told)
 
     return tuple(replace(case, group=patient(case)) for case in cases)

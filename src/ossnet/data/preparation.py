@@ -254,7 +254,12 @@ def _unbiased_std(values: Num[np.ndarray, "X Y Z"], mean: float) -> float:
     """
     total = 0.0
     parts = np.nditer(
-        values, ["buffered", "external_loop"], op_dtypes=[np.float64], order="C", buffersize=_PART
+        values,
+        ["buffered", "external_loop"],
+        op_dtypes=[np.float64],
+        order="C",
+        casting="same_kind",
+        buffersize=_PART,
     )
     for part in parts:
         rest = np.subtract(part, mean)

@@ -184,7 +184,7 @@ def require_fitting(dataset: "Dataset") -> None:
     """
     known = {case.name for case in dataset.cases}
     for number, part in enumerate(dataset.splits or ()):
-        where = f"{dataset.splits_file}, fold {number}"
+        where = f"{dataset.splits_file or dataset.root}, fold {number}"
         if both := set(part.train) & set(part.validation):
             raise DatasetError(where, f"{min(both)} trains and validates", "Keep each case on one side")
         if missing := sorted({*part.train, *part.validation} - known):

@@ -126,7 +126,7 @@ def integral(raw: Num[np.ndarray, "X Y Z"], header: Header) -> Integer[np.ndarra
     """Labels as the smallest unsigned integers, or a refusal.
 
     Raises:
-        VolumeError: They are no whole numbers from 0 upwards.
+        VolumeError: They are not whole numbers from 0 upwards.
         ResourceError: They do not fit into memory.
     """
     # Looked at twice, so that nothing larger than the labels themselves is made of all of them.

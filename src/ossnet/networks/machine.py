@@ -33,7 +33,8 @@ def computes_in_bf16(precision: str, device: torch.device) -> bool:
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Meanwhile convolutions of float32 are computed in it: on a GPU they round what they read to TF32's 10 bits.
 
-    There one thread at a time: whoever began while another was at it would restore that one's choice as the caller's.
+    There one thread at a time: the flags are of all threads, and one that begins meanwhile would keep them as they are
+    now for what the caller chose.
     """
     if device.type != "cuda":
         yield

@@ -21,7 +21,7 @@ from ossnet.training.recipes.base import Recipe
 from ossnet.training.settings import Settings
 
 _FEW = 32
-"""Passes are counted over so many cases at least, so that augmentation of very few does not grow before anything is
+"""Passes are counted over so many examples at least, so that augmentation of very few does not grow before anything is
 learnt."""
 
 

@@ -59,12 +59,14 @@ def judge(
         if known.get("model") == stamp:
             done = known
     files = {case.name: run / "validation" / f"{case.name}.nii.gz" for case in cases}
-    # A label file may be corrected before a run is resumed.
+    # A label file may be corrected before a run is resumed; rows of earlier versions do not say which they saw.
     references = {case.name: crc32(case.reference().tobytes()) for case in cases}
     undone = {
         name
         for name, file in files.items()
-        if done["cases"].get(name, {}).get("reference") != references[name] or not file.is_file()
+        if name not in done["cases"]
+        or done["cases"][name].get("reference", references[name]) != references[name]
+        or not file.is_file()
     }
     # The paper's answer as they answer.
     calibrated = model.variant not in PAPER_VARIANTS and (bool(undone) or "temperature" not in model.metadata)

@@ -38,7 +38,7 @@ from ossnet.training.stopping import StopRequest
 from ossnet.training.validation import SampledScores, mean_of_known, validate
 
 _A_VALIDATION = 1 / 50
-"""Share of a training with a time limit that a validation takes about, and a picture at most but once."""
+"""Share of a time limit that a validation takes, about; a picture that takes longer is the last one."""
 
 _UNDEFINED_LOSSES = 10
 """So many losses in a row that are not finite end a training."""

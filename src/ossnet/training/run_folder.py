@@ -87,6 +87,11 @@ def require_apart(out: Path, dataset: Dataset) -> None:
 
 
 def require_same_split(file: Path, used: Mapping[str, Any], data: Path) -> None:
+    """Refuse to go on with other cases than those that a run was started with.
+
+    Raises:
+        SettingsError: So.
+    """
     known = _read(file) if file.is_file() else used
     # The folder may have moved.
     if any([composed(name) for name in known.get(part, ())] != used[part] for part in ("train", "val")):

@@ -312,9 +312,11 @@ def _segment(
                 maps.save(job.probabilities)
             if options.seg_nrrd:
                 result.save(job.seg_nrrd)
-        finally:
-            # Last: its presence means finished. Where another cannot be written it is not lost with that.
+        except InputError:
+            # It is not lost where another file of the scan cannot be written.
             result.save(job.target)
+            raise
+        result.save(job.target)  # last: its presence means finished
 
     return entry, save
 

@@ -120,7 +120,7 @@ def prepare_unet(
 def _pass_bytes(network: UNet, shape: Shape, window: Shape | None) -> int:
     """The map of logits, what a sliding window adds up in, and a pass with a few copies of its finest stage.
 
-    All as it is padded: a scan to the window, and what a pass is of to sizes that the network halves.
+    With all padding: scans are padded to the window, and what goes through the network to sizes that it can halve.
     """
     spec, flat = network.spec, network.spec.dimensions == 2
     sizes = [n for axis, n in enumerate(shape) if axis != spec.slice_axis] if flat else window or shape
