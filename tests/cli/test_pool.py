@@ -69,7 +69,7 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
         ("b,1,part", "b,1,part,", "line 3 has another number of cells than the first"),
         ("b,1,part,0.7", "b,1,part,nan", "line 3 holds a number that is not finite"),
         ("b,1", "a,1", "line 3 judges structure 1 of a again"),
-        ("b,1,part", "b,1,pärt", "validation.csv: is no UTF-8 text"),
+        ("b,1,part", "b,1,pärt", "validation.csv: is not UTF-8 text"),
     ],
 )
 def test_a_table_that_was_changed_is_refused(tmp_path: Path, was: str, now: str, said: str) -> None:

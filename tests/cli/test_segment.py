@@ -52,7 +52,7 @@ def test_segmentations_for_slicer(scan: Path, model: Path, tmp_path: Path) -> No
     assert "1 of 1 are finished already" in succeeded(*given)
     # 3D Slicer saves what was corrected in the same place, without saying what made it first.
     replace(slicers, origin="").save(out / "ball_00.seg.nrrd")
-    assert "is no result of ossnet" in refused(tmp_path, *given, "--overwrite")
+    assert "is not a result of ossnet" in refused(tmp_path, *given, "--overwrite")
     assert "add --seg-nrrd" in refused(tmp_path, *segment(scan, model, tmp_path / "a.seg.nrrd"))
 
 
@@ -257,7 +257,7 @@ def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Pat
     assert "made by another model" in refused(tmp_path, *dry, "--largest")
     assert files_in(tmp_path) == before
     shutil.copy(scan, out / "b.nii.gz")
-    assert "b.nii.gz already exists and is no result of ossnet" in refused(tmp_path, *dry, "--overwrite")
+    assert "b.nii.gz already exists and is not a result of ossnet" in refused(tmp_path, *dry, "--overwrite")
     (out / "b.nii.gz").unlink()
     (out / "report.json").write_text("{}")
     assert "no report of ossnet" in refused(tmp_path, *dry)

@@ -25,7 +25,7 @@ def test_a_shipped_model_is_small_and_says_what_it_is(name: str) -> None:
     folder = SHIPPED / name
     assert (folder / "weights.safetensors").stat().st_size <= 4e6
     card = (folder / "MODEL_CARD.md").read_text()
-    for wanted in ("Licence", "Training", "validation cases", "dice", "[", "torch", "no medical device"):
+    for wanted in ("Licence", "Training", "validation cases", "dice", "[", "torch", "not a medical device"):
         assert wanted in card, wanted
     model = Model.load(name)
     assert all(p.dtype == torch.float32 for p in model.network.parameters())

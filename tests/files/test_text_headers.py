@@ -270,7 +270,7 @@ def test_what_is_unclear_is_told(
         ("a.nrrd", nrrd(endian="middle"), "order of its bytes"),
         ("a.nrrd", nrrd(line_skip="2"), "to be skipped"),
         ("a.nrrd", nrrd(BYTES + b"more"), "goes on after"),
-        ("a.nrrd", nrrd(pairs="nonsense\n"), "'nonsense', which is no field"),
+        ("a.nrrd", nrrd(pairs="nonsense\n"), "'nonsense', which is not a field"),
         ("a.nrrd", nrrd(data_file="none.raw"), "no such file"),
         ("a.nrrd", nrrd(data_file="slice%03d.raw 1 7 1"), "in several files"),
         ("a.nrrd", nrrd(data_file="LIST\na.raw\nb.raw"), "in several files"),

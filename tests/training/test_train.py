@@ -255,7 +255,7 @@ def test_a_run_is_not_overwritten(finished: Path, balls: Path) -> None:
 
 def test_files_of_something_else_stay(balls: Path, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("mine")
-    with pytest.raises(SettingsError, match=r"log\.csv: it is there and is of no training"):
+    with pytest.raises(SettingsError, match=r"log\.csv: it is there and does not belong to a training"):
         run(balls, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["log.csv"]
 

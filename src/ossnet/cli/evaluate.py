@@ -76,8 +76,10 @@ def _regions(given: list[str]) -> dict[str, tuple[int, ...]]:
         if not name.strip() or len(numbers) < 2 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
             raise SettingsError(
                 "--region",
-                f"{text!r} is no name with several labels above 0",
+                f"{text!r} is not a name with several labels above 0",
                 'Write for example --region "whole tumour=1,2,3"',
             )
+        if name.strip() in found:
+            raise SettingsError("--region", f"{name.strip()} is given twice", "Give each its own name")
         found[name.strip()] = tuple(sorted(int(n) for n in numbers))
     return found

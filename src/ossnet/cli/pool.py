@@ -36,7 +36,7 @@ def command(
             tables[str(run)] = file.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before it
         except UnicodeDecodeError as error:
             raise DatasetError(
-                file, "is no UTF-8 text", "Save it as such, or let the run write it"
+                file, "is not UTF-8 text", "Save it as such, or let the run write it"
             ) from error
     rows, summary = pooled(tables)
     give(rows, summary, 1.0, out, as_json)

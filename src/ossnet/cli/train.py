@@ -91,6 +91,8 @@ def command(
             table.add_row(*row)
         stdout().print(table)
         return
+    if out is None and resume:
+        raise SettingsError("train", "--out is needed", "Name the run folder that goes on")
     if out is None or (data is None and not resume):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
     from ossnet.training.processes import with_processes

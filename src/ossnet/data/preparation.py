@@ -192,7 +192,7 @@ class Preparation(BaseModel):
                     n if abs(mm / want - 1) <= self.spacing_tolerance else max(1, round(n * mm / want))
                     for n, mm, want in zip(shape, spacing, self.spacing, strict=True)
                 )
-                return Fit.resize(shape, (x, y, z))
+                return Fit.resize(shape, (x, y, z), centred=True)
             case _:
                 return Fit.none(shape)
 

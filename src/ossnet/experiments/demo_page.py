@@ -109,16 +109,16 @@ def _mean_dice(scores: Mapping[int, Scores]) -> float:
 
 
 def _cells(scores: Scores) -> tuple[str, ...]:
-    def number(value: float | None, pattern: str) -> str:
-        return "–" if value is None else format(value, pattern)
+    def number(value: float | None, pattern: str, unit: str = "") -> str:
+        return "–" if value is None else format(value, pattern) + unit
 
     return (
         number(scores.dice, ".3f"),
         number(scores.iou, ".3f"),
-        number(scores.hd95_mm, ".2f") + " mm",
-        number(scores.assd_mm, ".2f") + " mm",
+        number(scores.hd95_mm, ".2f", " mm"),
+        number(scores.assd_mm, ".2f", " mm"),
         number(scores.surface_dice, ".3f"),
-        number(scores.volume_difference_percent, "+.1f") + " %",
+        number(scores.volume_difference_percent, "+.1f", " %"),
     )
 
 

@@ -46,7 +46,7 @@ class Binding:
         encoder_seconds: Wall-clock time of preparing and encoding so far.
 
     Raises:
-        SettingsError: A device or a precision that is not there, or a chunk that is no number of locations.
+        SettingsError: A device or a precision that is not there, or a chunk that is not a number of locations.
         ResourceError: The grant does not hold what segmenting the scan takes; with the default network, which encodes
             nothing before it is asked, `cover` says so.
     """
@@ -184,7 +184,7 @@ def chosen_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise SettingsError("device", f"{name!r} is no device", "Use auto, cpu or cuda") from error
+        raise SettingsError("device", f"{name!r} is not a device", "Use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise SettingsError("device", f"{str(name)!r} is not one that is used", "Use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ossnet.data.preparation import Preparation
 from ossnet.networks.registry import family_of
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def card(model: "Model") -> str:
         f"- Structures: {', '.join(f'{model.label_values[k]} {v}' for k, v in model.label_names.items())}",
         f"- Input: {model.channels} channel(s) {', '.join(model.channel_names)}".rstrip(),
         f"- Network: {family_of(model.network)}, {parameters:,} parameters",
-        f"- Preparation: {model.preparation.model_dump_json(exclude_defaults=True)}",
+        f"- Preparation: {_preparation(model.preparation)}",
     ]
     if data:
         lines += [f"- Training data: {', '.join(f'{k} {v}' for k, v in data.items() if k != 'name')}"]
@@ -32,23 +33,48 @@ def card(model: "Model") -> str:
         lines += ["- In use: asked once"]
     if "temperature" in model.metadata:
         lines += [
-            f"- Probabilities: of logits divided by {model.temperature:g}, as fits the cases left out best"
+            f"- Probabilities: calibrated on the cases left out (logits divided by {model.temperature:g})"
         ]
+    if "source" in model.metadata:
+        lines += [f"- Source: {model.metadata['source']}"]
     lines += [f"- {k}: {v}" for k, v in model.metadata.get("about", {}).items()]
     if scores:
         lines += ["", "## Figures", "", *(f"- {k}: {_number(v)}" for k, v in scores.items())]
+    judged = (
+        "It was judged on the data named above and on nothing else"
+        if scores
+        else "It has not been judged on cases that it was not trained on"
+    )
     lines += [
         "",
         "## Use",
         "",
         *([model.metadata["use"], ""] if "use" in model.metadata else []),
-        "For research. It was judged on the data named above and on nothing else; it is no medical device.",
+        f"For research only: this is not a medical device. {judged}.",
         "",
         "## Versions",
         "",
         *(f"- {k} {v}" for k, v in model.metadata.get("versions", {}).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _preparation(preparation: Preparation) -> str:
+    """What happens to a scan first, in words; all numbers are in `model.json`."""
+    size = " × ".join(f"{n:g}" for n in preparation.shape or preparation.spacing or ())
+    fit = {
+        "none": "kept as it is",
+        "pad": f"padded with zeros to {size} voxels",
+        "resize": f"resized to {size} voxels",
+        "spacing": f"resampled to {size} mm",
+    }[preparation.fit]
+    values = {
+        "zscore": "each channel brought to mean 0 and standard deviation 1",
+        "window": "each channel clipped to a window of the training's foreground and scaled",
+        "none": "grey values as they are",
+    }[preparation.normalise]
+    axes = "" if preparation.orientation == "canonical" else ", axes in the order of the file"
+    return f"{fit}, {values}{axes}"
 
 
 def _training_lines(settings: Mapping[str, Any]) -> list[str]:

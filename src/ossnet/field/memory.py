@@ -36,7 +36,7 @@ def parse_size(size: str | int | float) -> int:
     """Bytes of "2GB", "1.5 GiB", "800M" or a number of bytes. KB, MB, GB count in thousands, KiB … in 1024.
 
     Raises:
-        SettingsError: If it is no size above 0.
+        SettingsError: If it is not a size above 0.
     """
     text = str(size).strip()
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([kKmMgGtT]?)(i?)([bB]?)", text)

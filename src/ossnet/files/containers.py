@@ -104,7 +104,13 @@ def locate(path: Path) -> tuple[Path, Path]:
         if lower.endswith(endings):
             raise VolumeError(path, reason, fix)
     if path.is_dir():
-        raise VolumeError(path, "this is a folder, not an image", "Name a file in it")
+        raise VolumeError(
+            path,
+            "this is a folder, not an image, and holds no DICOM slices",
+            "Name an image in it, or the folder of one series",
+        )
+    if not (path.suffix or path.exists()):
+        raise VolumeError(path, "there is no such file or folder", "Check the path")
     raise VolumeError(
         path,
         "not the name of an image",

@@ -141,7 +141,7 @@ def read_stack(path: Path) -> Stack:
             raise VolumeError(
                 file,
                 "it ends within its header",
-                "Copy or export it again, or take it away if it is no slice",
+                "Copy or export it again, or take it away if it is not a slice",
             )
         else:
             beside.append((file, header))

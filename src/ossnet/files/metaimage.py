@@ -44,7 +44,7 @@ def read_metaimage_header(path: Path) -> Header:
     """Read and check the header of a MetaImage without touching its voxels.
 
     Raises:
-        VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
+        VolumeError: The file is missing or damaged, is not a scan, or uses what is not supported.
     """
     keys, end = _parse(path)
     count = axes(needed(keys, "NDims", path), path)
@@ -97,7 +97,7 @@ def _parse(path: Path) -> tuple[dict[str, str], int]:
         match = re.fullmatch(r"([^=:]*)[=:](.*)", line)
         if not match:
             # The magic of this format is its first key.
-            reason = f"its header holds {line[:60]!r}, which is no key" if keys else "not a MetaImage file"
+            reason = f"its header holds {line[:60]!r}, which is not a key" if keys else "not a MetaImage file"
             raise VolumeError(path, reason, REWRITE if keys else "Check what the file is")
         keys[match[1].strip()] = match[2].strip()
         if match[1].strip() == "ElementDataFile":

@@ -56,7 +56,7 @@ def read_nifti_header(path: Path) -> Header:
     order. Customary readings of unclear headers are noted (`Header.warnings`).
 
     Raises:
-        VolumeError: The file is missing, is no NIfTI image, or its header cannot be trusted.
+        VolumeError: The file is missing, is not a NIfTI image, or its header cannot be trusted.
     """
     header_path, data_path = locate(path)
     raw = _parse(header_path)

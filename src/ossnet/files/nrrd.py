@@ -56,7 +56,7 @@ def read_nrrd_header(path: Path) -> Header:
     """Read and check the header of an NRRD file without touching its voxels.
 
     Raises:
-        VolumeError: The file is missing or damaged, is no scan, or uses what is not supported.
+        VolumeError: The file is missing or damaged, is not a scan, or uses what is not supported.
     """
     fields, pairs, end = _parse(path)
     count = axes(needed(fields, "dimension", path), path)
@@ -111,7 +111,7 @@ def _parse(path: Path) -> tuple[dict[str, str], dict[str, str], int | None]:
             if fields.get("datafile", "").startswith("LIST"):
                 break  # names of files follow
         else:
-            raise VolumeError(path, f"its header holds {line[:60]!r}, which is no field", REWRITE)
+            raise VolumeError(path, f"its header holds {line[:60]!r}, which is not a field", REWRITE)
     if "datafile" not in fields:
         raise unfinished(path, block)
     return fields, pairs, None

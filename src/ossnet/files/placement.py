@@ -116,7 +116,7 @@ def _qform(raw: Any, path: Path | str) -> Affine:
     b, c, d = (float(raw[f"quatern_{letter}"]) for letter in "bcd")
     square = 1.0 - (b * b + c * c + d * d)
     if not square > -1e-4:  # rounding of a half turn reaches -1e-7
-        raise VolumeError(path, "the qform is no rotation", _SET)
+        raise VolumeError(path, "the qform is not a rotation", _SET)
     quaternion = np.array([math.sqrt(max(square, 0.0)), b, c, d])
     quaternion /= np.linalg.norm(quaternion)
     pixdim = np.array([float(p) for p in raw["pixdim"][:4]])

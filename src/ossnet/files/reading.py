@@ -42,7 +42,7 @@ def read_header(path: Path | str) -> Header:
     Customary readings of unclear headers are warned of (`VolumeWarning`).
 
     Raises:
-        VolumeError: The file is missing, is no image, or its header cannot be trusted.
+        VolumeError: The file is missing, is not an image, or its header cannot be trusted.
     """
     header = _header(Path(path))
     for note in header.warnings:
@@ -126,8 +126,13 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
                 "Resample all channels onto one grid",
             )
     volumes = [_read_one(f, nonfinite) for f in files]
-    check_memory(first.path, sum(v.data.nbytes for v in volumes))
-    return replace(volumes[0], data=np.concatenate([v.data for v in volumes]))
+    kind = np.result_type(*(v.data for v in volumes))
+    if kind == np.float64:  # as of int32 beside float32
+        kind = np.dtype(np.float32)
+    check_memory(first.path, sum(v.data.size for v in volumes) * kind.itemsize)
+    return replace(
+        volumes[0], data=np.concatenate([v.data for v in volumes], dtype=kind, casting="same_kind")
+    )
 
 
 def read_image(path: Path | str, *, nonfinite: Nonfinite = "refuse") -> Volume:

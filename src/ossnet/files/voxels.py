@@ -164,7 +164,7 @@ def _whole(raw: Num[np.ndarray, "*N"], header: Header) -> Num[np.ndarray, "*N"]:
         value = values.flat[int(worst.argmax())]
         raise VolumeError(
             header.path,
-            f"not a label map: it holds {value:.6g}, which is no whole number",
+            f"not a label map: it holds {value:.6g}, which is not a whole number",
             "Is it an image, probabilities, or smoothly resampled? Use the label file",
         )
     if np.abs(whole).max() > 2**53:

@@ -184,7 +184,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise ModelError(
             path,
-            "it holds more than plain tensors, or is no weight file",
+            "it holds more than plain tensors, or is not a weight file",
             "Give a weight file as torch.save wrote it; code in files is never run",
         ) from error
     except MemoryError as error:
@@ -204,7 +204,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.device.type != "cpu":
-            raise ModelError(path, f"its entry {key!r} is no tensor", _FIX)
+            raise ModelError(path, f"its entry {key!r} is not a tensor", _FIX)
         state[key.removeprefix("module.")] = value
     if len(state) != len(loaded):
         raise ModelError(path, "keys appear both with and without the prefix module.", _FIX)

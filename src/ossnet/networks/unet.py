@@ -56,7 +56,7 @@ class UNetSpec:
     def __post_init__(self) -> None:
         if self.variant not in FILTERS:
             raise SettingsError(
-                "variant", f"{self.variant!r} is no U-Net", f"Choose one of {', '.join(FILTERS)}"
+                "variant", f"{self.variant!r} is not a U-Net", f"Choose one of {', '.join(FILTERS)}"
             )
         if not self.filters:
             object.__setattr__(self, "filters", FILTERS[self.variant])

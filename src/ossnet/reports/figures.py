@@ -18,6 +18,9 @@ from ossnet.volume import LabelMap, Volume, closest_canonical, same_place
 PLANES = ("sagittal", "coronal", "axial")
 """Name of the plane across each canonical axis (right, anterior, superior)."""
 _SIDES = (("P", "A", "I", "S"), ("L", "R", "I", "S"), ("L", "R", "P", "A"))  # left, right, bottom, top
+_LEGEND = 0.6
+"""Share of the width in which names of structures begin; the title is beside them."""
+
 _DARK = "#0b0d10"
 
 
@@ -205,8 +208,12 @@ def _legend(
     height = 0.2 / figure.get_figheight()
     entries = [(names.get(label) or f"label {label}", colour(label)) for label in labels]
     if predicted and referenced:
-        entries.append(("reference", REFERENCE))
-    for text, ink in entries:
+        entries.insert(0, ("reference", REFERENCE))
+    for shown, (text, ink) in enumerate(entries):
+        if x > _LEGEND:
+            more = f"and {len(entries) - shown} more"
+            figure.text(x, height, more, color="#d5dbe3", fontsize=10, va="center")
+            break
         figure.text(x, height, "━", color=ink, fontsize=13, va="center")
         # Names may hold $.
         written = figure.text(

@@ -112,7 +112,7 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
         for group in self.param_groups:
             if any(p.ndim < 2 for p in group["params"]):
-                raise SettingsError("muon", "a parameter is no matrix", "Give it to another optimiser")
+                raise SettingsError("muon", "a parameter is not a matrix", "Give it to another optimiser")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -71,7 +71,7 @@ def require_no_run(out: Path) -> None:
             settings_of(out)
         except SettingsError:
             raise SettingsError(
-                there[0], "it is there and is of no training", "Name another folder for the run"
+                there[0], "it is there and does not belong to a training", "Name another folder for the run"
             ) from None
 
 
@@ -143,5 +143,5 @@ def _read(file: Path) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise SettingsError(file, "it is damaged: no valid JSON", "Start another run")
+        raise SettingsError(file, "it is damaged: not valid JSON", "Start another run")
     return value

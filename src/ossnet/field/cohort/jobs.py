@@ -152,7 +152,7 @@ def plan_jobs(
         SettingsError: One file as target for several scans, two scans with the same name, or results that would
             replace scans or be taken for them.
     """
-    single = out is not None and out.name.endswith((".nii", ".nii.gz"))
+    single = out is not None and out.name.lower().endswith((".nii", ".nii.gz"))
     scans: list[tuple[str, tuple[Path, ...]]] = []
     if channels_together:
         scans.append((scan_name(images[0]), tuple(images)))
@@ -236,7 +236,7 @@ def require_replaceable(jobs: Sequence[Job], origins: Origins, options: Options)
     if foreign:
         raise SettingsError(
             "--out",
-            f"{_first(foreign)} and is no result of ossnet",
+            f"{_first(foreign)} and is not a result of ossnet",
             "Name another output, or move it away: it may be a reference",
         )
     if changed:
@@ -276,7 +276,7 @@ def require_own_files(jobs: Sequence[Job], options: Options) -> None:
 
 
 def require_series(jobs: Sequence[Job], options: Options) -> None:
-    """Refuse DICOM segmentations of what is no DICOM series, on another grid than the series', or without highdicom."""
+    """Refuse DICOM segmentations of other scans than DICOM series, on another grid than the series', or without highdicom."""
     if not options.dicom_seg:
         return
     require_highdicom()
@@ -288,7 +288,7 @@ def require_series(jobs: Sequence[Job], options: Options) -> None:
         )
     if other := next((job for job in jobs if not is_dicom(job.files[0])), None):
         raise SettingsError(
-            "--dicom-seg", f"{other.files[0]} is no DICOM series", "Leave it out for other scans"
+            "--dicom-seg", f"{other.files[0]} is not a DICOM series", "Leave it out for other scans"
         )
 
 

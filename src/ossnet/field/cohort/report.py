@@ -53,7 +53,7 @@ class Report:
             return dict(json.loads(self.file.read_text(encoding="utf-8"))["scans"])
         except (ValueError, TypeError, KeyError):
             raise SettingsError(
-                self.file, "it is there and is no report of ossnet", "Move it away, or name another output"
+                self.file, "it is there and is not a report of ossnet", "Move it away, or name another output"
             ) from None
 
     def complete(self, finished: Sequence[Job]) -> None:

@@ -163,7 +163,7 @@ def save_mesh(mesh: "trimesh.Trimesh", path: Path | str) -> None:
     kind = path.suffix.lower().lstrip(".")
     if kind not in MESH_FORMATS:
         endings = ", ".join(f".{f}" for f in MESH_FORMATS)
-        raise InputError(path, "is no mesh file that can be written", f"Choose one of {endings}")
+        raise InputError(path, "is not a mesh file that can be written", f"Choose one of {endings}")
     data: Any = mesh.export(file_type=kind)
     content = data.encode("utf-8") if isinstance(data, str) else bytes(data)
     if kind == "stl":

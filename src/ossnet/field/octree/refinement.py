@@ -109,7 +109,7 @@ def path_from(stride: int | Triple) -> Path:
     """The path that begins at a stride: 16, 8, 4, 1 cut off above it; 2 goes straight to 1.
 
     Raises:
-        SettingsError: It is no number of voxels, nor one an axis.
+        SettingsError: It is not a number of voxels, nor one an axis.
     """
     given: Any = (stride,) * 3 if isinstance(stride, Integral) else stride
     _require_triple("stride", given)
@@ -168,7 +168,7 @@ def _questions(
     if isinstance(start, str):
         if start not in ("lattice", "predict"):
             names = ", ".join(("lattice", "predict", *START_STATES))
-            raise SettingsError("start", f"{start!r} is no start state", f"Choose one of {names}")
+            raise SettingsError("start", f"{start!r} is not a start state", f"Choose one of {names}")
         if start == "predict" and segmentation is None:
             raise SettingsError(
                 "start", "'predict' needs a segmentation", "Pass segmentation=, or use 'lattice'"

@@ -69,7 +69,7 @@ class ReleasedStages:
     ) -> None:
         if start_state not in START_STATES:
             raise SettingsError(
-                "start", f"{start_state!r} is no start state", f"Choose one of {', '.join(START_STATES)}"
+                "start", f"{start_state!r} is not a start state", f"Choose one of {', '.join(START_STATES)}"
             )
         self.shape: Triple = shape
         self.start_state: StartState = "original" if segmentation is None else start_state

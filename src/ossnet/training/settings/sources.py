@@ -144,7 +144,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(file, f"cannot be read ({error.strerror})", "Check the path") from error
     except ValueError as error:
-        raise SettingsError(file, f"is no valid JSON or TOML ({error})", "Correct the file") from error
+        raise SettingsError(file, f"is not valid JSON or TOML ({error})", "Correct the file") from error
     if not isinstance(values, dict):
         raise SettingsError(file, "holds no settings", "Write an object with groups such as schedule")
     return values
