@@ -20,6 +20,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## train on one half of a real MRI, segment the other, write demo/index.html
 	$(BIN)/ossnet demo --out demo
 
+# A worker for each core: threads of theirs would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: install  ## quick tests: no GPU, no download
 	$(BIN)/python -m pytest -n 2 -m "not slow and not shared"
 

@@ -277,7 +277,7 @@ def test_results_are_no_scans(scan: Path, model: Path, tmp_path: Path) -> None:
 
 def many(scan: Path, folder: Path) -> Path:
     folder.mkdir()
-    for index in range(40):
+    for index in range(20):
         shutil.copy(scan, folder / f"scan_{index:02d}.nii.gz")
     return folder
 
@@ -290,14 +290,14 @@ def test_interrupted(scan: Path, model: Path, tmp_path: Path) -> None:
     assert said.splitlines()[-1] == "interrupted; what was finished is kept"
     assert "Traceback" not in said
     done = {file.name: file.stat().st_mtime_ns for file in out.glob("scan_*.nii.gz")}
-    assert 1 < len(done) < 40
+    assert 1 < len(done) < 20
     assert not list(out.glob(".writing-*"))
     assert len(json.loads((out / "report.json").read_text())["scans"]) == len(done)
     said = succeeded(*segment(tmp_path / "scans", model, out, "--strategy", "dense"))
-    assert said.startswith(f"{len(done)} of 40 are finished already")
-    assert len(list(out.glob("scan_*.nii.gz"))) == 40
+    assert said.startswith(f"{len(done)} of 20 are finished already")
+    assert len(list(out.glob("scan_*.nii.gz"))) == 20
     assert all((out / name).stat().st_mtime_ns == time for name, time in done.items())
-    assert len(json.loads((out / "report.json").read_text())["scans"]) == 40
+    assert len(json.loads((out / "report.json").read_text())["scans"]) == 20
 
 
 def test_a_full_disk(scan: Path, model: Path, tmp_path: Path) -> None:

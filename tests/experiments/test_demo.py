@@ -15,6 +15,7 @@ from ossnet.experiments.demo import (
     PARTS,
     DemoResult,
     Part,
+    Template,
     _clear,
     cut_parts,
     fit_thresholds,
@@ -30,9 +31,14 @@ from ossnet.volume import LabelMap, Volume, spacing_of
 
 
 @pytest.fixture(scope="module")
-def parts() -> dict[str, Part]:
+def template() -> Template:
     pytest.importorskip("nilearn")
-    return cut_parts(load_template())
+    return load_template()
+
+
+@pytest.fixture(scope="module")
+def parts(template: Template) -> dict[str, Part]:
+    return cut_parts(template)
 
 
 def test_parts_do_not_overlap_and_lie_where_the_template_does(parts: dict[str, Part]) -> None:
@@ -85,9 +91,8 @@ def test_thresholds_are_the_best_of_all_pairs() -> None:
 
 
 @pytest.fixture(scope="module")
-def hippocampi() -> Hippocampi:
-    pytest.importorskip("nilearn")
-    return segment_hippocampi(load_template().brain)
+def hippocampi(template: Template) -> Hippocampi:
+    return segment_hippocampi(template.brain)
 
 
 def test_both_hippocampi_of_the_template_are_found_where_they_are(hippocampi: Hippocampi) -> None:

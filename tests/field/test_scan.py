@@ -153,8 +153,9 @@ def test_what_a_grant_cannot_hold_is_refused_early(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("ossnet.field.mesh.extract._SLABS_BYTES", 200_000_000)
     with pytest.raises(ResourceError, match="granted"):
         field.mesh(2)
+    large = Volume(np.zeros((1, 300, 300, 300), np.int8), np.eye(4))
     with pytest.raises(ResourceError, match="probabilities"):
-        model.field(tiny.scan((300, 300, 300)), device="cpu", memory="300MB").probability_map()
+        model.field(large, device="cpu", memory="300MB").probability_map()
 
 
 def test_a_region_is_the_whole_answer_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

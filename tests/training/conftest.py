@@ -43,6 +43,7 @@ SMALL = [
     "validation.every=1",
     "validation.locations=200",
     "validation.dense_cases=1",
+    "validation.picture=false",
     "runtime.threads=1",
     "runtime.tensorboard=false",
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import tiny
 
@@ -13,6 +13,7 @@ from ossnet.field.asking import probabilities
 from ossnet.training.calibration import temperature
 
 
+@settings(max_examples=30)
 @given(st.floats(0.4, 2.7), st.sampled_from([1, 2, 4]), st.integers(0, 99))
 def test_a_temperature_that_is_known_is_found(known: float, classes: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

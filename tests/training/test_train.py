@@ -68,13 +68,16 @@ def losses(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(balls: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(balls, tmp_path_factory.mktemp("runs") / "c")
+    return run(balls, tmp_path_factory.mktemp("runs") / "c", changes=["validation.picture=true"])
 
 
 def test_a_run_folder_holds_what_it_should(finished: Path) -> None:
     for name in ("model/model.json", "model/weights.safetensors", "model/MODEL_CARD.md", "last/model.json"):
         assert (finished / name).is_file(), name
     assert not (finished / "cache").exists()
+    assert [file.name for file in sorted((finished / "pictures").iterdir())] == [
+        f"step_{step:07d}.png" for step in (2, 4, 6)
+    ]
     rows = list(csv.DictReader((finished / "log.csv").read_text().splitlines()))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert len(losses(finished)) == 1 + 3 * 2  # 8 training cases, batches of 4
@@ -161,11 +164,11 @@ def test_examples_are_told_how_often_the_cases_were_drawn(
         ("unet3d", ["schedule.epochs=1"]),
         ("unet3d", ["schedule.epochs=1", "network.patch_shape=16,16,16", "augmentation.spatial=false"]),
         ("unet3d", ["schedule.epochs=1", "network.patch_shape=16,16,16", "network.blocks=4,8,16"]),
-        ("monai-unet", ["schedule.minutes=0.05"]),
-        ("monai-unet", ["schedule.minutes=0.05", "optimiser.name=muon", "network.blocks=4,8"]),
+        ("monai-unet", ["schedule.minutes=0.02"]),
+        ("monai-unet", ["schedule.minutes=0.02", "optimiser.name=muon", "network.blocks=4,8"]),
         ("unet2d", ["schedule.steps_per_epoch=1", "schedule.epochs=1", "schedule.batch_size=1"]),
-        ("multiscale", ["schedule.minutes=0.05", "schedule.batch_size=1"]),
-        ("multiscale", ["schedule.minutes=0.05", "network.position=true", "augmentation.flip_axes=[0]"]),
+        ("multiscale", ["schedule.minutes=0.02", "schedule.batch_size=1", "validation.picture=true"]),
+        ("multiscale", ["schedule.minutes=0.02", "network.position=true", "augmentation.flip_axes=[0]"]),
     ],
 )
 def test_every_variant_trains_and_answers(
@@ -319,7 +322,7 @@ def test_pictures_that_fail_or_take_long_end_alone(
 
     monkeypatch.setattr(illustration, "illustrate", slow)
     monkeypatch.setattr(loop, "_A_VALIDATION", 0.0)
-    changes = ["schedule.minutes=0.1", "schedule.passes=4", "validation.dense=false"]
+    changes = ["schedule.minutes=0.05", "validation.dense=false", "validation.picture=true"]
     told = pytest.warns(UserWarning, match="no more pictures: out of memory") if fails else nullcontext()
     with told:
         run(balls, tmp_path / "run", changes=changes)
@@ -333,7 +336,7 @@ def test_names_of_cases_that_are_no_text(balls: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(balls, tmp_path / "data"))
     for file in data.rglob("ball_0*.nii.gz"):
         file.rename(file.with_name(file.name.replace("ball", os.fsdecode(b"b\xe4lle"))))
-    run(data, tmp_path / "run")
+    run(data, tmp_path / "run", changes=["validation.picture=true"])
     assert (tmp_path / "run" / "validation.json").is_file()
 
 

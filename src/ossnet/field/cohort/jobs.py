@@ -276,7 +276,7 @@ def require_own_files(jobs: Sequence[Job], options: Options) -> None:
 
 
 def require_series(jobs: Sequence[Job], options: Options) -> None:
-    """Refuse DICOM segmentations of other scans than DICOM series, on another grid than the series', or without highdicom."""
+    """Refuse DICOM segmentations of other scans than DICOM series, on another grid, or without highdicom."""
     if not options.dicom_seg:
         return
     require_highdicom()
