@@ -495,11 +495,16 @@ def test_regions_are_judged_beside_their_parts(tmp_path: Path) -> None:
     assert "1+2" in found.out
 
 
+def test_a_region_has_one_meaning(tmp_path: Path) -> None:
+    given = ["--region", "a=1,2", "--region", "a=1,3"]
+    refused(evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), *given), "a is given twice")
+
+
 @pytest.mark.parametrize("wrong", ["whole", "whole=1", "=1,2", "whole=0,1", "whole=1,x", "whole=1,²"])
 def test_a_region_that_is_none_is_refused(tmp_path: Path, wrong: str) -> None:
     found = evaluate(predictions(tmp_path / "p"), dataset(tmp_path / "d"), "--region", wrong)
     assert found.code == 2
-    assert "no name with several labels" in found.error
+    assert "not a name with several labels" in found.error
 
 
 def test_regions_are_of_values_in_label_files(tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ def test_a_model(model: Path) -> None:
     assert described["preparation"]["shape"] == [32, 32, 32]
 
 
+def test_models_that_come_with_the_package_are_listed() -> None:
+    assert "hippocampus: anterior, posterior" in succeeded("info").splitlines()
+    assert json.loads(succeeded("info", "--json")) == {"hippocampus": ["anterior", "posterior"]}
+
+
 def test_what_is_no_model(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

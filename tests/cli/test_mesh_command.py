@@ -50,6 +50,19 @@ def test_all_structures_are_a_folder(heart: tuple[Path, Path], tmp_path: Path) -
     )
 
 
+def test_islands_are_left_out_on_request(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    scan = ossnet.read(heart[0])
+    data = np.zeros(scan.shape, np.uint8)
+    data[3:9, 3:9, 3:9], data[14:17, 14:17, 12:15] = 2, 2
+    LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
+    pieces = []
+    for more in ([], ["--largest"], ["--smallest-ml", "0.1"]):
+        chosen = ["--labels", tmp_path / "drawn.nii.gz", "--structure", "2", "--overwrite", *more]
+        succeeded(*mesh(heart, tmp_path / "two.ply", *chosen))
+        pieces.append(len(trimesh.load_mesh(tmp_path / "two.ply").split()))
+    assert pieces == [2, 1, 1]
+
+
 def test_a_label_map_is_drawn(heart: tuple[Path, Path], tmp_path: Path) -> None:
     scan = ossnet.read(heart[0])
     data = np.zeros(scan.shape, np.uint8)

@@ -149,7 +149,7 @@ def test_scans_are_not_replaced(balls: Path, model: Path, tmp_path: Path) -> Non
         (["--strategy", "paper", "--spacing", "1"], "own grid only"),
         (["--smallest-ml", "inf"], "Give millilitres"),
         (["--precision", "fp8"], "'fp8' is unknown"),
-        (["--device", "abacus"], "no device"),
+        (["--device", "abacus"], "not a device"),
         (["--memory", "much"], "not an amount of memory"),
         (["--memory", "1kB"], "at least"),
         (["--channels"], "2 channel(s), the model takes 1"),
@@ -260,7 +260,7 @@ def test_a_dry_run_looks_at_what_is_there(scan: Path, model: Path, tmp_path: Pat
     assert "b.nii.gz already exists and is not a result of ossnet" in refused(tmp_path, *dry, "--overwrite")
     (out / "b.nii.gz").unlink()
     (out / "report.json").write_text("{}")
-    assert "no report of ossnet" in refused(tmp_path, *dry)
+    assert "not a report of ossnet" in refused(tmp_path, *dry)
     # Without an output nothing is in the way, in whatever folder it is asked.
     assert succeeded("segment", scans[0], "--model", model, "--dry-run").startswith("a: about ")
 

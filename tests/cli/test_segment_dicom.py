@@ -194,7 +194,7 @@ def test_dicom_segmentations(study: Path) -> None:
         study.parent / "o",
         "--dicom-seg",
     ]
-    assert "no DICOM series" in refused(study.parent, *plain)
+    assert "not a DICOM series" in refused(study.parent, *plain)
     places = np.array([(0, 0, 3.0 * k) for k in range(len(voxels))])
     frames = write(study.parent / "frames", [multi_frame(voxels, places)], names=["t.dcm"]) / "t.dcm"
     beside = ["segment", frames, "--model", model, "--out", frames.with_name("t.nii.gz")]

@@ -71,6 +71,15 @@ def test_settings_without_meaning(balls: Path, tmp_path: Path, given: list[str],
     assert said in refused(tmp_path, "train", "--data", balls, "--out", tmp_path / "run", *given)
 
 
+def test_a_dry_run_says_what_would_be_picked_and_writes_nothing(balls: Path, tmp_path: Path) -> None:
+    said = succeeded("train", "--data", balls, "--minutes", "5", "--dry-run").splitlines()
+    assert said[:2] == ["8 training and 2 validation cases of Dataset001_Balls", "structures: shell, core"]
+    assert any(line.startswith("grid: 2 × 1 × 1 mm") for line in said)
+    assert any(line.startswith("5 minutes: ") for line in said)
+    assert not list(tmp_path.iterdir())
+    assert "Name the data set" in refused(tmp_path, "train", "--dry-run")
+
+
 def test_no_cuda(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     message = refused(tmp_path, *train(balls, tmp_path / "run", "--set", "runtime.accelerator=cuda"))
@@ -80,10 +89,10 @@ def test_no_cuda(balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("c.json", "{", "no valid JSON"),
+        ("c.json", "{", "not valid JSON"),
         ("c.json", "[]", "holds no settings"),
         ("c.toml", "[schedule]\nepoch = 3\n", "schedule.epoch is unknown"),
-        ("c.toml", "[schedule\n", "no valid JSON or TOML"),
+        ("c.toml", "[schedule\n", "not valid JSON or TOML"),
     ],
 )
 def test_settings_files(balls: Path, tmp_path: Path, name: str, content: str, said: str) -> None:

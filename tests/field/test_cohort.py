@@ -183,7 +183,7 @@ def test_probabilities_say_what_made_them(model: Model, scans: Path, tmp_path: P
     ):
         run(other, scans, out, probabilities=True)
     Volume(np.zeros((1, 4, 4, 4), np.float32), np.eye(4)).save(out / "scan_1_probabilities.nii.gz")
-    with pytest.raises(SettingsError, match=r"scan_1_probabilities.*no result of ossnet"):
+    with pytest.raises(SettingsError, match=r"scan_1_probabilities.*not a result of ossnet"):
         run(other, scans, out, probabilities=True, overwrite=True)
 
 
@@ -206,7 +206,7 @@ def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path,
     LabelMap(np.ones((10, 9, 8), np.uint8), np.eye(4)).save(out / "scan_0.nii.gz")
     before = times(out)
     for overwrite in (False, True):
-        with pytest.raises(SettingsError, match="no result of ossnet"):
+        with pytest.raises(SettingsError, match="not a result of ossnet"):
             run(model, scans, out, overwrite=overwrite)
     assert times(out) == before
     tiny.scan().save(scans / "extra_0000.nii.gz")
@@ -214,7 +214,7 @@ def test_files_that_are_no_results_are_never_replaced(model: Model, scans: Path,
         plan_jobs([scans / "extra_0000.nii.gz"], scans)
     (tmp_path / "side_report.json").write_text('{"EchoTime": 1}')
     jobs = plan_jobs([scans / "scan_0.nii.gz"], tmp_path / "side.nii.gz")
-    with pytest.raises(SettingsError, match="no report of ossnet"):
+    with pytest.raises(SettingsError, match="not a report of ossnet"):
         segment_all(model, jobs, Options())
     assert not (tmp_path / "side.nii.gz").exists()
     (tmp_path / "folder.nii.gz").mkdir()

@@ -281,7 +281,7 @@ def test_labels_stored_as_floats(tmp_path: Path) -> None:
     assert read.data.dtype == np.uint8
     assert np.array_equal(read.data, labels)
     for wrong, reason in (
-        (labels + 2e-3, "no whole number"),
+        (labels + 2e-3, "not a whole number"),
         (-labels, "negative"),
         (labels * np.nan, "NaN"),
     ):

@@ -77,8 +77,8 @@ CHANGED = {
     "sform zero": (put(SROW, "12f", *[0.0] * 12), "not invertible"),
     "sform flat": (put(SROW, "12f", 1, 1, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0), "not invertible"),
     "voxels of a kilometre": (put(SROW, "12f", 1e9, 0, 0, 0, 0, 1e9, 0, 0, 0, 0, 1e9, 0), "voxels measure"),
-    "qform no rotation": (put(QFORM, "2h3f", 1, 0, 2.0, 0, 0), "no rotation"),
-    "qform nan": (put(QFORM, "2h3f", 1, 0, float("nan"), 0, 0), "no rotation"),
+    "qform no rotation": (put(QFORM, "2h3f", 1, 0, 2.0, 0, 0), "not a rotation"),
+    "qform nan": (put(QFORM, "2h3f", 1, 0, float("nan"), 0, 0), "not a rotation"),
     "cifti": (put(INTENT, "h", 3001), "CIFTI"),
 }
 

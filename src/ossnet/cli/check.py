@@ -164,7 +164,7 @@ def _grey_values(found: "Fingerprint") -> Table:
         "99.5 %",
         "mean",
         "std",
-        "least … most of all cases",
+        "min … max over all cases",
     )
     for index, name in enumerate(found.dataset.channel_names):
         everywhere = [c.intensities[index] for c in found.cases]
@@ -199,7 +199,7 @@ def _each_case(found: "Fingerprint") -> Table:
 
 
 def _structures(found: "Fingerprint") -> Table:
-    table = _table("Structures", "label", "cases", "least ml", "median ml", "most ml", "median share of scan")
+    table = _table("Structures", "label", "cases", "min ml", "median ml", "max ml", "median share of scan")
     for number, name in found.dataset.label_names.items():
         if not number:
             continue

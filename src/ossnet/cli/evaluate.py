@@ -26,7 +26,8 @@ def command(
     only_predicted: Annotated[
         bool,
         typer.Option(
-            "--only-predicted", help="Skip cases without a prediction instead of failing (as for a file)."
+            "--only-predicted",
+            help="Skip cases without a prediction instead of failing. Always so where PREDICTIONS is a single file.",
         ),
     ] = False,
     region: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ossnet.cli.common import print_json, say
-from ossnet.cli.options import AsJson, Device, Memory, Mirror, Models, ReplaceNan
+from ossnet.cli.options import AsJson, Device, Largest, Memory, Mirror, Models, ReplaceNan, SmallestMl
 
 
 def command(
@@ -44,6 +44,8 @@ def command(
     ] = None,
     faces: Annotated[int | None, typer.Option(help="Simplify to about this many triangles.")] = None,
     smooth: Annotated[int, typer.Option(help="Rounds of smoothing.")] = 0,
+    largest: Largest = False,
+    smallest_ml: SmallestMl = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     mirror: Mirror = True,
     device: Device = "auto",
@@ -60,6 +62,7 @@ def command(
     import numpy as np
 
     from ossnet.errors import SettingsError, VolumeError
+    from ossnet.field.components import check_smallest, without_islands
     from ossnet.field.mesh.extract import MESH_FORMATS, check_mesh_options, save_mesh
     from ossnet.field.model import Model
     from ossnet.files.atomic import require_folder
@@ -73,6 +76,7 @@ def command(
     if kind not in MESH_FORMATS:
         raise SettingsError("--format", f"{kind!r} is unknown", f"Use one of {', '.join(MESH_FORMATS)}")
     check_mesh_options(faces, smooth)
+    check_smallest(smallest_ml)
     require_folder(out.parent if single else out)
     loaded = Model.load(*model, mirror=mirror)
     wanted = list(dict.fromkeys(loaded.label_of(given) for given in structure or loaded.label_names))
@@ -101,8 +105,10 @@ def command(
                 f"It has {loaded.structures()}",
             )
     field = loaded.field(volume, device=device, memory=memory)
-    if drawn is None and len(wanted) > 1:
+    if drawn is None and (len(wanted) > 1 or largest or smallest_ml):
         drawn = field.segment()
+    if drawn is not None and (largest or smallest_ml):
+        drawn = without_islands(drawn, largest=largest, smallest_ml=smallest_ml)
     missing = []
     written = {}
     for label in wanted:

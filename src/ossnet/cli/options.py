@@ -27,6 +27,10 @@ Memory = Annotated[
         help='Memory limit beyond the loaded scan and the model, such as "2GB"; on a GPU, of GPU memory.'
     ),
 ]
+Largest = Annotated[
+    bool, typer.Option("--largest", help="Keep only the largest component of each structure.")
+]
+SmallestMl = Annotated[float, typer.Option(min=0.0, help="Remove components below this volume in ml.")]
 ReplaceNan = Annotated[
     bool, typer.Option("--replace-nan", help="Replace NaN and infinite voxels instead of refusing them.")
 ]

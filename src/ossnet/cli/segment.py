@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ossnet.cli.common import print_json, progress, say
-from ossnet.cli.options import AsJson, Device, Memory, Mirror, Models, ReplaceNan
+from ossnet.cli.options import AsJson, Device, Largest, Memory, Mirror, Models, ReplaceNan, SmallestMl
 
 
 def command(
@@ -31,7 +31,12 @@ def command(
         typer.Option(help="Only this box of voxels of the answer: x0,y0,z0,x1,y1,z1 (ends excluded)."),
     ] = None,
     strategy: Annotated[
-        str, typer.Option(help="auto, octree, dense; original, released, paper: the released algorithm.")
+        str,
+        typer.Option(
+            help="auto, octree (asks near surfaces) or dense (asks every voxel). For the paper's networks also "
+            "original, released or paper: the first inference of the authors' code, its improved one, and the improved "
+            "one as the paper words it."
+        ),
     ] = "auto",
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write probabilities (evaluates every voxel).")
@@ -42,12 +47,8 @@ def command(
     seg_nrrd: Annotated[
         bool, typer.Option("--seg-nrrd", help="Also write segmentations for 3D Slicer (.seg.nrrd).")
     ] = False,
-    largest: Annotated[
-        bool, typer.Option("--largest", help="Keep only the largest component of each structure.")
-    ] = False,
-    smallest_ml: Annotated[
-        float, typer.Option(min=0.0, help="Remove components below this volume in ml.")
-    ] = 0.0,
+    largest: Largest = False,
+    smallest_ml: SmallestMl = 0.0,
     mirror: Mirror = True,
     device: Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
@@ -58,7 +59,10 @@ def command(
     replace_nan: ReplaceNan = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take and what is finished, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the time and memory that it will take and what is finished, then stop."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -62,6 +62,9 @@ def command(
     devices: Annotated[int | None, typer.Option(help="How many processes or GPUs.")] = None,
     replace_nan: ReplaceNan = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be picked for --data and why, then stop.")
+    ] = False,
     help_settings: Annotated[
         bool,
         typer.Option("--help-settings", help="List every setting that --variant uses, with its values."),
@@ -91,13 +94,17 @@ def command(
             table.add_row(*row)
         stdout().print(table)
         return
+    if dry_run and (data is None or resume):
+        raise SettingsError(
+            "--dry-run", "it is for new runs", "Name the data set with --data, without --resume"
+        )
     if out is None and resume:
         raise SettingsError("train", "--out is needed", "Name the run folder that goes on")
-    if out is None or (data is None and not resume):
+    if not dry_run and (out is None or (data is None and not resume)):
         raise SettingsError("train", "--data and --out are needed", "Name the data set and a run folder")
     from ossnet.training.processes import with_processes
     from ossnet.training.run_folder import STATE, data_of, from_anywhere, settings_of
-    from ossnet.training.train import train
+    from ossnet.training.train import planned, train
 
     chosen = list(changes or ())
     if minutes is not None:
@@ -112,6 +119,11 @@ def command(
         chosen.append(f"runtime.devices={devices}")
     if replace_nan:
         chosen.append("data.replace_nan=true")
+    if dry_run and data is not None:
+        for line in planned(data, make_settings(variant, preset, config, chosen)):
+            typer.echo(line)
+        return
+    assert out is not None
     if resume:
         settings = settings_of(out)
         named = given_keys(preset, config, chosen) | ({"variant"} if variant else set())

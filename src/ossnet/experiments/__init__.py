@@ -1,1 +1,1 @@
-"""The paper's tables."""
+"""The demo: train, segment and judge on a real MRI."""

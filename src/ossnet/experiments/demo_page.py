@@ -97,7 +97,7 @@ def _quality(result: DemoResult) -> tuple[Table | Text, ...]:
                 f"For comparison, what two grey values give ({low} and {high} of 255, fitted on the "
                 f"training part): {_mean_dice(result.threshold_scores):.3f} on average. The template is so "
                 "clean that brightness alone says nearly everything about tissue, so a high figure here is "
-                "no feat, and a minute of training need not beat it. Organs and tumours cannot be found "
+                "no feat, and a minute of training may not beat it. Organs and tumours cannot be found "
                 "this way.",
             )
         ),
@@ -129,7 +129,7 @@ def _honesty(result: DemoResult) -> Text:
             "draw the learning curve and to pick the best state, and a few millimetres on either side of it "
             "were left out. The template is exactly symmetric, so a split into left and right would have "
             "tested on mirror images of the training data.",
-            "It shows that everything works on this machine, from files over training to a segmentation and "
+            "It shows that everything works on this machine, from files through training to a segmentation and "
             "its surface, and that the network learned a rule that carries over to anatomy it had not seen.",
             "It does not show how well any of this works on other people, scanners or diseases: the scan is "
             "one smooth average of 152 healthy adults, all parts come from that same image, and the "

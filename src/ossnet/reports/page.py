@@ -23,7 +23,7 @@ from ossnet.reports.render import Surface, render, signed_volume
 from ossnet.volume import LabelMap, Volume, closest_canonical
 
 _MOST_VOXELS = 8_000_000
-"""Above this the slice viewer shows every second voxel: browsers limit the size of pictures."""
+"""Above this the slice viewer leaves voxels out: browsers limit the size of pictures."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 from lightning_fabric import Fabric
 
 from ossnet.data.cache import CachedCase, CaseCache, load_case
-from ossnet.data.cases import Case
+from ossnet.data.cases import Case, Dataset
 from ossnet.data.layouts import open_dataset
 from ossnet.data.pieces import pieces_of, small_extent
-from ossnet.data.splits import shared_patients, split, spread
+from ossnet.data.splits import Split, shared_patients, split, spread
 from ossnet.errors import SettingsError
 from ossnet.evaluation.tables import format_estimate
 from ossnet.field.model import Model
@@ -108,6 +108,38 @@ def train(
     return out
 
 
+def planned(data: Path | str, settings: Settings) -> tuple[str, ...]:
+    """What a training would pick, and why, a line each; nothing is trained or written (errors as of `train`)."""
+    dataset, parts = _opened(Path(data), settings)
+    plan = make_plan(dataset, [dataset[name] for name in parts.train], settings)
+    known = known_already(settings, dataset.root.name, parts.validation)
+    return (_sizes(dataset, parts), *plan.reasons, *_shared(dataset, parts), *known)
+
+
+def _opened(data: Path, settings: Settings) -> tuple[Dataset, Split]:
+    """The data set, all of it, and the cases of the fold."""
+    nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
+    dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
+    dataset.require_complete()
+    if settings.data.splits is not None:
+        dataset = dataset.with_splits(Path(settings.data.splits))
+    parts = split(dataset, settings.data.fold)
+    if not parts.train:
+        raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
+    return dataset, parts
+
+
+def _sizes(dataset: Dataset, parts: Split) -> str:
+    return f"{len(parts.train)} training and {len(parts.validation)} validation cases of {dataset.root.name}"
+
+
+def _shared(dataset: Dataset, parts: Split) -> tuple[str, ...]:
+    """What to say of patients with scans on both sides."""
+    both = shared_patients(parts, {case.name: case.group for case in dataset.cases})
+    told = f"beware: scans of {both[0]} are on both sides of the fold" if both else ""
+    return (f"{told}, and validation will look better than it is",) if both else ()
+
+
 def _train(
     data: Path,
     out: Path,
@@ -118,31 +150,18 @@ def _train(
     say: Say,
 ) -> Sequence[CachedCase]:
     """What all processes do together; returns the validation cases."""
-    nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
-    dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
-    dataset.require_complete()
-    if settings.data.splits is not None:
-        dataset = dataset.with_splits(Path(settings.data.splits))
+    dataset, parts = _opened(data, settings)
     require_apart(out, dataset)
-    parts = split(dataset, settings.data.fold)
-    if not parts.train:
-        raise SettingsError("data.fold", "it has no training cases", "Choose another fold")
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
     # A run that ended before its first state starts again, from the model that it was to start from.
     goes_on = resume and (out / STATE).exists()
     plan = make_plan(dataset, train_cases, settings, resumed=out if goes_on else None)
-    say(f"{len(train_cases)} training and {len(validation_cases)} validation cases of {dataset.root.name}")
-    reasons = [*plan.reasons]
-    if both := shared_patients(parts, {case.name: case.group for case in dataset.cases}):
-        reasons.append(
-            f"beware: scans of {both[0]} are on both sides of the fold, and validation will look better than it is"
-        )
+    reasons = [*plan.reasons, *_shared(dataset, parts)]
     if not goes_on:
         reasons += known_already(settings, dataset.root.name, parts.validation)
-    for reason in reasons:
-        say(reason)
-    say(computes_on(fabric))
+    for line in (_sizes(dataset, parts), *reasons, computes_on(fabric)):
+        say(line)
     used = {"data": str(data.resolve()), "train": list(parts.train), "val": list(parts.validation)}
     if resume:
         require_same_split(out / SPLITS, used, data)

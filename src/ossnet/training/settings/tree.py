@@ -107,7 +107,7 @@ class SamplingSettings(_Group):
         1.0,
         ge=0,
         le=1,
-        description="default variant: how far weights undo that locations crowd near surfaces; 1 wholly, 0 not at all",
+        description="default variant: how far weights make up for more locations near surfaces; 1 fully, 0 not at all",
     )
     include_last_voxel: bool = Field(True, description="SPEC §7.6; false as released")
     crop_voxels: int | None = Field(
@@ -197,11 +197,13 @@ class ScheduleSettings(_Group):
         50,
         ge=0,
         strict=True,
-        description="with minutes: after so many passes through the cases, and 12,000 steps at least, a training ends "
-        "though there is time left: more made no model better; 0: never before its time",
+        description="with minutes: stop after so many passes through the cases, and 12,000 steps at least, even if "
+        "time is left, since longer trainings were no better; 0: use all the time",
     )
     milestones: tuple[int, ...] = Field((20, 30), description="epochs after which rates fall to a tenth")
-    warmup: float = Field(0.03, ge=0, lt=1, description="part of the training, for cosine")
+    warmup: float = Field(
+        0.03, ge=0, lt=1, description="share of the training in which rates rise, for cosine"
+    )
     hold: int = Field(300, ge=1, description="steps before rates fall, for root; a tenth of them warm up")
     batch_size: int = Field(8, ge=1, description="volumes a step, over all devices")
     steps_per_epoch: int | None = Field(
