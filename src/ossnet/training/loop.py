@@ -29,7 +29,7 @@ from ossnet.training.batches import Batches
 from ossnet.training.checkpoint import Average, load_state, mean, save_state
 from ossnet.training.gradients import Gradients
 from ossnet.training.illustration import Events, Pictures
-from ossnet.training.optimiser import Muon
+from ossnet.training.optimiser import FORGETS, Muon, forget_faint
 from ossnet.training.recipes.base import Recipe
 from ossnet.training.run_folder import STATE
 from ossnet.training.schedule import enough_steps, rate_factor
@@ -208,6 +208,8 @@ class Trainer:
         if bool(norm.isfinite()):
             for optimiser in self.optimisers:
                 optimiser.step()
+            if self.state.step % FORGETS == 0:
+                forget_faint(self.optimisers)
             if self.average is not None:
                 self.average.update(self.network)
         else:

@@ -161,6 +161,29 @@ class Muon(Optimizer):
                 torch._foreach_mul_(group["params"], list((wanted / norms).unbind()))
 
 
+FAINT = 1e-30
+"""Far below what moves a weight, and above the numbers that float32 holds with fewer digits (1e-38)."""
+
+FORGETS = 100
+"""Steps after which `forget_faint` is due: what is FAINT at most has not decayed to 1e-38 by then."""
+
+
+@torch.no_grad()
+def forget_faint(optimisers: Iterable[Optimizer]) -> None:
+    """Set to 0 what is fainter than FAINT in the averages of gradients.
+
+    Units that no longer answer anything have no gradient, and their averages decay for ever. Numbers below 1e-38 take a
+    CPU a hundred times as long: after 8,000 steps on the hippocampus those in Muon's momenta, a tenth of all, had
+    doubled the time of a step.
+    """
+    for optimiser in optimisers:
+        inner = optimiser.inner if isinstance(optimiser, Lookahead) else optimiser
+        for state in inner.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 0:
+                    value.masked_fill_(value.abs() < FAINT, 0)
+
+
 def _of_a_shape(weights: Sequence[Tensor]) -> list[list[Tensor]]:
     """Weights in groups that are worked on at once: each alone, on a GPU those of a shape, which saves launches."""
     if all(w.device.type == "cpu" for w in weights):
