@@ -110,14 +110,14 @@ def train(
 
 def planned(data: Path | str, settings: Settings) -> tuple[str, ...]:
     """What a training would pick, and why, a line each; nothing is trained or written (errors as of `train`)."""
-    dataset, parts = _opened(Path(data), settings)
+    dataset, parts = opened(Path(data), settings)
     plan = make_plan(dataset, [dataset[name] for name in parts.train], settings)
     known = known_already(settings, dataset.root.name, parts.validation)
     return (_sizes(dataset, parts), *plan.reasons, *_shared(dataset, parts), *known)
 
 
-def _opened(data: Path, settings: Settings) -> tuple[Dataset, Split]:
-    """The data set, all of it, and the cases of the fold."""
+def opened(data: Path, settings: Settings) -> tuple[Dataset, Split]:
+    """The data set, and which of its cases train and validate (errors as of `train`)."""
     nonfinite: Literal["refuse", "replace"] = "replace" if settings.data.replace_nan else "refuse"
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
@@ -150,7 +150,7 @@ def _train(
     say: Say,
 ) -> Sequence[CachedCase]:
     """What all processes do together; returns the validation cases."""
-    dataset, parts = _opened(data, settings)
+    dataset, parts = opened(data, settings)
     require_apart(out, dataset)
     train_cases = [dataset[name] for name in parts.train]
     validation_cases = [dataset[name] for name in parts.validation]
