@@ -23,7 +23,8 @@ ABOUT: dict[str, dict[str, str]] = {
         "(2022) 4128; Vanderbilt University Medical Center",
         "Licence of the data and of these weights": "CC-BY-SA 4.0",
         "Scans": "T1-weighted MRI of adults, 1 mm, cut out around one hippocampus (about 35 × 50 × 35 voxels)",
-        "Trained with": "ossnet train --data Dataset004_Hippocampus --out RUN --minutes 60",
+        "Trained with": "ossnet train --data Dataset004_Hippocampus --out RUN --minutes 60 "
+        '--set "augmentation.flip_axes=[0]" --set runtime.threads=1 --set runtime.workers=1',
     }
 }
 USE = {
