@@ -83,6 +83,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("variant", ["O-Net", "B", "C", "D1"])
 @pytest.mark.parametrize("spectral", [True, False])
 def test_fused_equals_the_module(way: str, variant: str, spectral: bool) -> None:

@@ -27,6 +27,7 @@ def locations(count: int, between: bool) -> torch.Tensor:
     return torch.cat([corners, inside if between else inside.round()])
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("kind", ["small", "small+large"])
 @pytest.mark.parametrize("pool", ["avg", "max"])
 @pytest.mark.parametrize("between", [False, True])

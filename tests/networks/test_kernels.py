@@ -23,6 +23,7 @@ def unit() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return numerator, denominator, kernels.coefficients(numerator, denominator)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 70000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pade_in_place(way: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

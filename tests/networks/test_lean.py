@@ -1,7 +1,6 @@
 """The lean formulation computes what the plain one does: answers, gradients, statistics."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +26,6 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "native":
         monkeypatch.setattr(kernels, "library", lambda: None)
     return str(request.param)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Trainings in other tests leave one: then sums are added up in another order, and round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def network_for(variant: str, classes: int = 1) -> OSSNet:
