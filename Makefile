@@ -20,8 +20,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## train on one half of a real MRI, segment the other, write demo/index.html
 	$(BIN)/ossnet demo --out demo
 
-# A worker for each core: threads of theirs would wait for each other.
+# A worker for each core: threads of theirs would wait for each other, and awake where a test has two.
 test: export OMP_NUM_THREADS = 1
+test: export GOMP_SPINCOUNT = 1000
 test: install  ## quick tests: no GPU, no download
 	$(BIN)/python -m pytest -n 2 -m "not slow and not shared"
 
