@@ -100,6 +100,13 @@ def test_a_label_map_with_the_values_of_label_files_is_drawn(
     said = succeeded(*mesh(given, tmp_path / "two", "--labels", tmp_path / "drawn.nii.gz"))
     assert "taken as in label files (2 for label 2)" in " ".join(said.split())
     assert {p.name for p in files_in(tmp_path / "two")} == {"scan_label_2.stl"}
+    # Numbers of classes stay these where what told so was an island.
+    data = (data // 7 * 2).astype(np.uint8)
+    data[0, 0, 0] = 1
+    LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
+    drawn = ("--labels", tmp_path / "drawn.nii.gz", "--smallest-ml", "0.1")
+    succeeded(*mesh(given, tmp_path / "classes", *drawn))
+    assert {p.name for p in files_in(tmp_path / "classes")} == {"scan_label_7.stl"}
     data[0, 0, 0] = 9
     LabelMap(data, scan.affine).save(tmp_path / "drawn.nii.gz")
     said = refused(tmp_path, *mesh(given, tmp_path / "three", "--labels", tmp_path / "drawn.nii.gz"))

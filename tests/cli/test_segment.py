@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import ossnet
 from ossnet.cli import main
+from ossnet.field.model import Model
 from ossnet.files.nifti import write_volume
 from ossnet.files.reading import read_labels, read_volume
 from ossnet.volume import Volume
@@ -225,6 +226,30 @@ def test_dry_run(scan: Path, model: Path, tmp_path: Path) -> None:
     message = refused(tmp_path, "segment", *two, "--model", model, "--dry-run")
     assert "it has 2 channel(s), the model takes 1" in message
     assert files_in(tmp_path) == before
+    image = ossnet.read(scan)
+    elsewhere = image.affine + np.diag([0, 0, 1.0, 0])
+    Volume(image.data, elsewhere).save(tmp_path / "b.nii.gz")
+    assert "does not lie on a.nii.gz" in refused(tmp_path, "segment", *two, "--model", model, "--dry-run")
+
+
+def test_a_dry_run_answers_programs_also_where_no_scan_can_be_read(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.nii.gz").write_bytes(b"none")
+    dry = ["segment", tmp_path / "a.nii.gz", "--model", model, "--dry-run", "--json"]
+    done = CliRunner().invoke(main.app, [str(argument) for argument in dry])
+    assert done.exit_code == 2
+    assert "not compressed with gzip" in json.loads(done.stdout)[0]["error"]
+
+
+def test_a_report_says_which_model_made_what(scan: Path, model: Path, tmp_path: Path) -> None:
+    other = Model.load(model)
+    next(other.network.parameters()).data.mul_(1.5)
+    other.save(tmp_path / "other")
+    for name, made_by in (("a", model), ("b", tmp_path / "other")):
+        shutil.copy(scan, tmp_path / f"{name}.nii.gz")
+        succeeded(*segment(tmp_path / f"{name}.nii.gz", made_by, tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["model"]["fingerprint"] == report["scans"]["b"]["model"] == other.fingerprint()
+    assert report["scans"]["a"]["model"] == Model.load(model).fingerprint()
 
 
 def test_a_dry_run_goes_on_after_a_scan_that_cannot_be_read(scan: Path, model: Path, tmp_path: Path) -> None:

@@ -100,7 +100,9 @@ def test_a_region_needs_the_lattice_of_the_region() -> None:
 
 
 def test_strides_within_a_distance() -> None:
-    assert strides_within(2.0, (1.0, 1.0, 1.0)) == (2, 2, 2)
-    assert strides_within(2.0, (0.6, 0.5, 5.0)) == (2, 4, 1)
-    assert strides_within(0.1, (1.0, 1.0, 1.0)) == (1, 1, 1)
-    assert strides_within(100.0, (1.0, 1.0, 1.0)) == (8, 8, 8)
+    shape = (64, 64, 64)
+    assert strides_within(2.0, (1.0, 1.0, 1.0), shape) == (2, 2, 2)
+    assert strides_within(2.0, (0.6, 0.5, 5.0), shape) == (2, 4, 1)
+    assert strides_within(0.1, (1.0, 1.0, 1.0), shape) == (1, 1, 1)
+    assert strides_within(100.0, (1.0, 1.0, 1.0), shape) == (8, 8, 8)
+    assert strides_within(100.0, (1.0, 1.0, 1.0), (64, 8, 3)) == (8, 2, 1)

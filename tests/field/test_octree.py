@@ -266,6 +266,17 @@ def test_an_island_between_the_sites_is_missed_whole_and_hints_find_it() -> None
     assert hinted.evaluated < 1.35 * plain.evaluated
 
 
+@pytest.mark.parametrize("shape", [(64, 64, 1), (64, 64, 3), (64, 1, 64)])
+def test_hints_find_islands_in_few_slices_and_at_the_ends_of_scans(shape: tuple[int, int, int]) -> None:
+    body, island = (
+        ball(shape, tuple(0.0 if n < 64 else at for n in shape), radius)
+        for at, radius in ((24.0, 14.0), (52.0, 2.5))
+    )
+    values = np.clip(np.maximum(body, island), -4, 4)
+    assert (refine(look_up(values), shape).labels != (values > 0)).any()
+    assert (refine(look_up(values), shape, seeds=True).labels == (values > 0)).all()
+
+
 def test_hints_find_balls_as_often_as_promised() -> None:
     # Radius 1 / 1.5 / 2 in 70 / 89 / 99 % (ramp of 4 voxels), a stride-4 lattice alone 2 / 23 / 56
     # %.

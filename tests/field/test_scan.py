@@ -43,6 +43,25 @@ def test_boxes_are_parts_of_the_prepared_scan(fit: str, turned: bool) -> None:
     torch.testing.assert_close(scan.hold(), whole, rtol=1e-6, atol=1e-6)
 
 
+def test_few_voxels_of_a_finer_scan_are_converted_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = tiny.scan((40, 36, 30), channels=2)
+    scan = Scan.bound(volume, Preparation(fit="resize", shape=(10, 9, 6)))
+    whole = scan.read((0, 0, 0), (10, 9, 6))
+    sizes: list[int] = []
+    source = Scan._source
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        part = source(*arguments)
+        sizes.append(part.numel())
+        return part
+
+    monkeypatch.setattr(Scan, "_source", counted)
+    monkeypatch.setattr("ossnet.field.engine.scan.WINDOW", 20_000)
+    assert torch.equal(scan.read((0, 0, 0), (10, 9, 6)), whole)
+    assert len(sizes) == 5
+    assert max(sizes) <= 20_000
+
+
 @pytest.mark.parametrize("kind", ["u1", "i2", ">i2", "u2", "f2", "f4", ">f4", "f8"])
 @pytest.mark.parametrize("layout", ["C", "F", "part"])
 @pytest.mark.parametrize("writable", [True, False])

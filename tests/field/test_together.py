@@ -50,6 +50,20 @@ def test_probabilities_are_the_mean(classes: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 3])
+def test_models_count_alike_however_often_each_is_asked(classes: int) -> None:
+    one, two, three = others(classes, *SPACED)
+    mirrored = replace(one, mirror=(0, 2))
+    points = np.random.default_rng(0).uniform(0, 1, (200, 3)) * (np.array(SCAN.shape) - 1)
+
+    def asked(model: Model) -> np.ndarray:
+        return model.field(SCAN, device="cpu", precision="fp32").probability(points)
+
+    alone = [asked(model) for model in (mirrored, two, three)]
+    for several in (replace(mirrored, others=(two, three)), replace(two, others=(three, mirrored))):
+        np.testing.assert_allclose(asked(several), np.mean(alone, axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
 def test_label_maps_follow_and_regions_are_the_whole(classes: int) -> None:
     models = others(classes, *SPACED)
     together = replace(models[0], others=tuple(models[1:]))

@@ -81,6 +81,19 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         write_text(tmp_path / "file" / "a.txt", "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs links and permissions of POSIX")
+def test_links_and_permissions_stay(tmp_path: Path) -> None:
+    there = tmp_path / "elsewhere" / "a.txt"
+    write_text(there, "old")
+    there.chmod(0o600)
+    link = tmp_path / "a.txt"
+    link.symlink_to(there)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert there.read_text() == "new"
+    assert there.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_link_that_leads_nowhere_is_no_place(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     for place in (tmp_path / "out", tmp_path / "out" / "deep"):

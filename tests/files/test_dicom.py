@@ -108,6 +108,7 @@ def test_what_is_no_image_may_lie_beside(tmp_path: Path) -> None:
     write(tmp_path, series())
     (tmp_path / "README.txt").write_text("no DICOM")
     (tmp_path / ".hidden").write_text("neither")
+    (tmp_path / "_SUCCESS").touch()
     report = slice_of(VOXELS[0], (0, 0, 0), Modality="SEG")
     write(tmp_path, [report], names=["seg.dcm"])
     assert read_volume(tmp_path).shape == (4, 5, 6)

@@ -61,7 +61,11 @@ def placed(file: Path) -> dict[str, set[tuple[float, ...]]]:
     rows_mm, columns_mm = (float(v) for v in shared.PixelMeasuresSequence[0].PixelSpacing)
     found: dict[str, set[tuple[float, ...]]] = {}
     for frame, plane in zip(made.PerFrameFunctionalGroupsSequence, pixels, strict=True):
-        name = names[int(frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber)]
+        # What all frames share is said once.
+        segment = (
+            frame if "SegmentIdentificationSequence" in frame else shared
+        ).SegmentIdentificationSequence
+        name = names[int(segment[0].ReferencedSegmentNumber)]
         start = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
         for y, x in np.argwhere(plane):
             place = start + x * columns_mm * along[0] + y * rows_mm * along[1]
@@ -103,6 +107,19 @@ def test_an_empty_label_map_has_its_segments(series: Path, tmp_path: Path) -> No
     assert placed(tmp_path / "a.dcm") == {}
     with pytest.raises(VolumeError, match="there is no structure"):
         write_dicom_seg(replace(empty, names={}), series, tmp_path / "b.dcm")
+
+
+def test_truth_values_are_one_structure_and_negative_labels_refused(series: Path, tmp_path: Path) -> None:
+    labels = labels_of(series)
+    mask = replace(labels, data=labels.data == 4, names={1: "spleen"})
+    write_dicom_seg(mask, series, tmp_path / "a.dcm")
+    write_dicom_seg(labels, series, tmp_path / "b.dcm")
+    assert placed(tmp_path / "a.dcm") == {"spleen": placed(tmp_path / "b.dcm")["spleen"]}
+    far = replace(labels, data=labels.data.astype(np.int64) * 2**29, names={})
+    write_dicom_seg(far, series, tmp_path / "c.dcm")
+    assert len(placed(tmp_path / "c.dcm")) == 2
+    with pytest.raises(VolumeError, match="a label is negative"):
+        write_dicom_seg(replace(labels, data=-labels.data.astype(int)), series, tmp_path / "d.dcm")
 
 
 def test_labels_elsewhere_are_refused(series: Path, tmp_path: Path) -> None:

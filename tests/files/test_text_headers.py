@@ -213,7 +213,13 @@ def test_times_of_a_metaimage_are_channels(tmp_path: Path) -> None:
             "converted to mm",
             LPS @ np.diag([0.5, 1, 2, 1]),
         ),
-        ("a.mha", meta(ElementToIntensityFunctionSlope="2"), "a factor of its grey values", PLACE),
+        ("a.mha", meta(ElementToIntensityFunctionSlope="2"), "ElementToIntensityFunctionSlope is", PLACE),
+        (
+            "a.mha",
+            meta(ElementToIntensityFunctionOffset="-1024"),
+            "ElementToIntensityFunctionOffset is",
+            PLACE,
+        ),
         (
             "a.nrrd",
             nrrd(space_units='"cm" "cm" "cm"'),

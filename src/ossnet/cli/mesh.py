@@ -59,6 +59,8 @@ def command(
 
     **Example:** `ossnet mesh scan.nii.gz --model runs/heart --out surfaces --format ply`
     """
+    from dataclasses import replace
+
     import numpy as np
 
     from ossnet.errors import SettingsError, VolumeError
@@ -97,7 +99,8 @@ def command(
     volume = read_volume(image, nonfinite="replace" if replace_nan else "refuse")
     drawn = None
     if labels is not None:
-        drawn = loaded.as_classes(read_labels(labels))
+        # From now on with the model's numbers, also where islands were all that told which these are.
+        drawn = replace(loaded.as_classes(read_labels(labels)), values=loaded.moved_values)
         if unknown := set(np.unique(drawn.data).tolist()) - {0, *loaded.label_names}:
             raise VolumeError(
                 labels,

@@ -116,11 +116,10 @@ def command(
     )
     if dry_run:
         forecasts, failed = forecast_all(loaded, jobs, options, with_targets=out is not None)
-        if len(failed) < len(forecasts):
-            if as_json:
-                print_json(forecasts)
-            else:
-                _tell(forecasts, " without --region" if region else "")
+        if as_json:
+            print_json(forecasts)
+        elif len(failed) < len(forecasts):
+            _tell(forecasts, " without --region" if region else "")
         if failed:
             raise summed_up(failed)
         return
@@ -133,17 +132,17 @@ def _tell(forecasts: Sequence[Mapping[str, Any]], however: str) -> None:
     known = [entry for entry in forecasts if "error" not in entry]
     for entry in forecasts:
         if "error" in entry:
-            say(f"{entry['scan']}: {entry['error']}")
+            typer.echo(f"{entry['scan']}: {entry['error']}")
         elif entry["finished"]:
-            say(f"{entry['scan']}: finished already")
+            typer.echo(f"{entry['scan']}: finished already")
         else:
-            say(
+            typer.echo(
                 f"{entry['scan']}: about {entry['locations']:,} locations, {entry['seconds']:.1f} s, "
                 f"{entry['memory_bytes'] / 1e9:.2f} GB above the scan{however}"
             )
     if len(known) > 1:
         seconds, most = sum(f["seconds"] for f in known), max(f["memory_bytes"] for f in known)
-        say(f"all {len(known)}: about {seconds:.0f} s, at most {most / 1e9:.2f} GB at a time")
+        typer.echo(f"all {len(known)}: about {seconds:.0f} s, at most {most / 1e9:.2f} GB at a time")
 
 
 def _spacing(text: str) -> float | tuple[float, float, float]:

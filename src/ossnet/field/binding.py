@@ -91,7 +91,9 @@ class Binding:
         if len(models) > 1:
             back = np.linalg.inv(self.fit.matrix())
             to_grids = [_exact(scan.fit.matrix() @ back) for scan in scans]
-            self.answer = MeanAnswer(self.answers, to_grids, self._share(self.asking_bytes(grid)))
+            self.answer = MeanAnswer(
+                self.answers, to_grids, model.counts, self._share(self.asking_bytes(grid))
+            )
         self.encoder_seconds = time.perf_counter() - started
 
     def _share(self, size: int) -> int:

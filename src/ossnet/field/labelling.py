@@ -90,7 +90,7 @@ class Labelling:
         self.options = {**THOROUGH, **options}
         self.classes = max(bound.model.classes, 2)
         gap = bound.model.piece_gap_mm
-        self.stride = None if gap is None else strides_within(gap, spacing_of(grid.affine))
+        self.stride = None if gap is None else strides_within(gap, spacing_of(grid.affine), grid.shape)
         able = isinstance(bound.answer, Coverable) and "start" not in options
         self._local = region if able else None
         """The region, where only what it depends on is encoded and looked at."""

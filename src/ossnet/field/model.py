@@ -117,6 +117,12 @@ class Model:
         return (one, *seen, *(model for other in self.others for model in other.answering))
 
     @property
+    def counts(self) -> tuple[float, ...]:
+        """What each of `answering` counts: models count alike, however often each is asked."""
+        own = 2 ** len(self.mirror)
+        return (*[1 / own] * own, *(count for other in self.others for count in other.counts))
+
+    @property
     def classes(self) -> int:
         """1: one structure (sigmoid). K: K - 1 structures and background (softmax)."""
         return int(self.network.spec.classes)  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,4 @@
-"""Several models' answers for one scan as one: the mean of their probabilities.
+"""Several models' answers for one scan as one: a mean of their probabilities.
 
 Letters: N locations, K classes.
 """
@@ -26,11 +26,15 @@ class MeanAnswer:
     Args:
         answers: Of networks with the same classes.
         to_grids: Voxel indices on the first one's grid → those on the grid of each.
+        counts: What each counts beside the others (`Model.counts`).
         reserve: Bytes that each answer which is no `Coverable` left when it was made.
     """
 
-    def __init__(self, answers: Sequence[Answer], to_grids: Sequence[Affine], reserve: int = 0) -> None:
+    def __init__(
+        self, answers: Sequence[Answer], to_grids: Sequence[Affine], counts: Sequence[float], reserve: int = 0
+    ) -> None:
         self._answers, self._to_grids = tuple(answers), tuple(to_grids)
+        self._shares = [count / sum(counts) for count in counts]
         self._able = [answer for answer in answers if isinstance(answer, Coverable)]
         self._left = reserve * (len(self._answers) - len(self._able))
         self.shape: Shape = answers[0].shape
@@ -83,12 +87,12 @@ class MeanAnswer:
         """Logits of the mean probabilities; see `Answer`."""
         places = locations.cpu().numpy()
         total: Tensor | None = None
-        for answer, matrix in zip(self._answers, self._to_grids, strict=True):
+        for answer, matrix, share in zip(self._answers, self._to_grids, self._shares, strict=True):
             logits = ask_at(answer, places, matrix)
             found = logits.sigmoid() if logits.ndim == 1 else logits.softmax(dim=1)
-            total = found if total is None else total.add_(found)
+            total = found.mul_(share) if total is None else total.add_(found, alpha=share)
         assert total is not None
-        mean = (total / len(self._answers)).clamp(_SURE, 1 - _SURE)
+        mean = total.clamp_(_SURE, 1 - _SURE)
         return mean.log() - (-mean).log1p() if mean.ndim == 1 else mean.log()
 
 

@@ -51,12 +51,15 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 
     Missing folders are made. On any error, also an interrupt, the temporary file is removed and `path` is as
     it was. The temporary name is hidden and ends like `path`, so that writers which look at the ending work.
+    A link stays one: what it leads to is replaced. Permissions of a file that is replaced stay as well.
 
     Raises:
         ResourceError: The disk is full.
         InputError: The folder cannot be written to.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     with _told(path):
         is_new = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
     try:
         with _told(path):
             yield temporary
-            _give_usual_permissions(temporary)
+            _give_usual_permissions(temporary, path)
             _flush(temporary)
             os.replace(temporary, path)
             with suppress(PermissionError):  # a folder may be written to and not read; the file is there
@@ -200,7 +203,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _give_usual_permissions(path: Path) -> None:
-    """Temporary files are private; a result is as readable as any file of this user."""
+def _give_usual_permissions(temporary: Path, path: Path) -> None:
+    """Temporary files are private; a result is as readable as what it replaces, or as any file of this user."""
+    mode = 0o666 & ~_UMASK
     with suppress(OSError):
-        path.chmod(0o666 & ~_UMASK)
+        mode = path.stat().st_mode & 0o777
+    with suppress(OSError):
+        temporary.chmod(mode)

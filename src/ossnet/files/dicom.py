@@ -240,7 +240,8 @@ def _whole_files(folder: Path) -> list[Path]:
             if not named:
                 continue
             raise VolumeError(file, f"cannot be read ({error.strerror})", "Check its permissions") from error
-        if named or empty:
+        # Marks of a finished export (_SUCCESS, DONE) are empty, and have no numbers.
+        if named or (empty and re.search(r"\d", file.name)):
             raise VolumeError(file, "it is damaged: DICOM's mark is not in it", "Copy or export it again")
     return marked
 

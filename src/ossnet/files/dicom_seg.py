@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import UInt, UInt16
 
 from ossnet.colours import colour, rgb
 from ossnet.errors import InputError, VolumeError
 from ossnet.files.atomic import atomic_write
 from ossnet.files.dicom import Stack, damage_told, header_of, read_stack
+from ossnet.files.nifti import unsigned
 from ossnet.volume import LabelMap, same_place
 
 _MAY_BE_EMPTY = (
@@ -57,7 +58,7 @@ def write_dicom_seg(labels: LabelMap, series: Path | str, path: Path | str, *, v
     if not names:
         raise VolumeError(path, "there is no structure, and a DICOM segmentation needs one", "Use NIfTI")
     files = list(dict.fromkeys(frame.file for frame in stack.frames))
-    frames = _frames(turned, stack, list(names))
+    frames = _frames(unsigned(turned, path), stack, list(names))
     # Colours as in other files of the same label map.
     shown = {labels.values.get(label, label): name for label, name in names.items()}
     made = _segmentation(series, files, frames, shown, version, labels.origin)
@@ -171,13 +172,15 @@ def require_highdicom() -> Any:
     return highdicom
 
 
-def _frames(labels: LabelMap, stack: Stack, values: list[int]) -> UInt16[np.ndarray, "Z Y X"]:
+def _frames(
+    labels: UInt[np.ndarray, "X Y Z"], stack: Stack, values: list[int]
+) -> UInt16[np.ndarray, "Z Y X"]:
     """Numbers of segments (0: none), in the order of the series' files and of the pictures in them."""
-    numbers = np.zeros(max(values) + 1, np.uint16)
-    numbers[values] = np.arange(1, len(values) + 1)
-    slices: np.ndarray = numbers[labels.data].transpose(2, 1, 0)
+    slices = np.empty(labels.T.shape, np.uint16)
+    for numbers, plane in zip(slices, labels.T, strict=True):
+        numbers[...] = np.searchsorted([0, *values], plane)
     if len({frame.file for frame in stack.frames}) > 1:
-        return np.ascontiguousarray(slices)
+        return slices
     out = np.empty_like(slices)
     for place, frame in enumerate(stack.frames):
         out[frame.index] = slices[place]

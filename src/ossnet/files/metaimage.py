@@ -61,8 +61,10 @@ def read_metaimage_header(path: Path) -> Header:
     dtype, swapped = voxel_type(needed(keys, "ElementType", path), _DTYPES, big, path)
     if not _true(keys, "BinaryData", default=True):
         raise VolumeError(path, "its voxels are text", "Save it with binary voxels")
-    if keys.get("ElementToIntensityFunctionSlope", "1") not in ("1", "1.0"):
-        notes.append("a factor of its grey values is ignored, as ITK does")
+    for name, usual in (("Slope", 1.0), ("Offset", 0.0)):
+        key = f"ElementToIntensityFunction{name}"
+        if numbers(keys.get(key, str(usual)), float, 1, key, path) != [usual]:
+            notes.append(f"{key} is ignored, as ITK does")
     named = keys["ElementDataFile"]
     local = named.upper() == "LOCAL"
     packed = _true(keys, "CompressedData")

@@ -28,6 +28,7 @@ __all__ = [
     "Nonfinite",
     "files_of",
     "look_at",
+    "look_at_channels",
     "origin_of",
     "read_header",
     "read_image",
@@ -106,12 +107,29 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
     if isinstance(paths, (str, Path)):
         return _read_one(Path(paths), nonfinite)
     files = [Path(p) for p in paths]
-    if not files:
-        raise VolumeError("scan", "no files were given", "Name at least one image")
     if len(files) == 1:
         return _read_one(files[0], nonfinite)
+    first = look_at_channels(files)[0]
+    volumes = [_read_one(f, nonfinite) for f in files]
+    kind = np.result_type(*(v.data for v in volumes))
+    if kind == np.float64:  # as of int32 beside float32
+        kind = np.dtype(np.float32)
+    check_memory(first.path, sum(v.data.size for v in volumes) * kind.itemsize)
+    return replace(
+        volumes[0], data=np.concatenate([v.data for v in volumes], dtype=kind, casting="same_kind")
+    )
+
+
+def look_at_channels(files: Sequence[Path]) -> list[Header | Stack]:
+    """What the files of one scan say of their voxels.
+
+    Raises:
+        VolumeError: One cannot be trusted, or several do not hold one channel each on one grid.
+    """
+    if not files:
+        raise VolumeError("scan", "no files were given", "Name at least one image")
     first, *others = headers = [look_at(f) for f in files]
-    for header in headers:
+    for header in headers if others else ():
         if header.channels != 1:
             raise VolumeError(
                 header.path,
@@ -125,14 +143,7 @@ def read_volume(paths: Path | str | Sequence[Path | str], *, nonfinite: Nonfinit
                 f"does not lie on {first.path.name}: {reason}",
                 "Resample all channels onto one grid",
             )
-    volumes = [_read_one(f, nonfinite) for f in files]
-    kind = np.result_type(*(v.data for v in volumes))
-    if kind == np.float64:  # as of int32 beside float32
-        kind = np.dtype(np.float32)
-    check_memory(first.path, sum(v.data.size for v in volumes) * kind.itemsize)
-    return replace(
-        volumes[0], data=np.concatenate([v.data for v in volumes], dtype=kind, casting="same_kind")
-    )
+    return headers
 
 
 def read_image(path: Path | str, *, nonfinite: Nonfinite = "refuse") -> Volume:

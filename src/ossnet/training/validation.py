@@ -111,7 +111,9 @@ def validate(
             )
             for one in model.answering
         ]
-        answer = MeanAnswer(answers, [np.eye(4)] * len(answers)) if len(answers) > 1 else answers[0]
+        answer = answers[0]
+        if len(answers) > 1:
+            answer = MeanAnswer(answers, [np.eye(4)] * len(answers), model.counts)
         asked = validation_questions(case, settings, model.classes)
         logits = answer(asked.locations.to(fabric.device)).cpu()
         empty = settings.validation.empty_score

@@ -62,7 +62,11 @@ class Report:
         for job in finished:
             if known.get(job.name, {}).get("origin") != origin_of(job.target):
                 labels = read_labels(job.target)
-                self.scans[job.name] = {"files": [str(f) for f in job.files], **said_by(job, labels)}
+                self.scans[job.name] = {
+                    "files": [str(f) for f in job.files],
+                    "model": self.origins.fingerprint,
+                    **said_by(job, labels),
+                }
 
     def collect(self, item: tuple[Job, dict[str, Any], Future[None]]) -> None:
         """Wait until a label map is on the disk, then enter it.
@@ -84,7 +88,10 @@ class Report:
         self.scans[job.name] = {"error": str(error)}
 
     def content(self) -> dict[str, Any]:
-        """What the file holds, or will hold."""
+        """What the file holds, or will hold.
+
+        Of the last model that worked on the folder; entries have the fingerprints of theirs.
+        """
         return {
             "model": {
                 "variant": self.model.variant,

@@ -36,7 +36,7 @@ from ossnet.field.model import Model, versions
 from ossnet.field.provenance import signed
 from ossnet.files.dicom_seg import require_source, write_dicom_seg
 from ossnet.files.header import VolumeWarning
-from ossnet.files.reading import look_at, read_volume
+from ossnet.files.reading import look_at_channels, read_volume
 from ossnet.volume import Volume
 
 
@@ -162,6 +162,7 @@ def segment_all(
                         collect()
                     try:
                         if not options.overwrite and finished(job, options):
+                            require_replaceable([job], origins, options)
                             say(f"{job.name} was finished by another process")
                         else:
                             with _memory_told(job):
@@ -219,9 +220,10 @@ def forecast_all(
 
 
 def _forecast(model: Model, job: Job, options: Options) -> Forecast:
-    headers = [look_at(file) for file in job.files]
-    header = headers[0]
+    header, *_ = headers = look_at_channels(job.files)
     model.require_channels(sum(one.channels for one in headers), header.path)
+    if options.dicom_seg:
+        require_source(job.files[0])
     return forecast(
         model,
         header.shape,
@@ -292,6 +294,7 @@ def _segment(
     maps = maps and replace(maps, origin=origins.of_probabilities(job.name)[0])
     entry = {
         "files": [str(f) for f in job.files],
+        "model": origins.fingerprint,
         "options": {k: v for k, v in options.deciding(model).items() if v not in (None, False, 0.0)},
         **said_by(job, labels),
         "strategy": labels.strategy,

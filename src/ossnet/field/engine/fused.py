@@ -104,9 +104,10 @@ class FusedAnswer:
         each = sum(p.bytes_per_row for p in {self._exact, main})
         most = best[0 if self._fast is None else 1]
         wanted = chunk_for(memory, weights + reserve, each, min(chunk or most, most))
-        wanted = max(-(-wanted // ROWS) * ROWS, ROWS)
+        wanted = max(wanted // ROWS * ROWS, ROWS)
 
         def take(rows: int) -> None:
+            rows = max(rows // ROWS * ROWS, ROWS)
             self._exact.allocate(min(rows, best[0]))
             if self._fast is not None:
                 self._fast.allocate(min(rows, best[1]))

@@ -150,6 +150,19 @@ class Scan:
         return F.pad(part, around) if any(around) else part
 
     def _resized(self, low: Shape, high: Shape) -> Tensor:
+        """Interpolated a few planes at a time: a finer scan has many voxels for one of the grid."""
+        sides = [b - a for a, b in zip(low, high, strict=True)]
+        under = [max(1 / scale, 1.0) for scale in self.fit.scale]
+        plane = len(self.data) * sides[1] * sides[2] * prod(under)
+        step = max(int(WINDOW // plane), 1)
+        out = torch.empty(len(self.data), *sides)
+        for first in range(0, sides[0], step):
+            last = min(first + step, sides[0])
+            start, stop = (low[0] + first, *low[1:]), (low[0] + last, *high[1:])
+            out[:, first:last] = self._interpolated(start, stop)
+        return out
+
+    def _interpolated(self, low: Shape, high: Shape) -> Tensor:
         """Trilinear as `Fit.volume`, without aligned corners."""
         below, above, rest, first, last = [], [], [], [], []
         for a, b, scale, n in zip(low, high, self.fit.scale, self.fit.source, strict=True):

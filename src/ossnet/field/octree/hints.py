@@ -43,10 +43,12 @@ def island_seeds(lattice: Lattice, stride: Triple, margin: float | None) -> Int[
         stride: Stride of the next lattice, on which the voxels lie.
         margin: Only minima below it; None: all.
     """
-    values = _margins(lattice)
+    window = lattice.window
+    # Beyond the volume all is as at its border: slices at the ends, or one slice alone, have minima like others.
+    ends = [(int(a == 0), int(b == n)) for a, b, n in zip(window.low, window.high, lattice.full, strict=True)]
+    values, labels = (np.pad(sites, ends, mode="edge") for sites in (_margins(lattice), lattice.labels()))
     if min(values.shape) < 3:
         return np.empty((0, 3), dtype=np.int64)
-    labels = lattice.labels()
     middle = (slice(1, -1),) * 3
     here, label = values[middle], labels[middle]
     lowest = np.ones(here.shape, dtype=bool) if margin is None else here < margin
@@ -65,7 +67,8 @@ def island_seeds(lattice: Lattice, stride: Triple, margin: float | None) -> Int[
         before, at, after = (values[tuple((found + d * step).T)] for d in (-1, 0, 1))
         curvature = before - 2 * at + after
         offset = np.divide(before - after, 2 * curvature, out=np.zeros_like(at), where=curvature > 0)
-        place = (found[:, axis] + lattice.window.low[axis] + offset) * lattice.stride[axis]
+        site = found[:, axis] - ends[axis][0] + window.low[axis] + offset
+        place = np.clip(site, 0, lattice.full[axis] - 1) * lattice.stride[axis]
         voxels[:, axis] = np.rint(place / stride[axis]).astype(np.int64) * stride[axis]
     return voxels
 

@@ -28,15 +28,26 @@ def choose_path(shape: Triple) -> tuple[Triple, ...]:
     is not sampled at its first and ninth only.
     """
     strides = (16, 8, 4, 1) if prod(shape) >= _LARGE else (8, 4, 1)
-    limits = [max(1, 2 ** int(np.log2(max(1, n / 4)))) for n in shape]
+    limits = _limits(shape)
     path = [tuple(min(s, limit) for limit in limits) for s in strides]
     unique = [p for i, p in enumerate(path) if i == 0 or p != path[i - 1]]
     return tuple((a, b, c) for a, b, c in unique)
 
 
-def strides_within(mm: float, spacing: Sequence[float]) -> Triple:
-    """The largest strides up to 8 whose sites lie at most `mm` apart along each axis, 1 where no other does."""
-    x, y, z = (max([s for s in (2, 4, 8) if s * each <= mm], default=1) for each in spacing)
+def _limits(shape: Triple) -> list[int]:
+    """The largest strides with which an axis is met four times."""
+    return [max(1, 2 ** int(np.log2(max(1, n / 4)))) for n in shape]
+
+
+def strides_within(mm: float, spacing: Sequence[float], shape: Triple) -> Triple:
+    """The largest strides up to 8 whose sites lie at most `mm` apart along each axis, 1 where no other does.
+
+    Along few voxels they are smaller, as in `choose_path`.
+    """
+    x, y, z = (
+        max([s for s in (2, 4, 8) if s * each <= mm and s <= limit], default=1)
+        for each, limit in zip(spacing, _limits(shape), strict=True)
+    )
     return x, y, z
 
 

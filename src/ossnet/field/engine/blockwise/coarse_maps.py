@@ -95,7 +95,9 @@ class CoarseEncoder:
         margin = trunk_margin(spec, i, (0, 0, 0), trunk_of_last=False)
         halo = triple(ceil(m / s) for m, s in zip(margin, spec.strides[i], strict=True))
         widest = max(spec.stages[j].width * prod(ratio(spec, j, i)) for j in range(i + 1))
-        return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest)
+        # The scan is float32, whatever the maps are.
+        scan = 4 // self.dtype.itemsize * spec.channels * prod(spec.strides[i])
+        return self._tiled(from_scan, self._span(i), spec.stages[i].width, halo, 4 * widest + scan)
 
     def _refined(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
         """A residual block of the trunk of stage i further.
