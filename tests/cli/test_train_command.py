@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from tests.cli.refusals import ended, files_in, interrupted, refused, started, succeeded
 from tests.training.conftest import SMALL
+from typer.testing import CliRunner
 
 import ossnet
+from ossnet.cli import main
 from ossnet.cli.train import Watcher
 from ossnet.training.loop import State
 from ossnet.volume import LabelMap, Volume
@@ -309,3 +311,32 @@ def test_help_shows_examples() -> None:
         assert "Example" in said
         assert f"ossnet {command}" in said
     assert "schedule.epochs" in succeeded("train", "--help-settings")
+
+
+def test_settings_are_listed_as_a_preset_has_them(tmp_path: Path) -> None:
+    def value(setting: str, *given: object) -> str:
+        listed = succeeded("train", "--help-settings", *given)
+        return next(line.split("│")[2] for line in listed.splitlines() if setting in line).strip()
+
+    assert value("optimiser.name") == "muon"
+    assert value("optimiser.name", "--preset", "lits") == value("optimiser.name", "--variant", "C")
+    assert value("data.fold", "--preset", "lits") == "paper"
+    (tmp_path / "own.toml").write_text("[optimiser]\nlr = 0.125\n")
+    assert value("optimiser.lr", "--config", tmp_path / "own.toml") == "0.125"
+
+
+def test_a_training_that_runs_out_of_memory_says_how_to_go_on(
+    balls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Watcher):
+        def step(self, state: State, loss: float, fraction: float) -> None:
+            if (tmp_path / "run" / "state.safetensors").exists():
+                raise MemoryError
+
+    monkeypatch.setattr("ossnet.cli.train.Watcher", Full)
+    asked = train(balls, tmp_path / "run", "--set", "schedule.epochs=3")
+    done = CliRunner().invoke(main.app, [str(given) for given in asked])
+    assert done.exit_code == 2
+    hint, error = done.output.splitlines()[-2:]
+    assert hint == f"go on with: ossnet train --resume --out {tmp_path / 'run'}"
+    assert "sampling.locations" in error

@@ -392,6 +392,8 @@ def test_folds_may_lie_elsewhere(balls: Path, tmp_path: Path, monkeypatch: pytes
     assert settings["data"]["splits"] == str(tmp_path / "folds.json")
     with pytest.raises(DatasetError, match="cannot be read"):
         run(balls, tmp_path / "none", changes=["data.splits=none.json"])
+    with pytest.raises(SettingsError, match=r"data\.splits: --fold all takes none of its folds"):
+        run(balls, tmp_path / "all", changes=[*changes, "data.fold=all"])
     (tmp_path / "folds.json").write_text(json.dumps([{"train": ["gone"], "val": [last]}]))
     with pytest.raises(DatasetError, match=r"folds\.json, fold 0: gone is not in the data set"):
         run(balls, tmp_path / "wrong", changes=changes)

@@ -154,7 +154,11 @@ def told() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get("OSSNET_DEBUG") or not is_out_of_memory(error):
             raise
-        say("memory ran out. Close other programs, or lower --memory or schedule.batch_size.", "error")
+        say(
+            "memory ran out. Close other programs, or lower --memory; for a training schedule.batch_size, "
+            "sampling.crop_voxels or sampling.locations.",
+            "error",
+        )
         raise typer.Exit(REFUSED) from None
 
 

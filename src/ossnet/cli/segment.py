@@ -78,6 +78,7 @@ def command(
     from ossnet.field.cohort.jobs import Options, plan_jobs
     from ossnet.field.cohort.run import forecast_all, segment_all, summed_up
     from ossnet.field.model import Model
+    from ossnet.field.octree.released_stages import START_STATES
 
     if out is None and not dry_run:
         raise SettingsError("segment", "--out is needed", "Name a file or a folder for the label maps")
@@ -119,7 +120,10 @@ def command(
         if as_json:
             print_json(forecasts)
         elif len(failed) < len(forecasts):
-            _tell(forecasts, " without --region" if region else "")
+            by = (
+                f", asked as --strategy octree does instead of {strategy}" if strategy in START_STATES else ""
+            )
+            _tell(forecasts, " without --region" if region else by)
         if failed:
             raise summed_up(failed)
         return

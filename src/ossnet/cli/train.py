@@ -29,15 +29,17 @@ _FEW_STEPS = 500
 def command(
     data: Annotated[
         Path | None,
-        typer.Option(help="Data set in any layout that `ossnet check` knows. Required unless --resume."),
+        typer.Option(help="Data set in any layout that `ossnet check` knows; --resume knows it already."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to create. Required.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to create, or to go on with.")] = None,
     variant: Annotated[
         str | None, typer.Option(help="multiscale (default), O-Net, A, B, C, D, unet3d, unet2d, monai-unet.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="brats2020 or lits: the paper's experiments.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON or TOML file with settings.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="One setting: group.key=value.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting: group.key=value, or seed=1.")
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -67,20 +69,22 @@ def command(
     ] = False,
     help_settings: Annotated[
         bool,
-        typer.Option("--help-settings", help="List every setting that --variant uses, with its values."),
+        typer.Option(
+            "--help-settings",
+            help="List every setting that --variant, --preset or --config uses, with its values.",
+        ),
     ] = False,
 ) -> None:
     """Train a network on a data set.
 
-    Stop it with Ctrl-C at any time and go on with `--resume`; a minute of work is lost at most. On a CPU a training by
-    epochs (`--set schedule.epochs=…`) then ends the same to the last bit; one by minutes follows the clock.
+    Stop it with Ctrl-C at any time and go on with `--resume`: nothing is lost, by a kill a minute. On a CPU a training
+    by epochs (`--set schedule.epochs=…`) then ends the same to the last bit; one by minutes follows the clock.
 
     **Example:** `ossnet train --data Dataset004_Hippocampus --out runs/hippocampus --minutes 30`
     """
-    from ossnet.errors import ResourceError, SettingsError
+    from ossnet.errors import ResourceError, SettingsError, is_out_of_memory
     from ossnet.training.settings import (
         MACHINE,
-        canonical_variant,
         describe_settings,
         given_keys,
         make_settings,
@@ -88,9 +92,9 @@ def command(
     )
 
     if help_settings:
-        of = canonical_variant(variant or "multiscale")
+        of = make_settings(variant, preset, config).variant
         table = Table("setting", f"in {of}", "meaning")
-        for row in describe_settings(of):
+        for row in describe_settings(of, preset, config):
             table.add_row(*row)
         stdout().print(table)
         return
@@ -136,8 +140,9 @@ def command(
     try:
         with Watcher(settings.schedule.batch_size if settings.schedule.minutes else 1) as watcher:
             train(data or data_of(out), out, settings, resume=resume, listener=watcher, say=say)
-    except (KeyboardInterrupt, ResourceError):
-        if is_first_process() and (out / STATE).exists():
+    except (KeyboardInterrupt, ResourceError, MemoryError, RuntimeError) as error:
+        stopped = isinstance(error, (KeyboardInterrupt, ResourceError)) or is_out_of_memory(error)
+        if stopped and is_first_process() and (out / STATE).exists():
             say(f"go on with: ossnet train --resume --out {out}")
         raise
     if is_first_process():

@@ -122,6 +122,10 @@ def opened(data: Path, settings: Settings) -> tuple[Dataset, Split]:
     dataset = open_dataset(data, settings.data.layout, nonfinite=nonfinite)
     dataset.require_complete()
     if settings.data.splits is not None:
+        if settings.data.fold in ("all", "paper"):
+            raise SettingsError(
+                "data.splits", f"--fold {settings.data.fold} takes none of its folds", "Leave one of them out"
+            )
         dataset = dataset.with_splits(Path(settings.data.splits))
     parts = split(dataset, settings.data.fold)
     if not parts.train:

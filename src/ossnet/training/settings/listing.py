@@ -2,6 +2,7 @@
 
 import json
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from ossnet.training.settings.presets import unused
@@ -9,10 +10,18 @@ from ossnet.training.settings.sources import make_settings
 from ossnet.training.settings.tree import meaning, setting_fields
 
 
-def describe_settings(variant: str | None = None) -> list[tuple[str, str, str]]:
-    """(key, value that a variant has when nothing is set, meaning) of every setting that it heeds."""
-    chosen = make_settings(variant)
-    left_out = unused(chosen.variant, scheme=chosen.validation.scheme) if variant else frozenset()
+def describe_settings(
+    variant: str | None = None, preset: str | None = None, config: Path | None = None
+) -> list[tuple[str, str, str]]:
+    """(key, value, meaning) of every setting that a variant heeds; of all settings where nothing is given.
+
+    Args:
+        variant, preset, config: See `make_settings`: values are those with which nothing else is set.
+    """
+    chosen = make_settings(variant, preset, config)
+    left_out: frozenset[str] = frozenset()
+    if not variant is preset is config is None:
+        left_out = unused(chosen.variant, scheme=chosen.validation.scheme)
     return [
         (name, _shown(attrgetter(name)(chosen)), meaning(field))
         for name, field in setting_fields().items()
