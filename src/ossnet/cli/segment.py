@@ -72,7 +72,7 @@ def command(
 
     Folders resume: what this model made of this scan with these options is kept and not recomputed. Files that are
     something else are never replaced by accident. Next to the label maps lies `report.json` (`NAME_report.json` for
-    one file): volumes, times, locations asked, versions.
+    one file, `report.RANK.json` of several processes): volumes, times, locations asked, versions.
     """
     from ossnet.errors import SettingsError
     from ossnet.field.cohort.jobs import Options, plan_jobs
