@@ -9,6 +9,7 @@ from tests.data.balls import ISO, ball
 from ossnet.data.crop_locations import nearest_labels
 from ossnet.data.crops import cut, cut_labels, draw_map, inside, to_grid, to_scan
 
+UNSCALED = {"scaling_all": 0.0, "scaling": 0.0, "scaling_across": 0.0}
 SEEDS = st.integers(0, 10_000)
 ZOOMS = st.sampled_from([(1.0, 1.0, 1.0), (0.5, 0.5, 1.0), (1.3, 1.0, 0.8)])
 
@@ -54,7 +55,7 @@ def test_the_map_is_inverted(seed: int) -> None:
 
 
 def test_rotations_keep_distances_in_mm() -> None:
-    plan = replace(ISO, spacing=(1.0, 1.5, 1.0), scaling=0.0, scaling_across=0.0, elastic=0.0, spatial=1.0)
+    plan = replace(ISO, spacing=(1.0, 1.5, 1.0), **UNSCALED, elastic=0.0, spatial=1.0)
     mm = np.array(plan.spacing)
     for seed in range(10):
         mapping = draw_map(ball(), plan, np.random.default_rng(seed))
@@ -62,6 +63,20 @@ def test_rotations_keep_distances_in_mm() -> None:
         before = np.linalg.norm((points[1] - points[0]) * mm)
         after = np.linalg.norm(np.subtract(*mapping(points)) * mm)
         assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_organs_grow_and_shrink_as_a_whole_but_slices_stay_as_thick_as_they_are() -> None:
+    plain = {**UNSCALED, "rotation": 0.0, "elastic": 0.0, "spatial": 1.0, "scaling_all": 0.5}
+    drawn = []
+    for seed in range(40):
+        linear = draw_map(ball(), replace(ISO, **plain), np.random.default_rng(seed)).matrix
+        np.testing.assert_allclose(linear, linear[0, 0] * np.eye(3), atol=1e-6)
+        drawn.append(np.log(linear[0, 0]))
+        thick = replace(ISO, spacing=(1.0, 1.0, 5.0), **plain)
+        linear = draw_map(ball(), thick, np.random.default_rng(seed)).matrix
+        np.testing.assert_allclose(linear, np.diag([linear[0, 0], linear[0, 0], 1.0]), atol=1e-6)
+    assert -0.5 <= min(drawn) < -0.3
+    assert 0.3 < max(drawn) <= 0.5
 
 
 def test_distant_slices_are_not_rotated_into_each_other() -> None:

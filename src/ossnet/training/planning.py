@@ -36,7 +36,7 @@ FEW_CASES = 48
 """So many training cases are soon known by heart."""
 
 GROWS = 20
-"""Passes through few cases after which augmentation grows (`CropSettings.after`)."""
+"""Passes through few cases after which augmentation grows (`CropSettings.after`); through more cases twice as many."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def make_plan(
         VolumeError: A scan that cannot be read.
     """
     if settings.augmentation.grows is None:
-        grows = GROWS if len(train) <= FEW_CASES else 0
+        grows = GROWS if len(train) <= FEW_CASES else 2 * GROWS
         augmentation = settings.augmentation.model_copy(update={"grows": grows})
         settings = settings.model_copy(update={"augmentation": augmentation})
     structures = _structures(dataset, settings)

@@ -151,7 +151,7 @@ class AugmentationSettings(_Group):
         strict=True,
         description="default variant and U-Nets on patches: after so many passes through the cases it begins to grow, "
         "to about twice the strength after four times as many; 0: never; none: 20 where there are 48 cases or fewer, "
-        "otherwise never",
+        "otherwise 40",
     )
 
 
