@@ -20,7 +20,7 @@ def describe_settings(
     """
     chosen = make_settings(variant, preset, config)
     left_out: frozenset[str] = frozenset()
-    if not variant is preset is config is None:
+    if variant or preset or config:
         left_out = unused(chosen.variant, scheme=chosen.validation.scheme)
     return [
         (name, _shown(attrgetter(name)(chosen)), meaning(field))
