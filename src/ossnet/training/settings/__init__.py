@@ -1,7 +1,7 @@
 """Settings of a training: one tree; presets are named parts of it, files and `--set` change it."""
 
 from ossnet.training.settings.listing import describe_settings
-from ossnet.training.settings.presets import PRESETS, UNUSED, canonical_variant, unused
+from ossnet.training.settings.presets import PRESETS, UNUSED, unused
 from ossnet.training.settings.sources import given_keys, make_settings, parse_settings
 from ossnet.training.settings.tree import MACHINE, ScheduleSettings, Settings, on_machine
 
@@ -11,7 +11,6 @@ __all__ = [
     "UNUSED",
     "ScheduleSettings",
     "Settings",
-    "canonical_variant",
     "describe_settings",
     "given_keys",
     "make_settings",
